@@ -1,0 +1,88 @@
+"""repairlib: align, merge, repair and diagnose neural networks; a reproducible companion to three papers.
+
+Jordan et al. 2022 (REPAIR), Qu & Horvath 2024 (Rethink Model Re-Basin), Csiszarik et al. 2023 (Mode Combinability).
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from repairlib import train as _train
+from repairlib.graph import permutation_spec, permute, trace
+from repairlib.interpolate import Path, barrier_of, interpolate_models, walk_path
+from repairlib.matching import Matching, match_activations
+from repairlib.renorm import Repair, Repaired, reset
+
+__version__ = "0.1.0"
+__all__ = [
+    "Matching", "Path", "Repair", "Repaired", "align", "barrier", "barrier_of", "interpolate_models",
+    "match_activations", "merge", "permutation_spec", "permute", "repair", "reset", "trace", "walk_path",
+]  # fmt: skip
+
+
+def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> nn.Module:
+    """Copy of B with its hidden units reordered to match A's; it computes the same function as B.
+
+    Args:
+        model_a, model_b: two networks of one architecture. Untouched.
+        data: any iterable of batches x or (x, y).
+        **options: of `match_activations`, whose result holds the permutation and how good it is.
+
+    >>> import torch
+    >>> a, b = (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
+    >>> x = torch.randn(100, 2)
+    >>> torch.allclose(align(a, b, [x])(x), b(x), atol=1e-6)
+    True
+    """
+    return match_activations(model_a, model_b, data, **options).apply(model_b)
+
+
+def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> nn.Module:
+    """Interpolate two aligned networks and restore the statistics of the result (Jordan et al. 2022, Sec. 4).
+
+    Args:
+        model_a, model_b: aligned endpoints. Untouched.
+        data: any iterable of batches x or (x, y); about 5,000 examples.
+        alpha: 0 is A, 1 is B.
+        **options: of `Repair`, which also says what was corrected and makes many alphas from one pass.
+    """
+    return Repair(model_a, model_b, data, **options)(alpha).model
+
+
+def merge(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> nn.Module:
+    """Align B to A, interpolate, REPAIR: two networks into one of the same size.
+
+    Args:
+        model_a, model_b: two networks of one architecture, trained separately. Untouched.
+        data: any iterable of batches x or (x, y) of training data; about 5,000 examples.
+        alpha: 0 is A, 1 is (the aligned) B.
+        **options: of `Repair`.
+    """
+    data = list(data) if iter(data) is data else data
+    return repair(model_a, align(model_a, model_b, data), data, alpha, **options)
+
+
+def barrier(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    test: Iterable,
+    *,
+    points: int = 11,
+    metric: str = "loss",
+    baseline: str = "linear",
+    repaired: Repair | None = None,
+) -> float:
+    """Largest rise of the test loss (nats), or error in [0, 1], along the straight path (Jordan et al. 2022, Eq. 1).
+
+    Args:
+        model_a, model_b: endpoints.
+        test: any iterable of batches (x, y) with class labels y.
+        points: equally spaced alphas, both ends included.
+        metric: "loss" or "accuracy".
+        baseline: "linear" (Eq. 1) or "mean" of the endpoints.
+        repaired: REPAIR of the same endpoints: measure the repaired path instead.
+    """
+    test = list(test) if iter(test) is test else test
+    make = (lambda a: repaired(a).model) if repaired else (lambda a: interpolate_models(model_a, model_b, a))
+    alphas = [i / (points - 1) for i in range(points)]
+    return walk_path(make, alphas, lambda net: _train.evaluate(net, test)).barrier(metric, baseline)

@@ -1,0 +1,121 @@
+"""What happens inside an interpolated network: variance ratios, channel statistics, agreement of aligned units."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from repairlib.graph import Batches, trace
+from repairlib.moments import Moments, gather
+from repairlib.renorm import predicted_variance, target_nodes
+
+
+def variance_ratio(moments: Moments, k: int, ends: tuple[int, int] = (0, 1)) -> float:
+    """Variance of a layer of network k relative to the endpoints: 1 is healthy, towards 0 is collapse.
+
+    ``v_k / ((v_1 + v_2) / 2)`` with v the sum of the units' variances (Jordan et al. 2022, Sec. 3.1).
+
+    Args:
+        moments: of all networks at one tap.
+        k: the network in question.
+        ends: which networks are the endpoints.
+
+    Raises:
+        ValueError: both endpoints are constant there, so that the ratio is undefined.
+    """
+    v = moments.var(k).sum()
+    end = (moments.var(ends[0]).sum() + moments.var(ends[1]).sum()) / 2
+    if end == 0:
+        raise ValueError("the endpoints do not vary at this node; a variance ratio is undefined")
+    return float(v / end)
+
+
+def variance_profile(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    models: dict[str, nn.Module],
+    data: Iterable,
+    targets: Sequence[str] = ("conv", "linear"),
+) -> list[dict]:
+    """Variance ratio of several networks at every layer, from one pass (Jordan et al. 2022, Fig. 2).
+
+    Args:
+        model_a, model_b: endpoints.
+        models: name -> network of the same architecture, repaired or not.
+        data: any iterable of batches.
+        targets: layers to report, see `repairlib.renorm.target_nodes`; preactivations unless blocks are asked for.
+
+    Returns:
+        Rows {network, layer (from 1), node, ratio}.
+    """
+    batches = Batches(data, model_a)
+    example = batches.example()
+    nets = [trace(model, example) for model in (model_a, model_b, *models.values())]
+    nodes = target_nodes(nets[0], targets)
+    moments = gather(nets, batches, nodes)
+    return [
+        {"network": name, "layer": layer, "node": node, "ratio": variance_ratio(moments[node], k)}
+        for k, name in enumerate(models, start=2)
+        for layer, node in enumerate(nodes, start=1)
+    ]
+
+
+def channel_statistics(models: dict[str, nn.Module], data: Iterable, node: str) -> list[dict]:
+    """Mean and standard deviation of every channel of one node (Jordan et al. 2022, Fig. 3 left).
+
+    Args:
+        models: name -> network, all of one architecture.
+        data: any iterable of batches.
+        node: name of the node.
+
+    Returns:
+        Rows {network, channel, mean, variance}.
+    """
+    first = next(iter(models.values()))
+    batches = Batches(data, first)
+    moments = gather([trace(model, batches.example()) for model in models.values()], batches, [node])[node]
+    return [
+        {"network": name, "channel": c, "mean": float(mean), "variance": float(var)}
+        for k, name in enumerate(models)
+        for c, (mean, var) in enumerate(zip(moments.mean(k), moments.var(k), strict=True))
+    ]
+
+
+def unit_agreement(
+    model_a: nn.Module, model_b: nn.Module, data: Iterable, targets: Sequence[str] = ("conv", "linear")
+) -> dict[str, Tensor]:
+    """Correlation of unit i of A with unit i of B at every layer (units,): how alike aligned units are."""
+    batches = Batches(data, model_a)
+    nets = [trace(model, batches.example()) for model in (model_a, model_b)]
+    return {name: m.corr() for name, m in gather(nets, batches, target_nodes(nets[0], targets), cross="paired").items()}
+
+
+def first_layer_theory(
+    model_a: nn.Module, model_b: nn.Module, model_mid: nn.Module, data: Iterable, alpha: float = 0.5
+) -> list[dict]:
+    """Predicted and measured variance of the first layer's units (Jordan et al. 2022, Sec. 3.2).
+
+    Compares the measured ``Var(X_alpha)`` with Eq. 5 and with the rule of thumb ``(0.5 + 0.5 corr) Var(X_1)``.
+
+    Args:
+        model_a, model_b: aligned endpoints.
+        model_mid: their interpolation at `alpha`.
+        data: any iterable of batches.
+        alpha: interpolation coefficient.
+
+    Returns:
+        Rows {unit, corr, variance_a, variance_b, eq5, rule_of_thumb, measured}; dead units are left out.
+    """
+    batches = Batches(data, model_a)
+    nets = [trace(model, batches.example()) for model in (model_a, model_b, model_mid)]
+    node = target_nodes(nets[0], ("conv", "linear"))[0]
+    m = gather(nets, batches, [node], cross="paired")[node]
+    corr, eq5 = m.corr(), predicted_variance(m, alpha)
+    alive = ~(m.dead(0) | m.dead(1))
+    columns = {
+        "corr": corr, "variance_a": m.var(0), "variance_b": m.var(1), "eq5": eq5,
+        "rule_of_thumb": (0.5 + 0.5 * corr) * m.var(0), "measured": m.var(2),
+    }  # fmt: skip
+    return [
+        {"unit": i, **{k: float(v[i]) for k, v in columns.items()}} for i in torch.nonzero(alive).flatten().tolist()
+    ]

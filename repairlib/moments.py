@@ -1,0 +1,139 @@
+"""Streaming statistics of activations: one pass gives all that matching, renormalisation and diagnostics read."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from repairlib.graph import TracedNet, eval_mode
+
+
+class Moments:
+    """Means, variances and cross-covariances of k networks' units at one tap, gathered batch by batch.
+
+    Products of batch-centred values are summed in the activations' own precision (float32 at least) and merged in
+    float64: for batches of m and n values with means u and v,
+    ``M2 = M2_u + M2_v + (v - u)^2 m n / (m + n)`` (Chan et al. 1979). The result does not depend on the batch size and
+    does not suffer from means that are large beside the standard deviation.
+
+    Args:
+        cross: "full" keeps cov(unit i of network 0, unit j of network k), "paired" its diagonal only, "none" neither.
+
+    >>> m = Moments()
+    >>> m.update(torch.tensor([[1.0], [3.0]])); m.update(torch.tensor([[5.0]]))
+    >>> float(m.mean()[0]), round(float(m.var()[0]), 4)
+    (3.0, 2.6667)
+    """
+
+    def __init__(self, cross: str = "none"):
+        if cross not in ("none", "paired", "full"):
+            raise ValueError(f"cross must be 'none', 'paired' or 'full', not {cross!r}")
+        self.cross = cross
+        self.count = 0  # examples times positions
+        self._mean: list[Tensor] = []
+        self._m2: list[Tensor] = []
+        self._cross: list[Tensor] = []
+
+    def update(self, *activations: Tensor) -> None:
+        """Add one batch: for each network, values (n, units, ...) of the same inputs."""
+        if not self._mean:
+            units = [x.shape[1] for x in activations]
+            zeros = [
+                torch.zeros(c, dtype=torch.float64, device=x.device) for c, x in zip(units, activations, strict=True)
+            ]
+            self._mean, self._m2 = zeros, [z.clone() for z in zeros]
+            if self.cross != "none":
+                self._cross = [z.new_zeros((units[0], len(z)) if self.cross == "full" else len(z)) for z in zeros[1:]]
+        centred, means = zip(*map(_centre, activations), strict=True)
+        m = centred[0].shape[1]
+        total = self.count + m
+        offsets = [r.sum(1, dtype=torch.float64) / m for r in centred]  # what rounding left of the batch mean
+        steps = [mean + offset - old for mean, offset, old in zip(means, offsets, self._mean, strict=True)]
+        weight = self.count * m / total
+        for k, (r, offset, step) in enumerate(zip(centred, offsets, steps, strict=True)):
+            self._m2[k] += _dot(r, r) - m * offset**2 + weight * step**2
+            if k and self.cross == "full":
+                self._cross[k - 1] += (
+                    (centred[0] @ r.T).double()
+                    - m * torch.outer(offsets[0], offset)
+                    + weight * torch.outer(steps[0], step)
+                )
+            elif k and self.cross == "paired":
+                self._cross[k - 1] += _dot(centred[0], r) - m * offsets[0] * offset + weight * steps[0] * step
+            self._mean[k] += step * (m / total)
+        self.count = total
+
+    def mean(self, k: int = 0) -> Tensor:
+        """Mean of network k's units (units,), float64."""
+        return self._mean[k]
+
+    def var(self, k: int = 0) -> Tensor:
+        """Variance ``M2 / count`` of network k's units (units,), as BatchNorm normalises with."""
+        return self._m2[k].clamp_min(0) / self.count
+
+    def std(self, k: int = 0) -> Tensor:
+        """Standard deviation of network k's units (units,)."""
+        return self.var(k).sqrt()
+
+    def cov(self, k: int = 1) -> Tensor:
+        """Covariance of network 0 with network k: (units, units) when cross is "full", (units,) when "paired"."""
+        if not self._cross:
+            raise ValueError("covariances were not gathered; pass cross='full' or 'paired'")
+        return self._cross[k - 1] / self.count
+
+    def dead(self, k: int = 0) -> Tensor:
+        """Units (units,) of network k that are constant to rounding, so that no correlation exists."""
+        return self.var(k) <= 1e-12 * self._mean[k] ** 2
+
+    def corr(self, k: int = 1, eps: float = 0.0) -> Tensor:
+        """Pearson correlation of network 0 with network k, shaped as `cov`; 0 where a unit is dead.
+
+        ``cov / (std_0 std_k + eps)`` (Jordan et al. 2022, Eq. 2; eps = 1e-4 is what their released code adds).
+        """
+        cov = self.cov(k)
+        a, b = (self.std(i).masked_fill(self.dead(i), torch.inf) for i in (0, k))
+        return cov / ((torch.outer(a, b) if cov.ndim == 2 else a * b) + eps)
+
+
+def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values less their batch mean as (units, count), and the mean in float64."""
+    x = x.detach()
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    rows = x.transpose(0, 1).flatten(1)
+    if rows.shape[1] == 0:
+        raise ValueError("an empty batch has no statistics")
+    mean = rows.mean(1)
+    return rows - mean[:, None], mean.double()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products, as float64; the norm needs no temporary of the operands' size."""
+    if a is b:
+        return torch.linalg.vector_norm(a, dim=1).double() ** 2
+    return (a * b).sum(1).double()
+
+
+def gather(
+    nets: Sequence[TracedNet], batches: Iterable[Tensor], taps: Iterable[str], cross: str = "none"
+) -> dict[str, Moments]:
+    """Moments at every tap, from one pass of all networks over the data, in step, node by node.
+
+    Args:
+        nets: k traced networks of one architecture.
+        batches: tensors (n, ...), on the networks' device.
+        taps: node names.
+        cross: see `Moments`.
+
+    Raises:
+        ValueError: no batch at all.
+    """
+    taps = list(dict.fromkeys(taps))
+    moments = {tap: Moments(cross) for tap in taps}
+    with eval_mode(*(net.model for net in nets)):
+        for x in batches:
+            for values in zip(*(net.walk(x, taps) for net in nets), strict=True):
+                moments[values[0][0]].update(*(value for _, value in values))
+    if not all(moment.count for moment in moments.values()):
+        raise ValueError("the calibration data is empty: it has no batch to measure statistics on")
+    return moments

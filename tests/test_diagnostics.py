@@ -1,0 +1,57 @@
+import pytest
+import torch
+from cases import batches, make
+
+from repairlib import diagnostics, graph
+from repairlib.interpolate import interpolate_models
+from repairlib.moments import Moments
+
+
+def test_variance_ratio_is_the_papers():
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    m = Moments()
+    m.update(x, 3 * x, x / 2)
+    assert diagnostics.variance_ratio(m, 2) == pytest.approx(0.25 / 5, rel=1e-5)
+    assert diagnostics.variance_ratio(m, 0, (0, 0)) == pytest.approx(1)
+    flat = Moments()
+    flat.update(torch.ones(5, 2), torch.ones(5, 2))
+    with pytest.raises(ValueError, match="undefined"):
+        diagnostics.variance_ratio(flat, 1)
+
+
+def test_profile_against_a_direct_computation():
+    name = "mlp3-plain-w8"
+    a, b, data = make(name, 0), make(name, 1), batches(name)
+    mid = interpolate_models(a, b)
+    rows = diagnostics.variance_profile(a, b, {"mid": mid, "a": a}, data)
+    assert [row["layer"] for row in rows] == [1, 2, 3, 1, 2, 3]
+    node = rows[1]["node"]
+    v = []
+    for model in (mid, a, b):
+        net = graph.trace(model, data[0])
+        with graph.eval_mode(model):
+            ((_, value),) = net.walk(torch.cat(data), [node])
+        v.append(value.double().var(0, correction=0).sum())
+    assert rows[1]["ratio"] == pytest.approx(float(v[0] / ((v[1] + v[2]) / 2)), rel=1e-5)
+    assert rows[1]["ratio"] < 1
+
+
+def test_channel_statistics_and_agreement():
+    name = "vgg11-bn-w0.125"
+    a, data = make(name), batches(name)
+    node = graph.trace(a, data[0]).nodes[1].name
+    rows = diagnostics.channel_statistics({"a": a, "b": make(name, 1)}, data, node)
+    assert {row["network"] for row in rows} == {"a", "b"} and all(row["variance"] > 0 for row in rows)
+    for corr in diagnostics.unit_agreement(a, a, data).values():
+        alive = corr != 0
+        torch.testing.assert_close(corr[alive], torch.ones_like(corr[alive]), rtol=1e-5, atol=0)
+
+
+def test_theory_leaves_dead_units_out():
+    name = "mlp1-plain-w6"
+    a, b = make(name, 0), make(name, 1)
+    with torch.no_grad():
+        next(m for m in a.modules() if isinstance(m, torch.nn.Linear)).weight[3] = 0
+    rows = diagnostics.first_layer_theory(a, b, interpolate_models(a, b), batches(name))
+    assert [row["unit"] for row in rows] == [0, 1, 2, 4, 5]
+    assert all(row["eq5"] == pytest.approx(row["measured"], rel=1e-4) for row in rows)

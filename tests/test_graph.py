@@ -1,0 +1,205 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, inputs, make
+from torch import nn
+
+from repairlib import graph
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_permuted_network_equals_the_original(name):
+    model = make(name)
+    spec = graph.permutation_spec(model, inputs(name, 2), verify=False)
+    for seed in range(2):
+        assert graph.invariance_error(model, spec, inputs(name, 2), seed) < 1e-10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_hidden_unit_is_in_exactly_one_group(name):
+    """Counted from the model: outgoing axes of all hidden layers, residual layers sharing their stream's group."""
+    model = make(name)
+    spec = graph.permutation_spec(model, inputs(name, 2))
+    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    owners = {
+        layer: [g.name for g in spec.groups if any(a.tensor == f"{layer}.weight" and a.axis == 0 for a in g.axes)]
+        for layer in layers
+    }
+    last = next(n for n, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear))
+    assert owners.pop(last) == []
+    assert all(len(groups) == 1 for groups in owners.values())
+    for group in spec.groups:
+        assert set(group.taps) == {"pre", "post"}
+
+
+def test_number_of_groups_of_known_networks():
+    # ResNet20: one stream a stage, one inner group a block. VGG16: one a convolution. MLP: one a hidden layer.
+    for name, groups in {
+        "resnet20-bn-w0.25": 3 + 9,
+        "vgg16-plain-w0.125": 13,
+        "mlp3-plain-w8": 3,
+        "resnet18-bn-w0.125": 4 + 8,
+    }.items():
+        assert len(graph.permutation_spec(make(name), inputs(name, 2)).groups) == groups
+
+
+def test_residual_stream_is_read_at_the_end_of_its_last_block():
+    name = "resnet20-bn-w0.25"
+    model = make(name)
+    spec, net = graph.permutation_spec(model, inputs(name, 2)), graph.trace(model, inputs(name, 2))
+    order = [node.name for node in net.nodes]
+    last_add = [n for n in order if net.kinds[n] == "add"][-1]
+    stream = max(spec.groups, key=lambda g: order.index(g.taps["post"]))
+    assert stream.taps["pre"] == last_add
+    assert stream.taps["post"] == order[order.index(last_add) + 1]
+
+
+@pytest.mark.parametrize("name", ["mlp2-bn-w8", "resnet8-bn-w0.5"])
+def test_compose_with_the_inverse_is_the_identity(name):
+    model = make(name)
+    spec = graph.permutation_spec(model, inputs(name, 2))
+    p, q = graph.random_permutation(spec, 1), graph.random_permutation(spec, 2)
+    for group, perm in graph.compose(p, graph.invert(p)).items():
+        assert perm.tolist() == list(range(spec[group].size))
+    state = model.state_dict()
+    two_steps = graph.permute_state(graph.permute_state(state, spec, p), spec, q)
+    one_step = graph.permute_state(state, spec, graph.compose(p, q))
+    assert all(torch.equal(two_steps[k], one_step[k]) for k in state)
+    back = graph.permute_state(two_steps, spec, graph.invert(graph.compose(p, q)))
+    assert all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_permuting_leaves_the_model_untouched():
+    name = "resnet8-bn-w0.5"
+    model = make(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    spec = graph.permutation_spec(model, inputs(name, 2))
+    graph.permute(model, spec, graph.random_permutation(spec))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_permutation_is_refused():
+    model = make("mlp1-plain-w6")
+    spec = graph.permutation_spec(model, inputs("mlp1-plain-w6", 2))
+    with pytest.raises(ValueError, match="not a permutation of its 6 units"):
+        graph.permute_state(model.state_dict(), spec, {spec.groups[0].name: torch.zeros(6, dtype=torch.int64)})
+
+
+def test_walk_reads_what_the_network_computes():
+    name = "vgg11-bn-w0.125"
+    model, x = make(name), inputs(name)
+    seen = {}
+    hooks = [
+        m.register_forward_hook(lambda m, i, o, n=n: seen.update({n: o.clone()})) for n, m in model.named_modules()
+    ]
+    with torch.no_grad():
+        expected = model(x)
+    for hook in hooks:
+        hook.remove()
+    net = graph.trace(model, x)
+    with graph.eval_mode(model):
+        assert torch.equal(net.run(x), expected)
+        convs = [n for n, kind in net.kinds.items() if kind == "conv"]
+        values = {n: v.clone() for n, v in net.walk(x, convs)}
+    assert list(values) == convs
+    for node in convs:
+        assert torch.equal(values[node], seen[net.node(node).target])
+
+
+def test_edits_replace_what_later_nodes_read():
+    model = make("mlp1-plain-w6")
+    x = inputs("mlp1-plain-w6")
+    net = graph.trace(model, x)
+    hidden = next(n for n, kind in net.kinds.items() if kind == "activation")
+    with graph.eval_mode(model):
+        edited = net.run(x, {hidden: torch.zeros_like})
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    assert torch.equal(edited, last.bias.detach().expand_as(edited))
+
+
+def test_training_flags_come_back():
+    model = make("resnet8-bn-w0.5").train()
+    frozen = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    graph.trace(model, inputs("resnet8-bn-w0.5", 2))
+    assert model.training and not frozen.training
+    assert sum(not m.training for m in model.modules()) == 1
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        return self.second(h) if h.sum() > 0 else self.second(-h)
+
+
+def test_untraceable_model_names_the_node_it_reached():
+    with pytest.raises(graph.UntraceableModel, match=r"DataDependent.*'(sum_1|gt)'"):
+        graph.trace(DataDependent(), torch.zeros(1, 4))
+
+
+class NoRule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.second(torch.cumsum(self.first(x), 1).mean((2, 3)))
+
+
+def test_operation_without_a_rule_names_the_node():
+    with pytest.raises(graph.UnsupportedNode, match="'cumsum'.*no permutation rule"):
+        graph.permutation_spec(NoRule(), torch.zeros(1, 1, 8, 8))
+    grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(graph.UnsupportedNode, match="'_1'.*grouped"):
+        graph.permutation_spec(grouped, torch.zeros(1, 1, 8, 8))
+
+
+def test_wrong_groups_do_not_pass_the_check():
+    """The check must see a forgotten axis even where fresh BatchNorm layers hold only ones and zeros."""
+    name = "mlp2-bn-w8"
+    torch.manual_seed(0)
+    from repairlib import models
+
+    model = models.build(name, shape=CASES[name], classes=3)
+    spec = graph.permutation_spec(model, inputs(name, 2))
+    group = spec.groups[0]
+    for axis in group.axes:
+        kept = tuple(a for a in group.axes if a is not axis)
+        damaged = graph.PermutationSpec((graph.Group(group.name, group.size, kept, group.taps), *spec.groups[1:]))
+        assert graph.invariance_error(model, damaged, inputs(name, 2)) > 1e-4, axis.tensor
+
+
+def test_flatten_of_maps_repeats_units():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 2))
+    (group,) = graph.permutation_spec(model, torch.zeros(2, 1, 8, 8)).groups
+    assert group.axes[-1].tensor == "3.weight" and group.axes[-1].positions.shape == (3, 36)
+
+
+def test_shared_module_is_tied_to_itself():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            h = F.relu(self.first(x))
+            return self.last(F.relu(self.again(F.relu(self.again(h)))))
+
+    (group,) = graph.permutation_spec(Twice(), torch.zeros(2, 3)).groups
+    assert {(a.tensor, a.axis) for a in group.axes} >= {("again.weight", 0), ("again.weight", 1), ("first.weight", 0)}
+
+
+def test_spec_prints_as_a_table():
+    text = str(graph.permutation_spec(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2)))
+    assert text.splitlines()[0].split()[:3] == ["group", "size", "tap"]
+    assert len(text.splitlines()) == 4
+
+
+def test_unknown_node_is_an_error_with_the_nearest():
+    net = graph.trace(make("mlp1-plain-w6"), inputs("mlp1-plain-w6", 2))
+    name = next(n for n, k in net.kinds.items() if k == "linear")
+    with pytest.raises(KeyError, match=name):
+        net.check_names([name + "x"])

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from cases import batches, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repairlib.graph import trace
+from repairlib.moments import Moments, gather
+
+
+def split(x: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
+    edges = [0, *sorted({c % len(x) for c in cuts} - {0}), len(x)]
+    return [x[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 999), max_size=8), st.sampled_from([0.0, 1.0, 1000.0]), st.integers(0, 5))
+def test_streaming_equals_direct_for_any_split(cuts, mean_in_stds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    std = torch.rand(2, 6, 1, 1, generator=generator) + 0.1
+    common = torch.randn(200, 6, 3, 2, generator=generator)
+    a, b = (s * (common + torch.randn(200, 6, 3, 2, generator=generator)) + mean_in_stds * s for s in std)
+    full, paired = Moments("full"), Moments("paired")
+    for xs in zip(split(a, cuts), split(b, cuts), strict=True):
+        full.update(*xs)
+        paired.update(*xs)
+    rows = [x.transpose(0, 1).flatten(1).double() for x in (a, b)]
+    expected = torch.cov(torch.cat(rows), correction=0)
+    for m in (full, paired):
+        assert m.count == 200 * 6
+        for k, r in enumerate(rows):
+            torch.testing.assert_close(m.mean(k), r.mean(1), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(m.var(k), r.var(1, correction=0), rtol=1e-5, atol=0)
+    # A covariance near zero has no relative accuracy of its own; its scale is the product of standard deviations.
+    scale = torch.outer(full.std(0), full.std(1))
+    torch.testing.assert_close(full.cov() / scale, expected[:6, 6:] / scale, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        paired.cov() / scale.diagonal(), expected[:6, 6:].diagonal() / scale.diagonal(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_float64_activations_keep_their_precision():
+    a, b = torch.randn(2, 500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    m = Moments("full")
+    for xs in zip(a.split(77), b.split(77), strict=True):
+        m.update(*xs)
+    torch.testing.assert_close(m.cov(), torch.cov(torch.cat([a, b], 1).T, correction=0)[:4, 4:], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_float32_statistics(dtype):
+    x = (torch.randn(400, 3, generator=torch.Generator().manual_seed(0)) + 5).to(dtype)
+    m = Moments()
+    for chunk in x.split(100):
+        m.update(chunk)
+    torch.testing.assert_close(m.var(), x.double().var(0, correction=0), rtol=1e-5, atol=0)
+
+
+def test_dead_units_have_no_correlation_and_are_reported():
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 7.0
+    m = Moments("full")
+    m.update(x, x)
+    assert m.dead(0).tolist() == [False, True, False]
+    corr = m.corr()
+    assert corr.isfinite().all() and (corr[1] == 0).all() and (corr[:, 1] == 0).all()
+    torch.testing.assert_close(corr.diagonal()[[0, 2]], torch.ones(2, dtype=torch.float64))
+    assert m.corr(eps=1e-4)[0, 0] < corr[0, 0]
+
+
+def test_gather_reads_all_networks_in_step():
+    name = "resnet8-bn-w0.5"
+    models = [make(name, seed) for seed in range(3)]
+    data = batches(name)
+    nets = [trace(model, data[0]) for model in models]
+    taps = [n for n, kind in nets[0].kinds.items() if kind in ("conv", "add")]
+    together = gather(nets, data, taps, cross="full")
+    for k, net in enumerate(nets):
+        alone = gather([net], data, taps)
+        for tap in taps:
+            assert torch.equal(together[tap].var(k), alone[tap].var())
+            assert torch.equal(together[tap].mean(k), alone[tap].mean())
+    assert together[taps[0]].cov(2).shape == (len(together[taps[0]].mean()),) * 2
+
+
+def test_empty_data_and_missing_covariances_are_errors():
+    name = "mlp1-plain-w6"
+    net = trace(make(name), batches(name)[0])
+    tap = next(n for n, kind in net.kinds.items() if kind == "linear")
+    with pytest.raises(ValueError, match="calibration data is empty"):
+        gather([net], [], [tap])
+    with pytest.raises(ValueError, match="empty batch"):
+        Moments().update(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="cross='full'"):
+        gather([net, net], batches(name), [tap])[tap].cov()
+    with pytest.raises(ValueError, match="cross must be"):
+        Moments("all")
