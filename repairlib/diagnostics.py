@@ -90,6 +90,25 @@ def unit_agreement(
     return {name: m.corr() for name, m in gather(nets, batches, target_nodes(nets[0], targets), cross="paired").items()}
 
 
+def std_over_root_variance(
+    model_a: nn.Module, model_b: nn.Module, data: Iterable, targets: Sequence[str] = ("conv",), alpha: float = 0.5
+) -> dict[str, float]:
+    """How far REPAIR's goal lies below what an interpolated BatchNorm divides by, mean over channels, per layer.
+
+    ``[(1-alpha) std_1 + alpha std_2] / sqrt((1-alpha) std_1^2 + alpha std_2^2)``, at most 1: REPAIR interpolates the
+    std (Jordan et al. 2022, Eq. 4), interpolated BatchNorm statistics hold the interpolated variance. Channels that
+    are constant in both networks are left out.
+    """
+    batches = Batches(data, model_a)
+    nets = [trace(model, batches.example()) for model in (model_a, model_b)]
+    ratios = {}
+    for name, m in gather(nets, batches, target_nodes(nets[0], targets)).items():
+        variance = (1 - alpha) * m.var(0) + alpha * m.var(1)
+        std = (1 - alpha) * m.std(0) + alpha * m.std(1)
+        ratios[name] = float((std / variance.sqrt())[variance > 0].mean())
+    return ratios
+
+
 def first_layer_theory(
     model_a: nn.Module, model_b: nn.Module, model_mid: nn.Module, data: Iterable, alpha: float = 0.5
 ) -> list[dict]:

@@ -127,8 +127,8 @@ _KIND_OF_MODULE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (nn.Flatten, "reshape"),
 )  # fmt: skip
 _KIND_OF_FUNCTION: dict[object, str] = {
-    **dict.fromkeys((F.relu, torch.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, torch.sigmoid, torch.tanh,
-                     F.leaky_relu, F.elu), "activation"),
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu,
+                     F.leaky_relu, torch.sigmoid, torch.tanh), "activation"),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, operator.sub), "add"),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul), "multiply"),
     **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), "pool"),

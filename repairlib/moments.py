@@ -47,7 +47,7 @@ class Moments:
         centred, means = zip(*map(_centre, activations), strict=True)
         m = centred[0].shape[1]
         total = self.count + m
-        offsets = [r.sum(1, dtype=torch.float64) / m for r in centred]  # what rounding left of the batch mean
+        offsets = [r.sum(1).double() / m for r in centred]  # what rounding left of the batch mean
         steps = [mean + offset - old for mean, offset, old in zip(means, offsets, self._mean, strict=True)]
         weight = self.count * m / total
         for k, (r, offset, step) in enumerate(zip(centred, offsets, steps, strict=True)):

@@ -39,6 +39,7 @@ LOOKS = {
     "closed-form": {"color": "#56B4E9", "linestyle": "-.", "marker": "s", "label": "REPAIR, closed form"},
     "simultaneous": {"color": "#CC79A7", "linestyle": "-", "marker": "^", "label": "REPAIR, simultaneous"},
     "repaired": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "after REPAIR"},
+    "sequential": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "REPAIR, sequential"},
     "reset": {"color": "#009E73", "linestyle": "-", "marker": "D", "label": "RESET"},
     "endpoint a": {"color": "#000000", "linestyle": "-", "marker": "", "label": "endpoint A"},
     "endpoint b": {"color": "#777777", "linestyle": "-", "marker": "", "label": "endpoint B"},
@@ -62,7 +63,7 @@ def curves(
     ylabel: str,
     title: str = "",
     percent: bool = False,
-    log_x: bool = False,
+    log_x: int = 0,
     log_y: bool = False,
     ylim: tuple[float, float] | None = None,
     legend: str = "below",
@@ -75,6 +76,7 @@ def curves(
         table: tidy rows.
         x, y, by: columns; values of `by` found in `LOOKS` are drawn the same everywhere.
         percent: show `y` times 100.
+        log_x: base of a logarithmic x axis; 0 for a linear one.
         legend: "below" the axes (never over data) or "none".
         labels: other names for the legend.
     """
@@ -91,9 +93,7 @@ def curves(
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=line.get_color(), alpha=0.15, lw=0)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if log_x:
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(sorted(frame[x].unique()), [f"{v:g}" for v in sorted(frame[x].unique())])
-            ax.minorticks_off()
+            ax.set_xscale("log", base=log_x)
         if log_y:
             ax.set_yscale("log")
         if ylim:
@@ -148,3 +148,71 @@ def prediction(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
         ax.set_ylabel("predicted variance\n(squared units)")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure
+
+
+def channels(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
+    """Activation variance of every channel of one layer as overlaid lines (Jordan et al. 2022, Fig. 3 left)."""
+    figure = curves(
+        table,
+        "channel",
+        "variance",
+        "network",
+        xlabel="channel",
+        ylabel="activation variance\n(squared units)",
+        title=title,
+    )
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def depth(table: Sequence[dict] | pd.DataFrame, *, threshold: float, title: str = "") -> Figure:
+    """Test accuracy of midpoints against depth, the endpoints as a band (Jordan et al. 2022, Fig. 3 right)."""
+    frame = pd.DataFrame(table)
+    is_end = frame["network"].str.startswith("endpoint")
+    figure = curves(
+        frame[~is_end],
+        "depth",
+        "accuracy",
+        "network",
+        xlabel="depth (hidden layers)",
+        ylabel="test accuracy (%)",
+        title=title,
+        percent=True,
+    )
+    (ax,) = figure.axes
+    ends = frame[is_end].groupby("depth")["accuracy"].agg(["min", "max"]) * 100
+    ax.fill_between(ends.index, ends["min"], ends["max"], color="black", alpha=0.35, lw=0.8, zorder=0)
+    ax.annotate(
+        "endpoints", (ends.index[-1], ends["max"].iloc[-1]), (0, 3), textcoords="offset points", ha="right", fontsize=7
+    )
+    ax.axhline(100 * threshold, color="black", lw=0.6, ls=":", zorder=0)
+    ax.set_ylim(0, 106)
+    return figure
+
+
+def samples(table: Sequence[dict] | pd.DataFrame, *, before: float, title: str = "") -> Figure:
+    """Accuracy barrier at the midpoint against the number of calibration examples, with the spread over draws."""
+    figure = curves(
+        table,
+        "examples",
+        "barrier",
+        "network",
+        xlabel="calibration examples",
+        ylabel="accuracy barrier\n(points)",
+        title=title,
+        percent=True,
+        log_x=10,
+    )
+    (ax,) = figure.axes
+    ax.axhline(100 * before, **{k: v for k, v in LOOKS["aligned"].items() if k in ("color", "linestyle")}, lw=1)
+    ax.annotate(
+        "before REPAIR",
+        (1, 100 * before),
+        (-2, -9),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        fontsize=7,
+    )
+    ax.set_ylim(bottom=0)
+    return figure

@@ -1,0 +1,64 @@
+# Two commands: `make figures` and `make test`. Both set up .venv by themselves, from requirements.txt.
+# Needs Python >= 3.10 (PYTHON=python3.12 picks another), make, and a package index.
+
+PYTHON    ?= python3
+VENV      ?= .venv
+SCALE     ?= quick
+NOTEBOOKS ?=
+ITEMS     ?=
+# Jobs at a time on this machine, and how many of them may share its GPU.
+CORES     ?= all
+GPU_JOBS  ?= 1
+# What Snakemake leaves unsaid; QUIET=progress shows its own messages.
+QUIET     ?= all
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SHELL     := bash
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@echo "usage: make TARGET [SCALE=smoke|quick|fast|paper]"; echo
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | while read -r name text; do \
+	  printf "  %-8s %s\n" "$$name" "$$text"; done
+	@echo; echo "Options of figures: NOTEBOOKS='repair/04_repair ...', ITEMS='repair/fig3-left ...', CORES=4, GPU_JOBS=2"
+
+figures: $(INSTALLED)  ## make every figure that is missing or out of date, at SCALE (quick)
+	@began=$$(date +%s); status=0; \
+	$(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPU_JOBS) --keep-going --rerun-incomplete --nolock \
+	    --rerun-triggers mtime --scheduler greedy --quiet $(QUIET) \
+	    --config scale="$(SCALE)" $(if $(NOTEBOOKS),notebooks="$(NOTEBOOKS)") $(if $(ITEMS),items="$(ITEMS)") || status=$$?; \
+	$(BIN)/python -m repairlib.batch summary --scale "$(SCALE)" --since $$began; \
+	[ $$status = 0 ] || echo "Not everything could be made; if nothing above says why, try: make figures QUIET=progress"; \
+	exit $$status
+# --nolock: nothing is left to unlock after a kill. Two calls at once are safe, as jobs lock what they write.
+
+test: $(INSTALLED)  ## lint, unit tests, doctests, and every notebook at smoke scale
+	@$(BIN)/ruff check --quiet . && status=0 || status=1; \
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; \
+	REPAIRLIB_RUNS="$$scratch/runs" REPAIRLIB_FIGURES="$$scratch/figures" OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+	    --ignore-glob '*/notebooks/*.py' notebooks tests repairlib || status=1; \
+	exit $$status
+# Empty folders for runs and figures, so that nothing made earlier hides a fault.
+
+lab: $(INSTALLED)  ## open JupyterLab
+	$(BIN)/jupyter-lab notebooks/00_quickstart.ipynb
+
+sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer wins) and strip outputs
+	@$(BIN)/python -m repairlib.batch sync
+
+clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper
+	rm -rf build .snakemake figures/smoke figures/quick figures/.staging figures/gallery.html .pytest_cache .ruff_cache
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "repairlib needs Python >= 3.10, and $(PYTHON) is not; say which: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Setting up $(VENV): once, several GB, mostly PyTorch."
+	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/.installing),--clear) $(VENV) && touch $(VENV)/.installing
+	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm $(VENV)/.installing && touch $@
+# .installing: an installation that was interrupted is started again from nothing.
+
+.PHONY: help figures test lab sync clean

@@ -1,0 +1,68 @@
+# The batch graph: one job for every training run, one papermill job for every notebook. `make figures` runs it here;
+# a cluster runs it through an executor plugin of Snakemake, for instance
+#     .venv/bin/snakemake --executor slurm --jobs 50 --config scale=paper
+# where training runs and notebooks ask for gpu=1 if the machine that plans has one. Configuration: scale, notebooks,
+# items, as of `make figures`.
+#
+# Snakemake deletes the outputs of jobs that fail or are killed, so the outputs it knows are stamps in build/, and never
+# checkpoints or figures: these are written whole or not at all by repairlib.store and repairlib.batch.
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)
+from repairlib import batch, report
+
+try:
+    SCALE = report.check_scale(config.get("scale", "quick"))
+    ITEMS = batch.find_items(str(config.get("items", "")))
+    NOTEBOOKS = batch.find_notebooks(str(config.get("notebooks", "")))
+    if ITEMS:
+        NOTEBOOKS = sorted({report.read_index()[item]["notebook"] for item in ITEMS})
+    RUNS = {name: report.notebook_runs(f"notebooks/{name}.py", SCALE, ",".join(ITEMS)) for name in NOTEBOOKS}
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)  # also when Snakemake is told to be quiet
+    raise
+
+# A run for some items has a stamp of its own, since it does not complete the notebook.
+STAMP = f"build/{SCALE}/{{notebook}}{'+'.join(['', *ITEMS]).replace('/', '-')}.done"
+LIBRARY = [path.as_posix() for path in Path("repairlib").glob("*.py") if path.name not in ("batch.py", "store.py")]
+GPU = 1 if shutil.which("nvidia-smi") else 0
+
+for name in NOTEBOOKS:
+    if not batch.read_done(name, SCALE):  # somebody removed figures: make them again
+        Path(STAMP.format(notebook=name)).unlink(missing_ok=True)
+
+
+rule all:
+    input:
+        expand(STAMP, notebook=NOTEBOOKS),
+
+
+rule train:
+    output:
+        touch("build/runs/{run}.done"),
+    resources:
+        gpu=GPU,
+    shell:  # through cat, because the progress bars of parallel jobs would overwrite each other
+        "{sys.executable:q} -m repairlib.store train {wildcards.run:q} | cat"
+
+
+rule notebook:
+    input:
+        lambda wildcards: expand("build/runs/{run}.done", run=RUNS[wildcards.notebook]),
+        LIBRARY,
+        notebook="notebooks/{notebook}.py",
+    output:
+        touch(STAMP),
+    params:
+        only=",".join(ITEMS),
+    resources:
+        gpu=GPU,
+    shell:
+        "{sys.executable:q} -m repairlib.batch {input.notebook:q} --scale {SCALE} --items={params.only:q}"
+
+
+onstart:
+    runs = {run for name in NOTEBOOKS for run in RUNS[name] if not Path(f"build/runs/{run}.done").exists()}
+    print(f"{SCALE}: networks to train: {len(runs)}; notebooks that may need them: {len(NOTEBOOKS)}", flush=True)

@@ -1,0 +1,227 @@
+"""What a notebook needs to state and to save its results: scales, items, their data and pictures, where they were made.
+
+An *item* is one figure panel or table of a paper, named as in `figures/index.yml` (`repair/fig2-left`). A notebook
+computes a tidy table, saves it with `save_item` as JSON beside the picture drawn from it, and says with `by_scale`
+what differs between scales.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repairlib.data import nearest, project_root
+from repairlib.store import atomic_write
+
+SCALES = ("smoke", "quick", "fast", "paper")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "safetensors")
+
+
+def by_scale(scale: str, *, smoke: Any, quick: Any, fast: Any, paper: Any) -> Any:
+    """The value for `scale`; all four stand side by side, so that a reader sees what the paper used.
+
+    >>> by_scale("quick", smoke=[1], quick=[4, 8, 16], fast=[1, 2, 4, 8], paper=[1, 2, 4, 8, 16])
+    [4, 8, 16]
+    """
+    check_scale(scale)
+    return {"smoke": smoke, "quick": quick, "fast": fast, "paper": paper}[scale]
+
+
+def check_scale(scale: str) -> str:
+    """Return `scale` if it is one of the four; ValueError otherwise."""
+    return check(scale, SCALES, "scale")
+
+
+def check(name: str, valid: Iterable[str], kind: str) -> str:
+    """Return `name` if it is valid; ValueError that names the nearest otherwise.
+
+    >>> check("quik", SCALES, "scale")
+    Traceback (most recent call last):
+    ValueError: unknown scale 'quik'; the nearest is 'quick' (known: smoke, quick, fast, paper)
+    """
+    valid = list(valid)
+    if name not in valid:
+        hint = f"the nearest is {nearest(str(name), valid)!r} (known: {', '.join(valid)})" if valid else "there is none"
+        raise ValueError(f"unknown {kind} {name!r}; {hint}")
+    return name
+
+
+def wanted(item: str, items: str) -> bool:
+    """Whether a notebook's parameter `items` (comma-separated IDs, empty = all) asks for `item`.
+
+    >>> wanted("repair/samples", ""), wanted("repair/samples", "repair/fig2-left")
+    (True, False)
+    """
+    return not items.strip() or item in [name.strip() for name in items.split(",")]
+
+
+def figures_root(root: str | Path | None = None) -> Path:
+    """Where figures are saved: `root`, else $REPAIRLIB_FIGURES, else `figures` in the project."""
+    return Path(root or os.environ.get("REPAIRLIB_FIGURES") or project_root() / "figures")
+
+
+def read_index() -> dict[str, dict]:
+    """The entries of `figures/index.yml`, by item ID."""
+    path = project_root() / "figures" / "index.yml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def save_item(
+    item: str,
+    scale: str,
+    table: Any,
+    summary: Mapping[str, float | bool | str],
+    figure: Any = None,
+    *,
+    runs: Sequence[str] = (),
+    device: Any = "cpu",
+    seconds: float | None = None,
+    root: str | Path | None = None,
+) -> Path:
+    """Save one item as <figures>/<scale>/<output>.json, and .png (200 dpi) and .svg of its figure, each atomically.
+
+    item: an ID of `figures/index.yml`.
+    table: the tidy table the figure was drawn from, a list of flat dicts or a DataFrame.
+    summary: the few numbers to compare with the paper's, under the names of the index's `published`.
+    figure: a matplotlib figure; only items of `kind: table` may leave it out.
+    runs, device, seconds: the training runs used, where it was computed and how long it took.
+    root: another figures folder, see `figures_root`.
+
+    Returns the path of the JSON. Raises ValueError for an unknown item or scale, for NaN and for infinity, TypeError
+    for values that are not scalars, each naming the item and the column.
+    """
+    index = read_index()
+    entry = index[check(item, index, "item")]
+    check_scale(scale)
+    if figure is None and entry.get("kind") != "table":
+        raise ValueError(f"{item} needs a figure: only items with `kind: table` in figures/index.yml go without")
+    rows = table.to_dict("records") if hasattr(table, "to_dict") else list(table)
+    seeds = sorted({int(run.rpartition("/s")[2]) for run in runs})
+    record = {
+        "item": item,
+        "scale": scale,
+        "device": device_name(device),
+        "seeds": seeds,
+        "runs": list(runs),
+        "versions": versions(),
+        "seconds": None if seconds is None else round(seconds, 1),
+        "summary": {name: _plain(value, f"{item}: summary {name!r}") for name, value in summary.items()},
+    }
+    rows = [
+        {name: _plain(value, f"{item}: column {name!r}, row {i}") for name, value in row.items()}
+        for i, row in enumerate(rows)
+    ]
+    # One table row a line, so that a change of committed results reads well as a diff.
+    lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
+    text = json.dumps(record, indent=1, allow_nan=False)[:-2] + f',\n "table": [\n  {lines}\n ]\n}}\n'
+
+    base = figures_root(root) / scale / entry["output"]
+    base.parent.mkdir(parents=True, exist_ok=True)
+    if figure is not None:
+        atomic_write(base.with_name(base.name + ".png"), _picture(figure, "png"))
+        atomic_write(base.with_name(base.name + ".svg"), _picture(figure, "svg"))
+    path = base.with_name(base.name + ".json")
+    atomic_write(path, text)
+    return path
+
+
+def _plain(value: Any, where: str) -> float | int | bool | str | None:
+    """A JSON scalar from a Python, NumPy or torch scalar."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: results must be finite (leave the row out, or say why in a column)")
+    if not isinstance(value, float | int | bool | str | None):
+        raise TypeError(f"{where} is a {type(value).__name__}: only numbers, booleans and strings can be saved")
+    return value
+
+
+def _picture(figure: Any, suffix: str) -> bytes:
+    """The figure as PNG or SVG; the same figure gives the same bytes (no date, a fixed salt for the SVG's IDs)."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "repairlib"}):
+        figure.savefig(buffer, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else None)
+    return buffer.getvalue()
+
+
+def notebook_runs(path: str | Path, scale: str, items: str = "") -> list[str]:
+    """The names of the training runs a notebook needs at `scale`: its variable `runs`.
+
+    Of a jupytext notebook in the percent format, only the cells tagged `parameters` and `runs` are executed, the latter
+    with `scale` and `items` set. So what a notebook needs stands in the notebook, and the batch graph reads it there.
+    """
+    cells = re.split(r"^# %%", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    found = []
+    for tag in ("parameters", "runs"):
+        for cell in cells:
+            head, _, code = cell.partition("\n")
+            if re.search(rf'tags=\[[^\]]*"{tag}"', head):
+                try:
+                    exec(compile(code, f"{path} ({tag})", "exec", dont_inherit=True), namespace)
+                except Exception as error:
+                    why = f"{type(error).__name__}: {error}"
+                    raise ValueError(f"{path}: the cell tagged `{tag}` fails: {why}") from error
+                found.append(tag)
+        namespace.update(scale=check_scale(scale), items=items)
+    if "runs" not in found:
+        return []  # a notebook that trains nothing
+    runs = namespace.get("runs")
+    if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
+        raise TypeError(f"{path}: the cell tagged `runs` must set `runs` to a list of run names, got {runs!r}")
+    return list(dict.fromkeys(runs))
+
+
+def environment(device: Any = "cpu") -> dict[str, Any]:
+    """Where results were made: interpreter, machine, device, package versions, commit."""
+    try:
+        command = ["git", "rev-parse", "--verify", "HEAD"]
+        commit = subprocess.run(command, cwd=project_root(), capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:  # a machine without git
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def device_name(device: Any) -> str:
+    """A device in words: the CPU's or the GPU's model."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return cpu_name() if str(device) == "cpu" else str(device)
+
+
+def cpu_name() -> str:
+    """The processor's model name and its number of cores."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)
+        name = found[1] if found else name
+    return f"{name}, {os.cpu_count()} cores"

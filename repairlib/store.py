@@ -1,0 +1,333 @@
+"""The store of trained networks: ask for a run by name; it is loaded if it is there and trained if it is not.
+
+    get("digits/resnet20-bn-w1/quick/s1")          python -m repairlib.store train digits/resnet20-bn-w1/quick/s1
+
+A run is a folder `<root>/<data>/<model>/<recipe>/s<seed>` with the weights (model.safetensors) and a sidecar
+(run.json: recipe, metrics, versions, device, seconds, and the digest of the weights). It is there whole or not at
+all, it is never overwritten, and it is trained once however many processes ask for it.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import nn
+
+from repairlib import models
+from repairlib.data import DataMissing, nearest, project_root
+from repairlib.train import DivergedError, Recipe, RunName, find_recipe, parse_run, train
+
+__all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "atomic_write", "get", "parse_run", "write_folder"]
+WEIGHTS, SIDECAR = "model.safetensors", "run.json"
+
+
+class CorruptCheckpoint(RuntimeError):
+    """A stored run is truncated, altered or not finite; the message names the file and how to get it back."""
+
+
+class StaleRun(RuntimeError):
+    """A stored run was trained with another recipe than its name stands for today."""
+
+
+class Store:
+    """Trained networks by run name.
+
+    root       default $REPAIRLIB_RUNS, else `data/runs` in the checkout. A read-only root serves what it holds.
+    data_root  where data sets are (see data.load)
+    """
+
+    def __init__(self, root: str | os.PathLike | None = None, data_root: str | os.PathLike | None = None):
+        default = os.environ.get("REPAIRLIB_RUNS") or project_root() / "data" / "runs"
+        self.root = Path(root or default).expanduser().resolve()
+        self.data_root = data_root
+
+    def get(
+        self,
+        name: str,
+        device: str | torch.device = "cpu",
+        *,
+        train_device: str | torch.device | None = None,
+        progress: bool = True,
+    ) -> nn.Module:
+        """Return a network by run name, in evaluation mode on `device`; train and save it first if it is not there.
+
+        train_device  where to train: default $REPAIRLIB_DEVICE, else a GPU if there is one, else the CPU
+        progress      show a bar (see train.train)
+
+        Raises ValueError for a name that does not parse, CorruptCheckpoint, StaleRun, data.DataMissing and
+        train.DivergedError.
+        """
+        if not self.has(name):
+            with self._lock(name, progress):
+                if not self.has(name):  # another process may have trained it meanwhile
+                    model, metrics = train(name, data_root=self.data_root, device=train_device, progress=progress)
+                    self._save(name, model, metrics)
+        return self.load(name, device)
+
+    def load(self, name: str, device: str | torch.device = "cpu") -> nn.Module:
+        """Return a stored network, after comparing digest and recipe; FileNotFoundError if it is not there."""
+        run, info = self._parse(name), self.info(name)
+        self._check_recipe(run, info)
+        path = self.path(name) / WEIGHTS
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise self._corrupt(name, path, "is missing") from None
+        if (digest := hashlib.sha256(content).hexdigest()) != info["sha256"]:
+            raise self._corrupt(name, path, f"was altered or truncated (sha256 {digest[:12]}..., expected "
+                                            f"{str(info['sha256'])[:12]}...; {len(content)} bytes)")  # fmt: skip
+        try:
+            with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
+                model = models.build(run.model, tuple(info["shape"]), info["classes"])
+            model.load_state_dict(safetensors.torch.load(content))
+        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+            raise self._corrupt(
+                name, path, f"does not fit the model {run.model} ({' '.join(str(error).split())})"
+            ) from error
+        if key := _non_finite(model):
+            raise self._corrupt(name, path, f"holds non-finite values in {key}")
+        return model.eval().to(device)
+
+    def save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
+        """Store a network under a run name with the metrics that train.train returns.
+
+        Raises FileExistsError if it is there, ValueError if a weight is not finite, OSError if it cannot be written.
+        """
+        with self._lock(name):
+            self._save(name, model, metrics)
+
+    def has(self, name: str) -> bool:
+        """Say whether a run is stored."""
+        return self.path(name).is_dir()
+
+    def path(self, name: str) -> Path:
+        """Return the folder of a run."""
+        return self.root / str(self._parse(name))
+
+    def info(self, name: str) -> dict:
+        """Return the sidecar of a stored run; FileNotFoundError if it is not there."""
+        path = self.path(name) / SIDECAR
+        if not path.parent.is_dir():
+            stored = self.names()
+            hint = f"; the nearest that is: {nearest(name, stored)}" if stored else ""
+            raise FileNotFoundError(f"run {name} is not stored in {self.root}{hint}")
+        try:
+            info = json.loads(path.read_text())
+            missing = {"sha256", "recipe", "shape", "classes", "metrics"} - set(info)
+        except FileNotFoundError:
+            raise self._corrupt(name, path, "is missing") from None
+        except (ValueError, TypeError) as error:
+            raise self._corrupt(name, path, f"is not valid JSON ({error})") from error
+        if missing:
+            raise self._corrupt(name, path, f"lacks {', '.join(sorted(missing))}")
+        return info
+
+    def names(self) -> list[str]:
+        """Return the names of all stored runs, in natural order."""
+        folders = (path for path in self.root.glob("*/*/*/s*") if path.is_dir())
+        names = (path.relative_to(self.root).as_posix() for path in folders)
+        return sorted(names, key=lambda n: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", n)])
+
+    def delete(self, name: str) -> None:
+        """Remove a stored run; FileNotFoundError if it is not there."""
+        folder = self.path(name)
+        with self._lock(name):
+            if not folder.is_dir():
+                self.info(name)  # raises, with a hint
+            hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+            folder.rename(hidden)  # gone at once, even if removing the files is interrupted
+            shutil.rmtree(hidden)
+
+    def _parse(self, name: str) -> RunName:
+        """Parse a run name; what is stored needs no data set to be read."""
+        run = parse_run(name, check_data=False)
+        stored = (self.root / str(run)).is_dir() and not name.startswith(".")
+        return run if stored else parse_run(name, self.data_root)
+
+    def _save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
+        """Write a run; the caller holds its lock."""
+        run = self._parse(name)
+        if key := _non_finite(model):
+            raise ValueError(f"run {name} is not saved: {key} holds non-finite values")
+        content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()})
+        facts = ("shape", "classes", "device", "threads", "seconds")
+        info = {
+            "run": str(run),
+            "recipe": dataclasses.asdict(find_recipe(run.recipe, run.model.family, run.data)),
+            **{key: metrics[key] for key in facts},
+            "metrics": {key: value for key, value in metrics.items() if key not in facts},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        sidecar = json.dumps(info, indent=2, allow_nan=False) + "\n"
+        write_folder(self.path(name), {WEIGHTS: content, SIDECAR: sidecar.encode()})
+
+    def _lock(self, name: str, progress: bool = False) -> FileLock:
+        """Return the lock of a run, not shared with any other run; released by the system if its holder dies."""
+        run = str(self._parse(name))
+        folder = self.root / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / (run.replace("/", "__") + ".lock"))
+        if progress:
+            try:
+                lock.acquire(timeout=0)
+                lock.release()
+            except Timeout:
+                print(f"{run}: waiting for the process that is training it", flush=True)
+        return lock
+
+    def _check_recipe(self, run: RunName, info: dict) -> None:
+        """Compare the recipe a run was trained with to today's; a field it does not have counts as its default."""
+        today = dataclasses.asdict(find_recipe(run.recipe, run.model.family, run.data))
+        defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+        for field in today | info["recipe"]:
+            then, now = info["recipe"].get(field, defaults.get(field)), today.get(field)
+            if json.dumps(then) != json.dumps(now):
+                raise StaleRun(
+                    f"run {run} was trained with {field}={then!r}, and its recipe now has {now!r}: remove it with "
+                    f"`python -m repairlib.store --root {self.root} delete {run}` and it is trained again, or keep it "
+                    "and use another root (REPAIRLIB_RUNS)"
+                )
+
+    def _corrupt(self, name: str, path: Path, problem: str) -> CorruptCheckpoint:
+        return CorruptCheckpoint(
+            f"{path} {problem}; remove the run with `python -m repairlib.store --root {self.root} delete {name}` "
+            f"and get({name!r}) trains it again"
+        )
+
+
+def get(name: str, device: str | torch.device = "cpu", progress: bool = True) -> nn.Module:
+    """Return a network by run name from the default store, trained first if need be (see Store.get)."""
+    return Store().get(name, device, progress=progress)
+
+
+def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
+    """Write a file so that it is there whole or as it was before, whatever happens meanwhile."""
+    path = Path(path)
+    content = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = f"{socket.gethostname()}-{os.getpid()}"
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if _is_dead(leftover.name.removesuffix(".tmp").removeprefix(f".{path.name}.")):
+            leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    try:
+        _write(temporary, content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_folder(folder: str | os.PathLike, files: Mapping[str, bytes]) -> None:
+    """Write a new folder of files that is there whole or not at all; FileExistsError if it exists.
+
+    Leftovers of killed writers of the same folder are removed, so hold a lock if there may be two.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists and is not overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            _write(temporary / name, content)
+        _sync(temporary)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(folder.parent)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file down to the disk; an OSError names it."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} while writing", str(path)) from error
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename within the folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_dead(writer: str) -> bool:
+    """Say whether `<host>-<pid>` is a process of this machine that no longer runs."""
+    host, _, pid = writer.rpartition("-")
+    if host != socket.gethostname() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # it runs, under another user
+    return False
+
+
+def _non_finite(model: nn.Module) -> str | None:
+    """Return the first entry of the state dict that has a NaN or an infinity."""
+    return next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line: train, delete, list or check stored runs; the exit code is 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m repairlib.store", description="Trained networks by run name.")
+    parser.add_argument("--root", help="where runs are stored (default: $REPAIRLIB_RUNS, else data/runs)")
+    parser.add_argument("--data-root", help="where data sets are (default: $REPAIRLIB_DATA, else data)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in (("train", "train runs that are not stored yet"), ("delete", "remove runs")):
+        commands.add_parser(command, help=text).add_argument("names", nargs="+", metavar="NAME")
+    commands.add_parser("list", help="list stored runs with their test accuracy")
+    commands.add_parser("check", help="verify every stored run")
+    options = parser.parse_args(arguments)
+    store = Store(options.root, options.data_root)
+    failures = 0
+    for name in options.names if hasattr(options, "names") else store.names():
+        try:
+            if options.command == "train":
+                store.get(name)
+            elif options.command == "delete":
+                store.delete(name)
+            elif options.command == "list":
+                print(f"{name}  {store.info(name)['metrics'].get('test_accuracy', float('nan')):.2%}")
+            else:
+                store.load(name)
+                print(f"{name}  ok")
+        except (CorruptCheckpoint, StaleRun, DataMissing, DivergedError, ValueError, OSError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            failures += 1
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

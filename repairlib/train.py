@@ -1,0 +1,315 @@
+"""Run names, recipes and the training loop.
+
+A run is named `<data>/<model>/<recipe>/s<seed>`, and the name is all that is needed to train it:
+`train("digits/resnet20-bn-w1/quick/s1")` gives the same network bit for bit on the same CPU.
+"""
+
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from repairlib import models
+from repairlib.data import Dataset, check_name, iterate, load, nearest
+
+
+class DivergedError(RuntimeError):
+    """The loss became non-finite; the message names the run, the step and the last finite loss."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD on the cross entropy. New fields need a default, so that old checkpoints stay valid."""
+
+    name: str
+    epochs: int  # passes over the training set
+    batch_size: int  # images
+    lr: float  # peak learning rate, for the mean loss over a batch
+    schedule: str  # "linear" or "cosine": the way down to 0 after the warm-up
+    weight_decay: float = 0.0  # coefficient of (1/2)|w|^2 in the loss, for all parameters
+    augment: tuple[str, ...] = ()  # see data.augment
+    momentum: float = 0.9
+    warmup_epochs: float = 0.0  # epochs of linear growth from 0 to lr
+    nesterov: bool = False
+    label_smoothing: float = 0.0  # probability spread evenly over the classes
+
+    def __post_init__(self):
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"unknown schedule {self.schedule!r}: linear or cosine")
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of a step, counted from 0.
+
+        >>> recipe = Recipe("example", 10, 100, lr=0.4, schedule="linear", warmup_epochs=2)
+        >>> [round(recipe.lr_at(step, 1), 3) for step in (0, 1, 2, 6, 9)]
+        [0.2, 0.4, 0.4, 0.2, 0.05]
+        """
+        warmup = self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = (step - warmup) / (self.epochs * steps_per_epoch - warmup)
+        return self.lr * (1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+_ALL = ("flip", "translate", "cutout")
+
+# Jordan et al. 2022, Table 1 (momentum 0.9 throughout; ResNet50 on ImageNet is not here):
+#
+#                  MLP          VGG              ResNet20
+#   batch size     2000         500              500
+#   epochs         100          100              200
+#   learning rate  linear 0.2   cosine 0.08      cosine 0.4
+#   weight decay   0            0.0005           0.0001
+#   augmentation   translate    flip+translate   flip+translate+cutout
+#
+# `jordan-released` is what the authors' code does instead where it differs (the length of VGG's warm-up is ours).
+# `fast` is for the papers' data sets within minutes; `quick` for digits; `smoke` takes a few steps, for tests.
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "jordan": {
+        "mlp": Recipe("jordan", 100, 2000, 0.2, "linear", augment=("translate",)),
+        "vgg": Recipe("jordan", 100, 500, 0.08, "cosine", 5e-4, ("flip", "translate")),
+        "resnet": Recipe("jordan", 200, 500, 0.4, "cosine", 1e-4, _ALL),
+    },
+    "jordan-released": {
+        "mlp": Recipe("jordan-released", 50, 1000, 0.05, "linear"),
+        "vgg": Recipe("jordan-released", 250, 500, 0.08, "linear", 5e-4, ("flip", "translate"), warmup_epochs=5),
+        "resnet": Recipe("jordan-released", 250, 500, 0.4, "cosine", 1e-4, _ALL),
+    },
+    "fast": {
+        "mlp": Recipe("fast", 10, 1000, 0.05, "linear"),
+        "vgg": Recipe("fast", 30, 500, 0.08, "cosine", 5e-4, ("flip", "translate"), warmup_epochs=1),
+        "resnet": Recipe("fast", 30, 500, 0.4, "cosine", 1e-4, ("flip", "translate"), warmup_epochs=1),
+    },
+    "quick": {
+        "mlp": Recipe("quick", 80, 200, 0.1, "linear", warmup_epochs=25, nesterov=True),  # 35 layers need it all
+        "vgg": Recipe("quick", 20, 100, 0.1, "cosine", 5e-4, ("translate",)),
+        "resnet": Recipe("quick", 20, 100, 0.2, "cosine", 1e-4, ("translate",)),
+    },
+    "smoke": {
+        "mlp": Recipe("smoke", 2, 200, 0.1, "linear"),
+        "vgg": Recipe("smoke", 1, 200, 0.1, "linear"),
+        "resnet": Recipe("smoke", 1, 200, 0.1, "linear"),
+    },
+}
+UPRIGHT = ("digits", "mnist", "svhn")  # digits must not be mirrored, nor a part of their strokes cut out
+
+
+def find_recipe(name: str, family: str, data: str) -> Recipe:
+    """Return a recipe by name for a family (mlp, vgg, resnet) and a data set; no flip and cutout on digits.
+
+    >>> [find_recipe("jordan", "resnet", data).augment for data in ("cifar10", "mnist")]
+    [('flip', 'translate', 'cutout'), ('translate',)]
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; the nearest is {nearest(name, list(RECIPES))!r} "
+                         f"(known: {', '.join(RECIPES)})")  # fmt: skip
+    found = RECIPES[name][family]
+    if data in UPRIGHT:
+        found = replace(found, augment=tuple(a for a in found.augment if a not in ("flip", "cutout")))
+    return found
+
+
+@dataclass(frozen=True)
+class RunName:
+    """A parsed run name; `str` gives the name back, with the model's width in full."""
+
+    data: str
+    model: models.ModelName
+    recipe: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.data}/{self.model}/{self.recipe}/s{self.seed}"
+
+
+def parse_run(name: str, data_root: str | os.PathLike | None = None, *, check_data: bool = True) -> RunName:
+    """Parse `<data>/<model>/<recipe>/s<seed>`; ValueError with the nearest valid name for whatever part is wrong.
+
+    Image folders are looked for under data_root (see data.load), unless check_data is False.
+
+    >>> str(parse_run("digits/resnet20-bn/quick/s1"))
+    'digits/resnet20-bn-w1/quick/s1'
+    """
+    parts = name.split("/")
+    if len(parts) != 4:
+        raise ValueError(
+            f"run name {name!r} is not <data>/<model>/<recipe>/s<seed>, like digits/vgg11-bn-w0.25/quick/s1"
+        )
+    try:
+        data, model = check_name(parts[0], data_root) if check_data else parts[0], models.parse(parts[1])
+        find_recipe(parts[2], model.family, data)
+        if not re.fullmatch(r"s(0|[1-9]\d{0,17})", parts[3]):
+            number = re.search(r"[1-9]\d*", parts[3])
+            raise ValueError(f"{parts[3]!r} is not a seed; the nearest is {f's{number[0] if number else 1}'!r}")
+    except ValueError as error:
+        raise ValueError(f"run name {name!r}: {error}") from error
+    return RunName(data, model, parts[2], int(parts[3][1:]))
+
+
+def default_device() -> str:
+    """Return $REPAIRLIB_DEVICE, else cuda where there is a GPU, else cpu."""
+    return os.environ.get("REPAIRLIB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    run: str | RunName,
+    *,
+    recipe: Recipe | None = None,
+    dataset: Dataset | None = None,
+    data_root: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, dict]:
+    """Train a run by name; return the network, on the CPU in evaluation mode, and a dict of metrics.
+
+    The metrics are {train,test}_{loss,accuracy} (nats; 0 to 1), seconds, threads, device, shape and classes.
+
+    recipe, dataset  instead of those the name stands for
+    device           default_device() if not given
+    progress         a bar if stdout is a terminal, and one line at the end
+
+    The seed gives the initial weights and, separately, the order and augmentation of the data; the global generator is
+    left alone. Results are the same bit for bit on the same CPU, for which the number of threads is fixed:
+    $REPAIRLIB_THREADS, default 1. A `fused` network is trained with BatchNorm and then fused.
+
+    Raises ValueError for a name that does not parse, DivergedError when the loss or a weight becomes non-finite.
+    """
+    run = parse_run(run, data_root) if isinstance(run, str) else run
+    how = recipe or find_recipe(run.recipe, run.model.family, run.data)
+    device = torch.device(device or default_device())
+    dataset = load(run.data, data_root, device) if dataset is None else dataset.to(device)
+    start = time.perf_counter()
+    with _fixed_threads() as threads:
+        trained = replace(run.model, norm="bn") if run.model.norm == "fused" else run.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            model = models.build(trained, dataset.shape, dataset.classes)
+        fit(model, dataset, how, run.seed, name=str(run), progress=progress)
+        if trained is not run.model:
+            plain = models.build(run.model, dataset.shape, dataset.classes)
+            plain.load_state_dict(models.fuse(model).state_dict())
+            model = plain.to(device)
+        model.eval()
+        metrics: dict = {}
+        for split in ("train", "test"):
+            loss, accuracy = evaluate(model, iterate(dataset, split, 1000))
+            metrics |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"{run}: the {split} loss of the trained network is {loss}; try a smaller learning rate"
+                )
+    metrics |= {"seconds": time.perf_counter() - start, "threads": threads, "device": str(device)}
+    metrics |= {"shape": dataset.shape, "classes": dataset.classes}
+    if progress:
+        print(f"{run}: test accuracy {metrics['test_accuracy']:.2%}, {metrics['seconds']:.0f} s", flush=True)
+    return model.to("cpu", memory_format=torch.contiguous_format), metrics
+
+
+def fit(
+    model: nn.Module, dataset: Dataset, recipe: Recipe, seed: int = 0, *, name: str = "model", progress: bool = False
+) -> Tensor:
+    """Train `model` in place, on the device of the data; return the loss of every step, float32 [steps].
+
+    Batches that are not full are left out, unless the whole set is smaller than one. On GPUs that have it, bfloat16
+    autocast is used. Raises DivergedError naming `name`, the step (from 1) and the last finite loss.
+    """
+    device, cuda = dataset.device, dataset.device.type == "cuda"
+    half = cuda and torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate bfloat16
+    model.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format).train()
+    generator = torch.Generator().manual_seed(seed)
+    batch_size = min(recipe.batch_size, len(dataset.train))
+    per_epoch = len(dataset.train) // batch_size
+    steps = recipe.epochs * per_epoch
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.lr, recipe.momentum,
+        weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, foreach=True,
+    )  # fmt: skip
+    losses = torch.zeros(steps, device=device)
+    step, checked = 0, 0
+    quiet = not (progress and sys.stdout.isatty())
+    with tqdm(total=steps, desc=name, unit="step", file=sys.stdout, disable=quiet) as bar:
+        for _ in range(recipe.epochs):
+            for x, y in iterate(dataset, "train", batch_size, recipe.augment, generator, shuffle=True, drop_last=True):
+                optimizer.param_groups[0]["lr"] = recipe.lr_at(step, per_epoch)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                    loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[step] = loss.detach()
+                step += 1
+                if not cuda or step % 50 == 0 or step == steps:  # on a GPU, looking at a loss waits for it
+                    _check_losses(losses, checked, step, name)
+                    bar.update(step - checked)
+                    checked = step
+    for key, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise DivergedError(f"{name}: {key} became non-finite at step {steps} (the last), where the loss was still "
+                                f"{float(losses[-1]):.6g}; try a smaller learning rate")  # fmt: skip
+    return losses.cpu()
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Return the mean cross entropy (nats) and the accuracy (0 to 1) over batches (x [b, ...], y int64 [b]).
+
+    In evaluation mode, which is undone afterwards; sums are float64. Raises ValueError if there are no batches.
+    """
+    device = next((p.device for p in model.parameters()), None)
+    with _evaluation_mode(model):
+        total, correct, n = 0.0, 0, 0
+        for x, y in batches:
+            y = y.to(device)
+            logits = model(x.to(device)).float()
+            total = total + F.cross_entropy(logits, y, reduction="none").double().sum()
+            correct = correct + (logits.argmax(1) == y).sum()
+            n += len(y)
+    if n == 0:
+        raise ValueError("no batches to evaluate on")
+    return float(total) / n, int(correct) / n
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _fixed_threads() -> Iterator[int]:
+    """Compute with $REPAIRLIB_THREADS threads (default 1): sums over another number of parts would round otherwise."""
+    setting = os.environ.get("REPAIRLIB_THREADS") or "1"
+    if not setting.isdecimal() or int(setting) < 1:
+        raise ValueError(f"REPAIRLIB_THREADS is a number of threads, at least 1, not {setting!r}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(setting))
+    try:
+        yield int(setting)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_losses(losses: Tensor, start: int, stop: int, name: str) -> None:
+    """Raise DivergedError if one of the losses start..stop is not finite; all before are known to be."""
+    finite = losses[start:stop].isfinite()
+    if not finite.all():
+        step = start + int(finite.int().argmin())
+        last = f"the last finite loss was {float(losses[step - 1]):.6g}" if step else "no loss was finite"
+        raise DivergedError(
+            f"{name}: the loss became {float(losses[step])} at step {step + 1} of {len(losses)}; {last}; "
+            "try a smaller learning rate or more warm-up"
+        )

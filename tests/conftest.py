@@ -1,0 +1,22 @@
+"""What every test starts from: its own folders for runs and figures, one thread, random numbers that do not vary."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_roots(tmp_path_factory, monkeypatch):
+    """Empty $REPAIRLIB_RUNS and $REPAIRLIB_FIGURES, so that no test sees or leaves results in the checkout."""
+    root = tmp_path_factory.mktemp("roots")
+    monkeypatch.setenv("REPAIRLIB_RUNS", str(root / "runs"))
+    monkeypatch.setenv("REPAIRLIB_FIGURES", str(root / "figures"))
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    """One thread and a fixed global seed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,73 @@
+"""The public names on a user's own modules: not ours, not named like ours, any iterable of batches."""
+
+import pytest
+import torch
+from torch import nn
+
+import repairlib
+
+
+class Mine(nn.Module):
+    """A user's network with a residual connection, functional calls and in-place operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.left, self.norm, self.right = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        y = self.right(nn.functional.relu(self.norm(self.left(x)), inplace=True))
+        y += x
+        return self.out(torch.relu_(y).mean((2, 3)))
+
+
+@pytest.fixture
+def endpoints():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 1, 6, 6, generator=generator)
+    y = (x.mean((1, 2, 3)) * 6).round().clamp(-1, 1).long() + 1
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net = Mine()
+        optimizer = torch.optim.Adam(net.parameters(), 0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        nets.append(net.eval())
+    return *nets, [(x[i::3], y[i::3]) for i in range(3)]
+
+
+def test_align_keeps_the_function_and_the_inputs(endpoints):
+    a, b, data = endpoints
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    aligned = repairlib.align(a, b, data)
+    x = data[0][0]
+    torch.testing.assert_close(aligned(x), b(x), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[k], v) for k, v in b.state_dict().items())
+    assert any(not torch.equal(before[k], v) for k, v in aligned.state_dict().items())
+
+
+def test_merge_is_align_interpolate_repair(endpoints):
+    a, b, data = endpoints
+    by_hand = repairlib.Repair(a, repairlib.align(a, b, data), data)(0.3).model
+    x = data[0][0]
+    with torch.no_grad():
+        assert torch.equal(repairlib.merge(a, b, data, 0.3)(x), by_hand(x))
+        assert torch.equal(repairlib.merge(a, b, iter(data), 0.3)(x), by_hand(x))  # a one-shot iterable
+
+
+def test_barrier_falls_from_direct_to_aligned_repaired(endpoints):
+    a, b, data = endpoints
+    aligned = repairlib.align(a, b, data)
+    direct = repairlib.barrier(a, b, data, points=5)
+    repaired = repairlib.barrier(a, aligned, data, points=5, repaired=repairlib.Repair(a, aligned, data))
+    assert 0 <= repaired < direct
+    assert repairlib.barrier(a, a, data, points=3, metric="accuracy") == 0
+
+
+def test_public_names_are_there():
+    assert all(hasattr(repairlib, name) for name in repairlib.__all__)

@@ -1,0 +1,384 @@
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repairlib import data
+from repairlib.data import DataMissing, augment, iterate, load
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def write_images(root, name="pets", size=(6, 5), mode="RGB", train=3, test=2):
+    """An image folder of two classes; pixels are drawn from a fixed seed. Returns the arrays by path."""
+    random, written = np.random.RandomState(0), {}
+    for half, count in (("train", train), ("test", test)):
+        for label in ("cat", "dog"):
+            folder = root / name / half / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                shape = size[::-1] + ((3,) if mode == "RGB" else ())
+                pixels = random.randint(0, 256, shape).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+                written[half, label, i] = pixels
+    return written
+
+
+def mnist_bytes(array):
+    """The idx format of MNIST's raw files."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    return header + array.tobytes()
+
+
+def write_mnist(root, monkeypatch, train=30, test=20):
+    """A small MNIST in torchvision's layout, and the sizes to match."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.RandomState(0)
+    for prefix, n in (("train", train), ("t10k", test)):
+        images = random.randint(0, 256, (n, 28, 28)).astype(np.uint8)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(mnist_bytes(images))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(mnist_bytes((np.arange(n) % 10).astype(np.uint8)))
+    monkeypatch.setitem(data.ARCHIVES, "mnist", ("MNIST", (train, test), data.ARCHIVES["mnist"][2]))
+    return raw
+
+
+# digits
+
+
+def test_digits_are_scikit_learns_images_enlarged_and_split_by_class(digits):
+    from sklearn.datasets import load_digits
+
+    original = load_digits()
+    images = torch.cat([digits.train.images, digits.test.images])
+    labels = torch.cat([digits.train.labels, digits.test.labels])
+    assert images.dtype == torch.uint8 and digits.shape == (1, 16, 16)
+    assert labels.bincount().tolist() == np.bincount(original.target).tolist()
+    # Enlarging by 2 puts pixels a quarter of the way between neighbours: 3/4 of the nearer and 1/4 of the farther.
+    weights = np.zeros((16, 8))
+    for i in range(16):
+        farther = i // 2 + (1 if i % 2 else -1)
+        weights[i, i // 2] += 0.75
+        weights[i, min(max(farther, 0), 7)] += 0.25
+    enlarged = torch.tensor(weights @ original.images @ weights.T * 255 / 16)
+    distance = torch.cdist(images.flatten(1).double(), enlarged.flatten(1), p=torch.inf)
+    closest = distance.argmin(1)
+    assert distance.min(1).values.max() <= 0.5 + 1e-9  # rounding to uint8
+    assert sorted(closest.tolist()) == list(range(1797))  # every image is there exactly once
+    assert torch.equal(torch.tensor(original.target)[closest], labels)
+    expected = np.bincount(original.target) * 400 / 1797
+    assert np.abs(digits.test.labels.bincount().numpy() - expected).max() <= 1
+
+
+def test_digits_split_never_changes(digits):
+    # Facts of the first version: with another split, stored networks would be tested on their training images.
+    assert digits.test.labels[:12].tolist() == [4, 5, 6, 9, 4, 7, 8, 9, 9, 6, 9, 9]
+    assert int(digits.test.images.long().sum()) == 7933609
+
+
+def test_statistics_normalise_the_training_set(digits):
+    x = torch.cat([x for x, _ in iterate(digits, "train", 100)]).double()
+    assert abs(float(x.mean())) < 1e-6 and abs(float(x.std(correction=0)) - 1) < 1e-6
+
+
+def test_colour_statistics_are_per_channel_and_a_constant_channel_stays_finite(tmp_path):
+    write_images(tmp_path)
+    pets = load("pets", tmp_path)
+    pixels = pets.train.images.double() / 255
+    assert torch.allclose(torch.tensor(pets.mean).double(), pixels.mean((0, 2, 3)))
+    assert torch.allclose(torch.tensor(pets.std).double(), pixels.std((0, 2, 3), correction=0))
+    flat = data.Split(torch.full((4, 1, 8, 8), 7, dtype=torch.uint8), torch.arange(4))
+    mean, std = data._pixel_statistics(flat.images)
+    ((x, _),) = iterate(data.Dataset("flat", flat, flat, 4, mean, std))
+    assert x.abs().max() < 1e-6
+
+
+# batches
+
+
+def test_batches_repeat_and_the_generator_moves_on(digits):
+    shared = generator(3)
+    first = iterate(digits, "train", 64, ("translate", "flip", "cutout"), shared, shuffle=True)
+    second = iterate(digits, "train", 64, ("translate", "flip", "cutout"), shared, shuffle=True)
+    again = iterate(digits, "train", 64, ("translate", "flip", "cutout"), generator(3), shuffle=True)
+    assert len(first) == len(list(first)) == 22
+    passes = [[torch.cat(column) for column in zip(*batches, strict=True)] for batches in (first, first, again, second)]
+    for x, y in passes[1:3]:
+        assert torch.equal(x, passes[0][0]) and torch.equal(y, passes[0][1])
+    assert not torch.equal(passes[3][1], passes[0][1])
+    assert torch.equal(passes[3][1].sort().values, digits.train.labels.sort().values)
+
+
+def test_batches_leave_the_global_generator_alone(digits):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(iterate(digits, "test", 100, ("translate", "cutout"), generator(), shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("batch_size,drop_last,sizes", [
+    (150, False, [150, 150, 100]), (150, True, [150, 150]), (400, True, [400]), (500, True, []), (500, False, [400]),
+])  # fmt: skip
+def test_batch_sizes(digits, batch_size, drop_last, sizes):
+    batches = iterate(digits, "test", batch_size, drop_last=drop_last)
+    assert [len(y) for _, y in batches] == sizes and len(batches) == len(sizes)
+
+
+def test_limit_is_the_same_fair_sample_whatever_the_batches(digits):
+    labels = torch.cat([y for _, y in iterate(digits, "train", 7, limit=300)])
+    other = torch.cat([y for _, y in iterate(digits, "train", 100, limit=300, generator=generator(5))])
+    assert torch.equal(labels, other) and len(labels) == 300
+    assert labels.bincount(minlength=10).min() > 15  # 30 expected of each class
+    longer = torch.cat([x for x, _ in iterate(digits, "train", 400, limit=400)])
+    assert torch.equal(longer[:300], torch.cat([x for x, _ in iterate(digits, "train", 100, limit=300)]))
+    assert sum(len(y) for _, y in iterate(digits, "train", limit=10**6)) == 1397
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"split": "tests"}, "tests.*'test'"), ({"augment": ["flop"]}, "flop.*'flip'"),
+    ({"batch_size": 0}, "at least 1"), ({"limit": 0}, "at least 1"),
+])  # fmt: skip
+def test_bad_arguments_are_named(digits, options, words):
+    with pytest.raises(ValueError, match=words):
+        iterate(digits, **options)
+
+
+# augmentation
+
+
+def test_translate_shifts_each_image_by_at_most_an_eighth_and_fills_with_zeros():
+    images = torch.randint(1, 256, (400, 2, 16, 24), generator=generator(), dtype=torch.uint8)
+    shifts = set()
+    for before, after in zip(images, augment(images, ["translate"], generator(1)), strict=True):
+        padded = torch.nn.functional.pad(before, (3, 3, 2, 2))
+        found = [(dy, dx) for dy in range(5) for dx in range(7)
+                 if torch.equal(padded[:, dy : dy + 16, dx : dx + 24], after)]  # fmt: skip
+        assert len(found) == 1
+        shifts.add(found[0])
+    assert len(shifts) == 35  # all of them come up
+
+
+def test_flip_mirrors_about_half():
+    images = torch.randint(256, (1000, 1, 4, 5), generator=generator(), dtype=torch.uint8)
+    after = augment(images, ["flip"], generator(1))
+    mirrored = (after == images.flip(3)).flatten(1).all(1)
+    assert ((after == images).flatten(1).all(1) ^ mirrored).all()
+    assert 400 < mirrored.sum() < 600
+
+
+def test_cutout_zeroes_one_square_and_nothing_else():
+    images = torch.ones(2000, 3, 32, 32, dtype=torch.uint8)
+    hole = augment(images, ["cutout"], generator()) == 0
+    assert (hole == hole[:, :1]).all()  # in all channels alike
+    rows, columns = hole[:, 0].any(2), hole[:, 0].any(1)
+    assert torch.equal(hole[:, 0], rows[:, :, None] & columns[:, None, :])
+    for axis in (rows, columns):
+        assert axis.sum(1).max() == 8 and axis.sum(1).min() == 4  # centred inside, so at least half is inside
+        assert (axis.int().diff(dim=1).abs().sum(1) <= 2).all()  # one interval
+    assert (hole.any(0)).all()
+
+
+def test_augmentation_changes_no_input_and_every_image_draws_for_itself():
+    images = torch.randint(1, 256, (64, 1, 32, 32), generator=generator(), dtype=torch.uint8)
+    copy = images.clone()
+    same = augment(images[:1].expand(64, -1, -1, -1), data.AUGMENTATIONS, generator(2))
+    assert len(torch.unique(same.flatten(1), dim=0)) > 55
+    augment(images, data.AUGMENTATIONS, generator(2))
+    assert torch.equal(images, copy)
+
+
+# image folders
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_image_folder_in_alphabetical_order(tmp_path, mode):
+    written = write_images(tmp_path, mode=mode)
+    (tmp_path / "pets" / "train" / "cat" / ".hidden").write_text("no image")
+    pets = load("pets", tmp_path)
+    assert pets.classes == 2 and pets.shape == (3 if mode == "RGB" else 1, 5, 6)
+    assert pets.train.labels.tolist() == [0] * 3 + [1] * 3 and pets.test.labels.tolist() == [0] * 2 + [1] * 2
+    pixels = torch.tensor(written["train", "dog", 1])
+    assert torch.equal(pets.train.images[4], pixels.permute(2, 0, 1) if mode == "RGB" else pixels[None])
+
+
+def test_one_colour_image_makes_all_colour(tmp_path):
+    written = write_images(tmp_path, mode="L")
+    Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(tmp_path / "pets" / "test" / "dog" / "9.png")
+    pets = load("pets", tmp_path)
+    assert pets.shape == (3, 5, 6)
+    assert torch.equal(pets.train.images[0], torch.tensor(written["train", "cat", 0]).expand(3, 5, 6))
+
+
+def test_image_folder_wins_over_the_archive(tmp_path, monkeypatch):
+    write_mnist(tmp_path, monkeypatch)
+    assert load("mnist", tmp_path).shape == (1, 28, 28)
+    write_images(tmp_path, name="mnist")
+    assert load("mnist", tmp_path).shape == (3, 5, 6)
+
+
+def damage_size(folder):
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "test" / "dog" / "1.png")
+
+
+def damage_file(folder):
+    path = folder / "train" / "cat" / "2.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def damage_classes(folder):
+    (folder / "train" / "eel").mkdir()
+
+
+def damage_empty(folder):
+    for half in ("train", "test"):
+        (folder / half / "ape").mkdir()
+
+
+@pytest.mark.parametrize("damage,words", [
+    (damage_size, r"dog/1\.png is 9x9 pixels, the first image 6x5"),
+    (damage_file, r"cat/2\.png is not a readable image"),
+    (damage_classes, "'eel' is only in one of"), (damage_empty, "train/ape holds no images"),
+])  # fmt: skip
+def test_bad_image_folder_names_the_file(tmp_path, damage, words):
+    write_images(tmp_path)
+    damage(tmp_path / "pets")
+    with pytest.raises(DataMissing, match=words):
+        load("pets", tmp_path)
+
+
+# torchvision's archives
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """torchvision's download fails as it does without a network; the list counts the attempts."""
+    attempts = []
+
+    def fail(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("Network is unreachable")
+
+    import torchvision.datasets.utils as utils
+
+    monkeypatch.setattr(utils.urllib.request, "urlopen", fail)
+    return attempts
+
+
+@pytest.mark.parametrize("name", list(data.ARCHIVES))
+def test_offline_and_missing_says_what_to_put_where(tmp_path, offline, name, capsys):
+    with pytest.raises(DataMissing) as caught:
+        load(name, tmp_path)
+    message = str(caught.value)
+    assert offline and f"{tmp_path}/{name}/{{train,test}}/<class>" in message and "REPAIRLIB_DATA" in message
+    assert str(tmp_path / data.ARCHIVES[name][2]) in message and "downloading it failed" in message
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".download.lock"] == []
+
+
+def test_no_download_asks_no_network(tmp_path, offline):
+    with pytest.raises(DataMissing, match="'mnist' is not"):
+        load("mnist", tmp_path, download=False)
+    assert not offline and not list(tmp_path.iterdir())
+
+
+def test_read_only_root_that_holds_the_data_is_read(tmp_path, monkeypatch, offline):
+    raw = write_mnist(tmp_path, monkeypatch)
+    for folder in (raw, raw.parent, tmp_path):
+        folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        mnist = load("mnist", tmp_path)
+        assert mnist.shape == (1, 28, 28) and len(mnist.train) == 30 and len(mnist.test) == 20 and not offline
+        if os.geteuid() != 0:  # root may write anywhere
+            with pytest.raises(DataMissing, match="downloading it failed.*REPAIRLIB_DATA"):
+                load("svhn", tmp_path)
+    finally:
+        for folder in (tmp_path, raw.parent, raw):
+            folder.chmod(stat.S_IRWXU)
+
+
+def test_truncated_archive_is_not_used(tmp_path, monkeypatch, offline):
+    raw = write_mnist(tmp_path, monkeypatch)
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataMissing, match="'mnist' is not \\(whole\\)"):
+        load("mnist", tmp_path)
+
+
+def test_download_replaces_a_damaged_archive_whole(tmp_path, monkeypatch):
+    raw = write_mnist(tmp_path / "root", monkeypatch)
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"broken")
+
+    def fetch(archive):
+        write_mnist(Path(archive.root), monkeypatch)
+
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", fetch)
+    assert len(load("mnist", tmp_path / "root").train) == 30
+    assert sorted(p.name for p in (tmp_path / "root").iterdir()) == [".download.lock", "MNIST"]
+    assert len(load("mnist", tmp_path / "root", download=False).test) == 20
+
+
+def test_cifar_archive_keeps_pixels_in_place(tmp_path, monkeypatch):
+    import torchvision
+
+    class Fake:
+        def __init__(self, root, train):
+            n = 4 if train else 2
+            self.data = np.random.RandomState(n).randint(0, 256, (n, 32, 32, 3)).astype(np.uint8)
+            self.targets = list(range(n))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", ("CIFAR10", (4, 2), "cifar-10-batches-py/*"))
+    cifar = load("cifar10", tmp_path)
+    assert cifar.shape == (3, 32, 32) and cifar.train.labels.tolist() == [0, 1, 2, 3]
+    assert torch.equal(cifar.test.images, torch.tensor(Fake(None, False).data).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name,words", [("minst", "'mnist'"), ("CIFAR10", "'cifar10'"), ("", "digits"),
+                                        ("../pets", "nearest is 'pets'"), ("pet", "'pets'")])  # fmt: skip
+def test_unknown_name_gives_the_nearest(tmp_path, name, words):
+    write_images(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        load(name, tmp_path)
+
+
+def test_root_by_option_and_by_environment(tmp_path, monkeypatch):
+    write_images(tmp_path / "option")
+    write_images(tmp_path / "environment", size=(4, 4))
+    monkeypatch.setenv("REPAIRLIB_DATA", str(tmp_path / "environment"))
+    assert load("pets").shape == (3, 4, 4)
+    assert load("pets", tmp_path / "option").shape == (3, 5, 6)
+    monkeypatch.delenv("REPAIRLIB_DATA")
+    assert data.data_root() == data.project_root() / "data"
+
+
+def test_installed_elsewhere_the_working_folder_is_the_project(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages" / "repairlib" / "data.py"))
+    monkeypatch.chdir(tmp_path)
+    assert data.project_root() == tmp_path
+
+
+def test_to_moves_everything(digits):
+    meta = digits.to("meta")
+    assert meta.device.type == meta.test.labels.device.type == "meta" and meta.mean == digits.mean
+
+
+def test_real_mnist_where_it_is_at_hand():
+    try:
+        mnist = load("mnist", download=False)
+    except DataMissing:
+        pytest.skip("MNIST is not in REPAIRLIB_DATA")
+    assert len(mnist.train) == 60_000 and len(mnist.test) == 10_000 and mnist.shape == (1, 28, 28)
+    assert mnist.mean[0] == pytest.approx(0.1307, abs=1e-4) and mnist.std[0] == pytest.approx(0.3081, abs=1e-4)
+    assert mnist.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]

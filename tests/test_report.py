@@ -1,0 +1,165 @@
+"""Scales, saved items, and what a notebook says it needs."""
+
+import errno
+import json
+import os
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from repairlib import report
+
+ITEM = "repair/fig2-left"
+TABLE = [{"layer": 1, "ratio": 0.7, "aligned": True}, {"layer": 2, "ratio": 0.4, "aligned": False}]
+
+
+@pytest.fixture
+def figure():
+    figure, axes = plt.subplots()
+    axes.plot([1, 2], [0.7, 0.4])
+    yield figure
+    plt.close(figure)
+
+
+def test_by_scale_picks_one():
+    values = [report.by_scale(scale, smoke=1, quick=2, fast=3, paper=4) for scale in report.SCALES]
+    assert values == [1, 2, 3, 4]
+
+
+def test_unknown_scale_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown scale 'papr'; the nearest is 'paper'"):
+        report.by_scale("papr", smoke=1, quick=2, fast=3, paper=4)
+
+
+def test_a_scale_left_out_is_named():
+    with pytest.raises(TypeError, match="'fast'"):
+        report.by_scale("quick", smoke=1, quick=2, paper=4)
+
+
+def test_save_item_writes_data_and_pictures(figure):
+    runs = ["digits/mlp2-bn-w8/smoke/s12", "digits/mlp2-bn-w8/smoke/s1"]
+    path = report.save_item(ITEM, "smoke", TABLE, {"corr": 0.41}, figure, runs=runs, seconds=1.234)
+    assert path == report.figures_root() / "smoke" / "repair" / "fig2_left.json"
+    saved = json.loads(path.read_text())
+    assert saved["table"] == TABLE and saved["summary"] == {"corr": 0.41}
+    assert saved["seeds"] == [1, 12] and saved["runs"] == runs and saved["seconds"] == 1.2
+    assert saved["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in path.with_suffix(".svg").read_bytes()
+    assert not list(path.parent.glob(".*"))  # nothing temporary stays
+
+
+def test_the_same_figure_gives_the_same_bytes(figure, tmp_path):
+    for folder in "ab":
+        report.save_item(ITEM, "smoke", TABLE, {}, figure, root=tmp_path / folder)
+    for name in ("fig2_left.png", "fig2_left.svg", "fig2_left.json"):
+        first, second = (tmp_path / folder / "smoke" / "repair" / name for folder in "ab")
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), np.array(0.5), 0.5])
+def test_scalars_of_any_library_are_saved(figure, value):
+    path = report.save_item(ITEM, "smoke", [{"x": value}], {"x": value}, figure)
+    assert json.loads(path.read_text())["table"] == [{"x": 0.5}]
+
+
+def test_a_data_frame_is_a_table(figure):
+    path = report.save_item(ITEM, "smoke", pd.DataFrame(TABLE), {}, figure)
+    assert json.loads(path.read_text())["table"] == TABLE
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), torch.tensor(float("-inf"))])
+def test_not_finite_is_refused_and_named(figure, value):
+    with pytest.raises(ValueError, match="repair/fig2-left: column 'ratio', row 1 is"):
+        report.save_item(ITEM, "smoke", [{"ratio": 1.0}, {"ratio": value}], {}, figure)
+    with pytest.raises(ValueError, match="summary 'corr' is"):
+        report.save_item(ITEM, "smoke", TABLE, {"corr": value}, figure)
+    assert not report.figures_root().exists()
+
+
+def test_nested_values_are_refused(figure):
+    with pytest.raises(TypeError, match="column 'ratio', row 0 is a list"):
+        report.save_item(ITEM, "smoke", [{"ratio": [1, 2]}], {}, figure)
+
+
+def test_unknown_item_names_the_nearest(figure):
+    with pytest.raises(ValueError, match="the nearest is 'repair/fig2-left'"):
+        report.save_item("repair/fig2left", "smoke", TABLE, {}, figure)
+
+
+def test_only_tables_go_without_a_figure():
+    assert report.save_item("repair/equivalence", "smoke", TABLE, {}).exists()
+    with pytest.raises(ValueError, match="needs a figure"):
+        report.save_item(ITEM, "smoke", TABLE, {})
+
+
+def test_a_full_disk_leaves_the_earlier_result(figure, monkeypatch):
+    path = report.save_item(ITEM, "smoke", TABLE, {"corr": 0.41}, figure)
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.save_item(ITEM, "smoke", TABLE, {"corr": 0.5}, figure)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+NOTEBOOK = """\
+# %% [markdown]
+# # A title
+
+# %% tags=["parameters"]
+scale: str = "smoke"
+items: str = ""
+
+# %% tags=["runs"]
+from repairlib.report import by_scale
+
+runs = [f"digits/mlp2-bn-w8/smoke/s{s}" for s in by_scale(scale, smoke=[1], quick=[1, 2, 1], fast=[], paper=[])]
+
+# %%
+raise RuntimeError("never executed")
+"""
+
+
+def test_notebook_runs_executes_the_two_tagged_cells(tmp_path):
+    (tmp_path / "a.py").write_text(NOTEBOOK)
+    assert report.notebook_runs(tmp_path / "a.py", "smoke") == ["digits/mlp2-bn-w8/smoke/s1"]
+    assert report.notebook_runs(tmp_path / "a.py", "quick") == [f"digits/mlp2-bn-w8/smoke/s{s}" for s in (1, 2)]
+
+
+def test_a_notebook_without_runs_needs_none(tmp_path):
+    (tmp_path / "a.py").write_text("# %%\nruns = 1\n")
+    assert report.notebook_runs(tmp_path / "a.py", "smoke") == []
+
+
+@pytest.mark.parametrize("cell", ["runs = 'digits/mlp2'", "runs = [1]", "run = []"])
+def test_runs_must_be_a_list_of_names(tmp_path, cell):
+    (tmp_path / "a.py").write_text(f'# %% tags=["runs"]\n{cell}\n')
+    with pytest.raises(TypeError, match="a.py: the cell tagged `runs` must set `runs`"):
+        report.notebook_runs(tmp_path / "a.py", "smoke")
+
+
+def test_a_failing_runs_cell_is_named(tmp_path):
+    (tmp_path / "a.py").write_text('# %% tags=["runs"]\nruns = [1 / 0]\n')
+    with pytest.raises(ValueError, match="a.py: the cell tagged `runs` fails: ZeroDivisionError"):
+        report.notebook_runs(tmp_path / "a.py", "smoke")
+
+
+def test_index_is_complete():
+    index = report.read_index()
+    for item, entry in index.items():
+        assert set(entry) <= {"notebook", "output", "kind", "what", "paper", "published"}, item
+        assert entry["kind"] in ("figure", "table") and entry["what"] and set(entry["paper"]) == {"section", "figure"}
+        assert (report.project_root() / "notebooks" / f"{entry['notebook']}.py").exists(), item
+    assert len({entry["output"] for entry in index.values()}) == len(index)
+
+
+def test_environment_says_where():
+    where = report.environment()
+    assert where["cores"] == os.cpu_count() and where["device"] == where["cpu"] and "torch" in where["versions"]

@@ -1,0 +1,492 @@
+import errno
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from repairlib import store as storing
+from repairlib import train as training
+from repairlib.models import build
+from repairlib.store import CorruptCheckpoint, StaleRun, Store, atomic_write, main, write_folder
+
+RUN = "digits/mlp2-plain-w16/smoke/s1"
+METRICS = {"test_accuracy": 0.5, "shape": (1, 16, 16), "classes": 10, "device": "cpu", "threads": 1, "seconds": 0.1}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "runs")
+
+
+def model(name=RUN, seed=0):
+    torch.manual_seed(seed)
+    return build(name.split("/")[1], (1, 16, 16), 10)
+
+
+def save(store, name=RUN, seed=0):
+    store.save(name, model(name, seed), METRICS)
+    return store.path(name)
+
+
+def bits(net):
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def tree(root):
+    """Every file and folder under a root, with contents; locks aside."""
+    paths = (path for path in Path(root).rglob("*") if ".locks" not in path.parts)
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def no_training(*args, **kwargs):
+    raise AssertionError("trained although the run is stored")
+
+
+def edit(path, **changes):
+    """Change entries of a sidecar."""
+    sidecar = path / storing.SIDECAR
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+
+
+# get, save, load
+
+
+def test_get_trains_once_and_then_loads(store, monkeypatch):
+    trained = store.get(RUN, train_device="cpu", progress=False)
+    fresh, metrics = training.train(RUN, device="cpu", progress=False)
+    monkeypatch.setattr(storing, "train", no_training)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    loaded = store.get(RUN)
+    assert equal(bits(trained), bits(loaded)) and equal(bits(fresh), bits(loaded))
+    assert not loaded.training and torch.equal(torch.get_rng_state(), before)
+    info = store.info(RUN)
+    assert info["metrics"] == {key: value for key, value in metrics.items() if key.startswith(("train_", "test_"))}
+    assert info["sha256"] == hashlib.sha256((store.path(RUN) / "model.safetensors").read_bytes()).hexdigest()
+    assert info["run"] == RUN and info["recipe"]["batch_size"] == 200 and info["versions"]["torch"] == torch.__version__
+    assert (info["device"], info["threads"]) == ("cpu", metrics["threads"]) and info["seconds"] > 0
+
+
+def test_training_again_after_deleting_gives_the_same_file(store):
+    digests = []
+    for _ in range(2):
+        store.get(RUN, train_device="cpu", progress=False)
+        digests.append(store.info(RUN)["sha256"])
+        store.delete(RUN)
+    assert digests[0] == digests[1]
+
+
+def test_name_without_width_is_the_same_run(store):
+    save(store, "digits/vgg11-bn/smoke/s1")
+    assert store.has("digits/vgg11-bn-w1/smoke/s1") and store.names() == ["digits/vgg11-bn-w1/smoke/s1"]
+
+
+def test_stored_run_is_never_overwritten(store):
+    save(store, seed=0)
+    before = tree(store.root)
+    with pytest.raises(FileExistsError, match="s1"):
+        save(store, seed=1)
+    assert tree(store.root) == before
+
+
+def test_loading_writes_nothing(store):
+    """So that a read-only root serves what it holds."""
+    save(store)
+    lock = next((store.root / ".locks").iterdir())
+    lock.unlink()
+    lock.parent.rmdir()
+    times = {path: path.stat().st_mtime_ns for path in [store.root, *store.root.rglob("*")]}
+    store.get(RUN), store.info(RUN), store.names()
+    assert {path: path.stat().st_mtime_ns for path in [store.root, *store.root.rglob("*")]} == times
+
+
+def test_stored_run_loads_without_its_data_set(store, tmp_path):
+    (tmp_path / "data" / "pets" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "pets" / "test").mkdir()
+    name = RUN.replace("digits", "pets")
+    with_data = Store(store.root, data_root=tmp_path / "data")
+    save(with_data, name)
+    assert Store(store.root, tmp_path / "elsewhere").has(name)
+    assert equal(bits(Store(store.root, tmp_path / "elsewhere").get(name)), bits(model()))
+    with pytest.raises(ValueError, match="unknown data set 'pets'"):
+        Store(store.root, tmp_path / "elsewhere").get(name.replace("s1", "s2"))
+
+
+@pytest.mark.parametrize("name,words", [
+    ("digits/mlp2-plain-w16/smok/s1", "'smoke'"), ("digits/mlp2-plain-w16/smoke/1", "'s1'"), ("/etc", "is not <data>"),
+    ("../mlp2-plain-w16/smoke/s1", "unknown data set '..'"), ("digit/mlp2-plain-w16/smoke/s1", "'digits'"),
+])  # fmt: skip
+def test_bad_names_are_errors_everywhere_and_create_nothing(store, name, words):
+    for ask in (store.get, store.load, store.has, store.info, store.delete, store.path):
+        with pytest.raises(ValueError, match=words):
+            ask(name)
+    assert not store.root.exists()
+
+
+def test_what_is_not_stored_is_named_with_the_nearest(store):
+    with pytest.raises(FileNotFoundError, match="is not stored in"):
+        store.load(RUN)
+    save(store, RUN.replace("s1", "s2"))
+    for ask in (store.load, store.info, store.delete):
+        with pytest.raises(FileNotFoundError, match=f"run {RUN} is not stored.*nearest that is: {RUN[:-1]}2"):
+            ask(RUN)
+
+
+def test_names_are_in_natural_order(store):
+    names = [f"digits/mlp{depth}-plain-w4/smoke/s{seed}" for depth in (2, 10) for seed in (1, 2, 10)]
+    for name in random.Random(0).sample(names, len(names)):
+        save(store, name)
+    assert store.names() == names
+
+
+def test_root_by_option_and_by_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPAIRLIB_RUNS", str(tmp_path / "environment"))
+    save(Store())
+    monkeypatch.setattr(storing, "train", no_training)
+    assert equal(bits(storing.get(RUN)), bits(model())) and (tmp_path / "environment" / RUN).is_dir()
+    assert not Store(tmp_path / "option").has(RUN)
+    monkeypatch.delenv("REPAIRLIB_RUNS")
+    assert Store().root == storing.project_root() / "data" / "runs"
+
+
+# damaged checkpoints
+
+
+def truncate(path):
+    weights = path / storing.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-7])
+    return weights, "was altered or truncated"
+
+
+def empty(path):
+    (path / storing.WEIGHTS).write_bytes(b"")
+    return path / storing.WEIGHTS, "was altered or truncated.*0 bytes"
+
+
+def flip_a_bit(path):
+    content = bytearray((path / storing.WEIGHTS).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / storing.WEIGHTS).write_bytes(content)
+    return path / storing.WEIGHTS, "was altered or truncated"
+
+
+def lose_weights(path):
+    (path / storing.WEIGHTS).unlink()
+    return path / storing.WEIGHTS, "is missing"
+
+
+def lose_sidecar(path):
+    (path / storing.SIDECAR).unlink()
+    return path / storing.SIDECAR, "is missing"
+
+
+def truncate_sidecar(path):
+    sidecar = path / storing.SIDECAR
+    sidecar.write_text(sidecar.read_text()[:100])
+    return sidecar, "is not valid JSON"
+
+
+def scalar_sidecar(path):
+    (path / storing.SIDECAR).write_text("3")
+    return path / storing.SIDECAR, "is not valid JSON"
+
+
+def binary_sidecar(path):
+    (path / storing.SIDECAR).write_bytes(b"\xff\xfe\x00")
+    return path / storing.SIDECAR, "is not valid JSON"
+
+
+def partial_sidecar(path):
+    (path / storing.SIDECAR).write_text("{}")
+    return path / storing.SIDECAR, "lacks classes, metrics, recipe, sha256, shape"
+
+
+def foreign_content(content, words):
+    """Weights that are what was saved, as the digest shows, but not of this network."""
+
+    def damage(path):
+        (path / storing.WEIGHTS).write_bytes(content)
+        edit(path, sha256=hashlib.sha256(content).hexdigest())
+        return path / storing.WEIGHTS, words
+
+    return damage
+
+
+def with_nan():
+    state = bits(model())
+    state["fc2.weight"][3, 4] = float("nan")
+    return safetensors.torch.save(state)
+
+
+DAMAGES = {
+    "truncated": truncate, "empty": empty, "one bit": flip_a_bit, "no weights": lose_weights,
+    "no sidecar": lose_sidecar, "cut sidecar": truncate_sidecar, "scalar": scalar_sidecar, "binary": binary_sidecar,
+    "partial": partial_sidecar,
+    "no safetensors": foreign_content(b"not weights at all", "does not fit the model mlp2-plain-w16"),
+    "other network": foreign_content(safetensors.torch.save({"fc9.bias": torch.ones(2)}), "does not fit.*fc9.bias"),
+    "not finite": foreign_content(with_nan(), "holds non-finite values in fc2.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoint_is_named_and_comes_back(store, damage):
+    store.get(RUN, train_device="cpu", progress=False)
+    good = bits(store.load(RUN))
+    path, words = damage(store.path(RUN))
+    with pytest.raises(CorruptCheckpoint, match=words) as caught:
+        store.get(RUN)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and f"get({RUN!r}) trains it again" in message
+    command = message.split("`")[1].split()
+    assert command[:3] == ["python", "-m", "repairlib.store"]
+    assert main(command[3:]) == 0  # the way out that the message gives
+    assert equal(bits(store.get(RUN, train_device="cpu", progress=False)), good)
+
+
+def test_every_altered_byte_is_found(store):
+    path = save(store) / storing.WEIGHTS
+    content = path.read_bytes()
+    for position in random.Random(0).sample(range(len(content)), 40) + [0, len(content) - 1]:
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
+        with pytest.raises(CorruptCheckpoint):
+            store.load(RUN)
+    path.write_bytes(content)
+    store.load(RUN)
+
+
+def test_non_finite_weights_are_not_saved(store):
+    bad = model()
+    with torch.no_grad():
+        bad.fc1.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=f"run {RUN} is not saved: fc1.weight holds non-finite values"):
+        store.save(RUN, bad, METRICS)
+    assert not store.has(RUN)
+
+
+# recipes that changed
+
+
+def test_changed_recipe_makes_a_run_stale(store, monkeypatch):
+    save(store)
+    smoke = training.RECIPES["smoke"]
+    monkeypatch.setitem(smoke, "mlp", replace(smoke["mlp"], lr=0.123))
+    with pytest.raises(StaleRun, match=f"{RUN} was trained with lr=0.1, and its recipe now has 0.123") as caught:
+        store.get(RUN)
+    assert main(str(caught.value).split("`")[1].split()[3:]) == 0 and not store.has(RUN)
+
+
+def test_other_families_of_the_recipe_may_change(store, monkeypatch):
+    save(store)
+    smoke = training.RECIPES["smoke"]
+    monkeypatch.setitem(smoke, "vgg", replace(smoke["vgg"], lr=0.123))
+    store.get(RUN)
+
+
+def test_field_that_an_old_sidecar_lacks_counts_as_its_default(store, monkeypatch):
+    path = save(store)
+    recipe = store.info(RUN)["recipe"]
+    del recipe["nesterov"], recipe["label_smoothing"]
+    edit(path, recipe=recipe)
+    store.get(RUN)
+    smoke = training.RECIPES["smoke"]
+    monkeypatch.setitem(smoke, "mlp", replace(smoke["mlp"], nesterov=True))
+    with pytest.raises(StaleRun, match="nesterov=False, and its recipe now has True"):
+        store.get(RUN)
+
+
+def test_field_that_is_unknown_today_makes_a_run_stale(store):
+    edit(save(store), recipe=store.info(RUN)["recipe"] | {"clipping": 1.0})
+    with pytest.raises(StaleRun, match="clipping=1.0"):
+        store.get(RUN)
+
+
+# interrupted saves
+
+
+class Full:
+    """Stands in for a function of `os`: works so many times, then the disk is full."""
+
+    def __init__(self, function, works):
+        self.function, self.works = function, works
+
+    def __call__(self, *args):
+        self.works -= 1
+        if self.works < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.function(*args)
+
+
+@pytest.mark.parametrize("works", [0, 1, 2])
+def test_full_disk_leaves_the_old_state(store, monkeypatch, works):
+    other = RUN.replace("s1", "s2")
+    save(store, other)
+    before = tree(store.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(storing.os, "fsync", Full(os.fsync, works))
+        with pytest.raises(OSError, match="No space left on device"):
+            save(store)
+    assert tree(store.root) == before and not store.has(RUN)
+    store.load(other)
+    save(store)  # once there is space again
+    assert equal(bits(store.load(RUN)), bits(model()))
+
+
+def test_full_disk_names_the_file(store, monkeypatch):
+    monkeypatch.setattr(storing.os, "fsync", Full(os.fsync, 1))
+    with pytest.raises(OSError, match=r"while writing.*run\.json"):
+        save(store)
+
+
+CHILDREN = """
+import os, signal, sys
+import torch
+from repairlib import store as storing
+from repairlib.models import build
+
+RUN, METRICS, root, job = {run!r}, {metrics!r}, sys.argv[1], sys.argv[2]
+store = storing.Store(root)
+
+def fork(function):
+    pid = os.fork()
+    if pid == 0:
+        function()
+        os._exit(0)
+    return pid
+
+if job == "kill":
+    for works in range(4):
+        def child():
+            fsync, calls = os.fsync, []
+            def dying(handle):
+                calls.append(handle)
+                if len(calls) > works:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                fsync(handle)
+            storing.os.fsync = dying
+            store.save(RUN.replace("s1", f"s{{works}}"), build("mlp2-plain-w16", (1, 16, 16), 10), METRICS)
+        _, status = os.waitpid(fork(child), 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL, status
+else:
+    train = storing.train
+    def counted(*args, **kwargs):
+        with open(sys.argv[3], "a") as log:
+            log.write(f"{{os.getpid()}}\\n")
+        return train(*args, **kwargs)
+    storing.train = counted
+    children = [fork(lambda: store.get(RUN, train_device="cpu")) for _ in range(4)]
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+"""
+
+
+def run_children(*arguments):
+    script = CHILDREN.format(run=RUN, metrics=METRICS)
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_killed_saves_leave_no_run_and_no_lock(store):
+    """Processes killed after so many writes: weights, sidecar, folder; the fourth was already renamed."""
+    run_children(store.root, "kill")
+    names = [RUN.replace("s1", f"s{works}") for works in range(4)]
+    assert [store.has(name) for name in names] == [False, False, False, True] and store.names() == names[3:]
+    store.load(names[3])
+    assert any(".s0." in path for path in tree(store.root))  # the dead left something behind
+    for name in names[:3]:
+        save(store, name)  # the lock is free
+        store.load(name)
+    assert not [path for path in tree(store.root) if "/." in path]  # and it is gone
+
+
+def test_processes_that_ask_for_one_run_train_it_once(store, tmp_path):
+    out = run_children(store.root, "train", tmp_path / "log")
+    assert len((tmp_path / "log").read_text().split()) == 1
+    assert out.count("test accuracy") == 1
+    store.load(RUN)
+
+
+def test_interrupted_deletion_leaves_no_half_run(store, monkeypatch):
+    save(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(storing.shutil, "rmtree", no_training)
+        with pytest.raises(AssertionError):
+            store.delete(RUN)
+    assert not store.has(RUN) and store.names() == []
+    save(store)
+    assert store.names() == [RUN] and not [path for path in tree(store.root) if "/." in path]
+
+
+# files and folders
+
+
+def test_atomic_write(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "table.json"
+    atomic_write(path, "old")
+    for works in (0,):
+        with monkeypatch.context() as patch:
+            patch.setattr(storing.os, "fsync", Full(os.fsync, works))
+            with pytest.raises(OSError, match="No space left"):
+                atomic_write(path, "new")
+        assert tree(tmp_path / "new") == {"table.json": b"old"}
+    atomic_write(path, b"\x00new")
+    assert tree(tmp_path / "new") == {"table.json": b"\x00new"}
+
+
+def test_atomic_write_removes_what_dead_writers_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = storing.socket.gethostname()
+    left = tmp_path / f".table.json.{host}-{dead.pid}.tmp"
+    alive = [tmp_path / f".table.json.{host}-1.tmp", tmp_path / f".table.json.elsewhere-{dead.pid}.tmp",
+             tmp_path / f".other.json.{host}-{dead.pid}.tmp"]  # fmt: skip
+    for path in [left, *alive]:
+        path.write_text("half")
+    atomic_write(tmp_path / "table.json", "whole")
+    assert not left.exists() and all(path.exists() for path in alive)
+
+
+def test_write_folder_is_whole_or_not_there(tmp_path):
+    write_folder(tmp_path / "a", {"x": b"1", "y": b"2"})
+    assert tree(tmp_path) == {"a": None, "a/x": b"1", "a/y": b"2"}
+    with pytest.raises(FileExistsError):
+        write_folder(tmp_path / "a", {"x": b"3"})
+    with pytest.raises(TypeError):
+        write_folder(tmp_path / "b", {"x": b"1", "y": "no bytes"})
+    assert tree(tmp_path) == {"a": None, "a/x": b"1", "a/y": b"2"}
+
+
+# command line
+
+
+def test_command_line(store, capsys):
+    root = ["--root", str(store.root)]
+    assert main([*root, "train", RUN]) == 0 and store.has(RUN)
+    assert main([*root, "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{RUN}  ")
+    other = RUN.replace("s1", "s2")
+    truncate(save(store, other))
+    assert main([*root, "check"]) == 1
+    out = capsys.readouterr()
+    assert f"{RUN}  ok" in out.out and out.err.startswith("CorruptCheckpoint: ") and other in out.err
+    assert main([*root, "delete", RUN, other]) == 0 and store.names() == []
+    assert main([*root, "train", RUN, "digits/mlp2-plain-w16/smok/s1"]) == 1
+    assert "nearest is 'smoke'" in capsys.readouterr().err and store.names() == [RUN]
+
+
+def test_command_line_as_a_module(store):
+    command = [sys.executable, "-W", "error", "-m", "repairlib.store", "--root", str(store.root), "delete", RUN]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("FileNotFoundError: ") and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,303 @@
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from repairlib import train as training
+from repairlib.data import Dataset, Split, load
+from repairlib.models import build
+from repairlib.train import DivergedError, Recipe, evaluate, find_recipe, fit, parse_run, train
+
+RUN = "digits/mlp2-plain-w16/smoke/s1"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def run(name=RUN, **options):
+    return train(name, device="cpu", progress=False, **options)
+
+
+def bits(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# recipes
+
+
+def test_jordans_recipes_are_table_1():
+    table = {r: (r.batch_size, r.epochs, r.schedule, r.lr, r.weight_decay, set(r.augment), r.momentum)
+             for r in (find_recipe("jordan", family, "cifar10") for family in ("mlp", "vgg", "resnet"))}  # fmt: skip
+    assert list(table.values()) == [
+        (2000, 100, "linear", 0.2, 0.0, {"translate"}, 0.9),
+        (500, 100, "cosine", 0.08, 0.0005, {"flip", "translate"}, 0.9),
+        (500, 200, "cosine", 0.4, 0.0001, {"flip", "translate", "cutout"}, 0.9),
+    ]
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist", "svhn"])
+def test_digits_are_not_mirrored(data):
+    for name in training.RECIPES:
+        for family in ("mlp", "vgg", "resnet"):
+            assert set(find_recipe(name, family, data).augment) <= {"translate"}
+
+
+def test_every_recipe_is_complete():
+    for name, families in training.RECIPES.items():
+        assert set(families) == {"mlp", "vgg", "resnet"} and {r.name for r in families.values()} == {name}
+    # A stored run counts a field it does not have as its default, so fields beyond the first six must have one.
+    assert [f.name for f in fields(Recipe)][:5] == ["name", "epochs", "batch_size", "lr", "schedule"]
+    Recipe("new", 1, 1, 0.1, "linear")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 2.5])
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero(schedule, warmup):
+    how = Recipe("test", 10, 1, 0.3, schedule, warmup_epochs=warmup)
+    rates = [how.lr_at(step, 8) for step in range(80)]
+    peak = int(warmup * 8)
+    assert rates[peak] == 0.3 == max(rates) and min(rates) > 0
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] <= 0.3 / (80 - peak) + 1e-12
+    middle = how.lr_at(peak + (80 - peak) // 2, 8)
+    assert middle == pytest.approx(0.15)  # both schedules are at half height half way
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="'step': linear or cosine"):
+        Recipe("test", 1, 1, 0.1, "step")
+
+
+# run names
+
+
+@pytest.mark.parametrize("name,words", [
+    ("minst/mlp2-plain/smoke/s1", "'minst'.*'mnist'"), ("digits/mlp2-plane/smoke/s1", "'mlp2-plane'.*'mlp2-plain'"),
+    ("digits/mlp2-plain/quik/s1", "'quik'.*'quick'"), ("digits/mlp2-plain/smoke/seed7", "'seed7'.*'s7'"),
+    ("digits/mlp2-plain/smoke/s01", "'s01'.*'s1'"), ("digits/mlp2-plain/smoke/s-1", "'s-1'.*'s1'"),
+    ("digits/mlp2-plain/smoke", "is not <data>/<model>/<recipe>/s<seed>"),
+    ("digits/mlp2-plain/smoke/s1/", "is not <data>"), ("", "is not <data>"),
+])  # fmt: skip
+def test_bad_run_name_gives_the_nearest_valid_part(name, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        parse_run(name)
+    assert f"run name {name!r}" in str(caught.value)
+
+
+def test_run_name_round_trip():
+    for name in ("digits/resnet20-bn-w4-sc1/quick/s0", "cifar100/vgg16-fused-w0.5/jordan-released/s123"):
+        assert str(parse_run(name)) == name
+    assert str(parse_run("mnist/mlp10-fused/fast/s1")) == "mnist/mlp10-fused-w128/fast/s1"
+
+
+# training
+
+
+@pytest.mark.parametrize("name", [RUN, "digits/mlp3-fused-w16/smoke/s1", "digits/resnet8-bn-w0.25/smoke/s1"])
+def test_training_again_gives_the_same_bits(name):
+    torch.manual_seed(1)
+    first, metrics = run(name)
+    torch.manual_seed(2)
+    torch.rand(5)  # the global generator plays no part
+    second, again = run(name)
+    other, _ = run(name.replace("s1", "s2"))
+    assert equal(bits(first), bits(second)) and not equal(bits(first), bits(other))
+    assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+
+
+def test_training_in_another_process_with_other_settings_gives_the_same_bits(tmp_path):
+    """Hash seeds, thread settings and the global generator of a process do not matter."""
+    name = "digits/resnet8-bn-w0.25/smoke/s1"
+    script = (
+        "import torch; torch.set_num_threads(2); torch.manual_seed(5)\n"
+        "from repairlib.train import train\n"
+        f"model, _ = train({name!r}, device='cpu', progress=False)\n"
+        "assert torch.get_num_threads() == 2\n"
+        f"torch.save(model.state_dict(), {str(tmp_path / 'weights')!r})"
+    )
+    env = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True)
+    assert equal(torch.load(tmp_path / "weights", weights_only=True), bits(run(name)[0]))
+
+
+def test_training_leaves_the_process_as_it_was(monkeypatch):
+    torch.manual_seed(0)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    monkeypatch.setenv("REPAIRLIB_THREADS", "3")
+    _, metrics = run()
+    assert metrics["threads"] == 3 and torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setenv("REPAIRLIB_THREADS", "many")
+    with pytest.raises(ValueError, match="REPAIRLIB_THREADS.*'many'"):
+        run()
+
+
+def test_network_learns_and_metrics_are_those_of_the_network(digits):
+    model, metrics = run("digits/mlp2-fused-w32/smoke/s1")
+    assert metrics["test_accuracy"] > 0.6
+    logits = model((digits.test.images / 255 - digits.mean[0]) / digits.std[0]).detach()
+    assert metrics["test_loss"] == pytest.approx(float(F.cross_entropy(logits, digits.test.labels)), rel=1e-5)
+    assert metrics["test_accuracy"] == float((logits.argmax(1) == digits.test.labels).double().mean())
+    assert not model.training and metrics["shape"] == (1, 16, 16) and metrics["classes"] == 10
+
+
+def test_fit_is_sgd_with_momentum_and_weight_decay(digits):
+    """Two full-batch steps against the formula, in float64."""
+    data = replace(digits, train=Split(digits.train.images[:50], digits.train.labels[:50]))
+    how = Recipe("test", 2, 1000, 0.5, "linear", weight_decay=0.1, label_smoothing=0.2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)).double()
+    x = ((data.train.images / 255 - data.mean[0]) / data.std[0]).double().flatten(1)
+    target = F.one_hot(data.train.labels, 10).double() * 0.8 + 0.02
+    weight, bias = (p.detach().clone() for p in model.parameters())
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    expected = []
+    for rate in (0.5, 0.25):
+        logits = x @ weight.T + bias
+        expected.append(float(-(target * logits.log_softmax(1)).sum(1).mean()))
+        residual = (logits.softmax(1) - target) / 50
+        for v, g, p in zip(velocity, (residual.T @ x, residual.sum(0)), (weight, bias), strict=True):
+            v.mul_(0.9).add_(g + 0.1 * p)
+            p.sub_(rate * v)
+
+    class Double(nn.Module):  # batches are float32
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x.double())
+
+    losses = fit(Double(), data, how)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(model[1].weight, weight, atol=1e-6) and torch.allclose(model[1].bias, bias, atol=1e-6)
+
+
+def test_batches_that_are_not_full_are_left_out(digits):
+    model = build("mlp1-plain-w4", digits.shape)
+    sizes = []
+    model.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    fit(model, digits, Recipe("test", 2, 500, 0.01, "linear"))
+    assert sizes == [500] * 4
+    fit(model, digits, Recipe("test", 1, 2000, 0.01, "linear"))
+    assert sizes[4:] == [1397]
+
+
+def test_huge_learning_rate_stops_the_run_with_name_step_and_loss():
+    huge = Recipe("huge", 3, 200, 1e6, "linear")
+    with pytest.raises(DivergedError) as caught:
+        run("digits/mlp8-plain-w16/smoke/s1", recipe=huge)
+    message = str(caught.value)
+    assert message.startswith("digits/mlp8-plain-w16/smoke/s1: the loss became nan at step ")
+    assert " of 18; the last finite loss was " in message
+    assert 1 < int(message.split("at step ")[1].split(" ")[0]) <= 18
+
+
+def diverging(digits, step):
+    """A network whose loss becomes NaN at a given step, counted from 1; losses before are ln 10."""
+
+    class Diverging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.calls = nn.Parameter(torch.zeros(())), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x.new_zeros(len(x), 10) * self.weight + (math.nan if self.calls == step else 0)
+
+    return Diverging()
+
+
+@pytest.mark.parametrize("step,last", [(1, "no loss was finite"), (2, "last finite loss was 2.30259"), (13, "2.30259")])
+def test_diverging_step_is_exact(digits, step, last):
+    with pytest.raises(DivergedError, match=f"^mine: the loss became nan at step {step} of 13; .*{last}"):
+        fit(diverging(digits, step), digits, Recipe("test", 1, 100, 0.1, "linear"), name="mine")
+
+
+def test_losses_looked_at_rarely_still_give_the_exact_step():
+    """As on a GPU, where they are read every 50 steps."""
+    losses = torch.tensor([1.0, 2.0, 3.0, math.inf, math.nan, 0.0])
+    training._check_losses(losses, 0, 3, "run")
+    with pytest.raises(DivergedError, match="became inf at step 4 of 6; the last finite loss was 3"):
+        training._check_losses(losses, 2, 5, "run")
+
+
+def test_last_step_may_diverge_too(digits):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    with pytest.raises(DivergedError, match="mine: 1.weight became non-finite at step 1"):
+        fit(model, digits, Recipe("test", 1, 1397, 1e38, "linear", weight_decay=1e9), name="mine")
+
+
+# evaluation
+
+
+def test_evaluation_does_not_depend_on_batches_and_restores_modes(digits):
+    torch.manual_seed(0)
+    model = build("vgg11-bn-w0.125", digits.shape).train()
+    model.bn2.eval()
+    x = torch.randn(60, 1, 16, 16)
+    y = torch.randint(10, (60,))
+    before = bits(model)
+    results = [evaluate(model, list(zip(x.split(n), y.split(n), strict=True))) for n in (60, 7, 1)]
+    assert all(r == pytest.approx(results[0], rel=1e-6) for r in results)
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert not modes.pop("bn2") and all(modes.values())
+    assert equal(before, bits(model))  # running statistics too
+    assert all(type(value) is float for value in results[0])
+
+
+def test_evaluating_on_nothing():
+    with pytest.raises(ValueError, match="no batches"):
+        evaluate(nn.Linear(2, 2), [])
+
+
+def test_evaluation_restores_modes_after_an_error(digits):
+    model = build("mlp1-bn-w4", digits.shape).train()
+    with pytest.raises(RuntimeError):
+        evaluate(model, [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))])
+    assert model.training and model.bn1.training
+
+
+# output
+
+
+def test_one_line_at_the_end_when_stdout_is_no_terminal(capsys):
+    train(RUN, device="cpu", progress=True)
+    out = capsys.readouterr()
+    assert out.out.startswith(f"{RUN}: test accuracy ") and out.out.count("\n") == 1 and not out.err
+    run()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_bar_with_time_left_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    train(RUN, device="cpu", progress=True)
+    out = capsys.readouterr().out
+    assert RUN in out and "12/12" in out and "<00:00" in out
+
+
+def test_default_device(monkeypatch):
+    monkeypatch.setenv("REPAIRLIB_DEVICE", "meta")
+    assert training.default_device() == "meta"
+    monkeypatch.delenv("REPAIRLIB_DEVICE")
+    assert training.default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_data_set_of_ones_own(digits):
+    n = 40
+    images = torch.randint(256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = Split(images, torch.arange(n) % 3)
+    model, metrics = run(dataset=Dataset("own", split, split, 3, (0.5,) * 3, (0.3,) * 3))
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3) and metrics["shape"] == (3, 8, 8)
