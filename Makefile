@@ -12,7 +12,7 @@ GPU_JOBS  ?= 1
 # What Snakemake leaves unsaid; QUIET=progress shows its own messages.
 QUIET     ?= all
 
-BIN       := $(VENV)/bin
+RUN       := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
 SHELL     := bash
 .DELETE_ON_ERROR:
@@ -25,28 +25,31 @@ help:  ## this list
 
 figures: $(INSTALLED)  ## make every figure that is missing or out of date, at SCALE (quick)
 	@began=$$(date +%s); status=0; \
-	$(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPU_JOBS) --keep-going --rerun-incomplete --nolock \
+	$(RUN) snakemake --cores $(CORES) --resources gpu=$(GPU_JOBS) --keep-going --rerun-incomplete --nolock \
 	    --rerun-triggers mtime --scheduler greedy --quiet $(QUIET) \
 	    --config scale="$(SCALE)" $(if $(NOTEBOOKS),notebooks="$(NOTEBOOKS)") $(if $(ITEMS),items="$(ITEMS)") || status=$$?; \
-	$(BIN)/python -m repairlib.batch summary --scale "$(SCALE)" --since $$began; \
+	$(RUN) repairlib.batch summary --scale "$(SCALE)" --since $$began; \
 	[ $$status = 0 ] || echo "Not everything could be made; if nothing above says why, try: make figures QUIET=progress"; \
 	exit $$status
 # --nolock: nothing is left to unlock after a kill. Two calls at once are safe, as jobs lock what they write.
 
 test: $(INSTALLED)  ## lint, unit tests, doctests, and every notebook at smoke scale
-	@$(BIN)/ruff check --quiet . && status=0 || status=1; \
+	@$(RUN) ruff check --quiet . && status=0 || status=1; \
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; \
 	REPAIRLIB_RUNS="$$scratch/runs" REPAIRLIB_FIGURES="$$scratch/figures" OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+	$(RUN) pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 	    --ignore-glob '*/notebooks/*.py' notebooks tests repairlib || status=1; \
 	exit $$status
 # Empty folders for runs and figures, so that nothing made earlier hides a fault.
 
 lab: $(INSTALLED)  ## open JupyterLab
-	$(BIN)/jupyter-lab notebooks/00_quickstart.ipynb
+	$(RUN) jupyterlab notebooks/00_quickstart.ipynb
 
 sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer wins) and strip outputs
-	@$(BIN)/python -m repairlib.batch sync
+	@$(RUN) repairlib.batch sync
+
+readme: figures  ## copy the pictures that README.md shows
+	@mkdir -p figures/readme && cp figures/quick/repair/fig2_left.png figures/quick/repair/fig3_middle.png figures/readme/
 
 clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper
 	rm -rf build .snakemake figures/smoke figures/quick figures/.staging figures/gallery.html .pytest_cache .ruff_cache
@@ -56,9 +59,9 @@ $(INSTALLED): requirements.txt pyproject.toml
 	  echo "repairlib needs Python >= 3.10, and $(PYTHON) is not; say which: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Setting up $(VENV): once, several GB, mostly PyTorch."
 	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/.installing),--clear) $(VENV) && touch $(VENV)/.installing
-	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(RUN) pip install --disable-pip-version-check --no-deps -r requirements.txt
+	@$(RUN) pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@rm $(VENV)/.installing && touch $@
 # .installing: an installation that was interrupted is started again from nothing.
 
-.PHONY: help figures test lab sync clean
+.PHONY: help figures test lab sync readme clean

@@ -8,10 +8,24 @@
 # checkpoints or figures: these are written whole or not at all by repairlib.store and repairlib.batch.
 import shutil
 import sys
+import types
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 from repairlib import batch, report
+
+if sys.version_info < (3, 11):
+    # Snakemake 7 finds the rule that makes a file with a datrie.Trie, a C extension without wheels for Python 3.10.
+    # A dict does for our few rules, and nobody needs a compiler.
+    class Trie(dict):
+        def __init__(self, alphabet):
+            super().__init__()
+
+        def iter_prefix_values(self, text):
+            return (value for prefix, value in self.items() if text.startswith(prefix))
+
+    sys.modules["datrie"] = types.SimpleNamespace(Trie=Trie)
 
 try:
     SCALE = report.check_scale(config.get("scale", "quick"))
@@ -25,13 +39,15 @@ except Exception as error:
     raise
 
 # A run for some items has a stamp of its own, since it does not complete the notebook.
-STAMP = f"build/{SCALE}/{{notebook}}{'+'.join(['', *ITEMS]).replace('/', '-')}.done"
+SOME = f"+{zlib.crc32(repr(ITEMS).encode()):08x}" if ITEMS else ""
+STAMP = f"build/{SCALE}/{{notebook}}{SOME}.done"
 LIBRARY = [path.as_posix() for path in Path("repairlib").glob("*.py") if path.name not in ("batch.py", "store.py")]
 GPU = 1 if shutil.which("nvidia-smi") else 0
 
 for name in NOTEBOOKS:
     if not batch.read_done(name, SCALE):  # somebody removed figures: make them again
-        Path(STAMP.format(notebook=name)).unlink(missing_ok=True)
+        for stamp in [*Path("build", SCALE).glob(f"{name}.done"), *Path("build", SCALE).glob(f"{name}+*.done")]:
+            stamp.unlink()
 
 
 rule all:

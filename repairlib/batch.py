@@ -38,6 +38,7 @@ PAPERS = {
     "combine": "Mode Combinability (Csiszárik et al. 2023)",
 }
 
+PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_DATA")
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -89,13 +90,13 @@ def read_done(name: str, scale: str) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------------- execute a notebook
 
 
-def execute(path: str | Path, scale: str, items: str = "", build: str | Path | None = None) -> dict[str, Any]:
+def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
     """Execute a jupytext notebook with papermill and publish the items it saves; returns what this run made, and where.
 
     items: comma-separated IDs of the items to make, empty for all.
-    build: folder of executed notebooks, `build` in the project by default.
 
-    Raises NotebookFailed when a cell does; then <build>/<scale>/<name>.partial.ipynb holds the notebook so far.
+    The executed notebook goes to build/<scale>/<name>.ipynb. Raises NotebookFailed when a cell does; then the notebook
+    so far is in <name>.partial.ipynb there.
     """
     import jupytext  # these here, because importing them takes two seconds
     import nbformat
@@ -105,7 +106,7 @@ def execute(path: str | Path, scale: str, items: str = "", build: str | Path | N
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     path, name, root = Path(path).resolve(), name_of(path), report.figures_root()
-    output = Path(build or project_root() / "build") / report.check_scale(scale) / f"{name}.ipynb"
+    output = project_root() / "build" / report.check_scale(scale) / f"{name}.ipynb"
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Two processes making the same notebook would share its staging folder: the second waits.
@@ -116,9 +117,11 @@ def execute(path: str | Path, scale: str, items: str = "", build: str | Path | N
         # own, since the default is the working folder that all share; in /tmp, since their paths end at 107 bytes.
         sockets = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp" if os.path.isdir("/tmp") else None))
         ipc = {"transport": "ipc", "ip": f"{sockets}/kernel"} if os.name == "posix" else {}
+        # The kernel starts in the notebook's folder, so a relative path of ours would mean something else there.
+        paths = {key: os.path.abspath(os.environ[key]) for key in PATHS if os.environ.get(key)}
         start = time.monotonic()
         try:
-            with _environment_variable("REPAIRLIB_FIGURES", str(staging)):
+            with _environment_variables(paths | {"REPAIRLIB_FIGURES": str(staging)}):
                 notebook = papermill.execute_notebook(
                     nbformat.from_dict(jupytext.read(path)),
                     str(partial),
@@ -184,17 +187,15 @@ def _empty_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable, which a kernel started meanwhile inherits."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _environment_variables(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables, which a kernel started meanwhile inherits."""
+    before = dict(os.environ)
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 # ------------------------------------------------------------------------------------------- the other half of a pair

@@ -100,7 +100,7 @@ def check_name(name: str, root: str | Path | None = None) -> str:
     """Return `name` if it names a known data set or an image folder under the root; ValueError otherwise."""
     root = data_root(root)
     folders = [path.name for path in root.iterdir() if _is_image_folder(path)] if root.is_dir() else []
-    known = ["digits", *ARCHIVES, *sorted(set(folders) - set(ARCHIVES))]
+    known = list(dict.fromkeys(["digits", *ARCHIVES, *sorted(folders)]))
     if name not in known or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(
             f"unknown data set {name!r}; the nearest is {nearest(name, known)!r} (known: {', '.join(known)}); your own "
@@ -114,12 +114,16 @@ def load(
 ) -> Dataset:
     """Load a data set by name onto a device.
 
-    name      digits, mnist, fashionmnist, svhn, cifar10, cifar100, or the name of an image folder under the root;
-              an image folder of that name wins over torchvision's archive
-    root      where data sets are; default $REPAIRLIB_DATA, else `data` in the checkout. It may be read-only.
-    download  fetch what torchvision knows and is not there (checksums verified)
+    Args:
+        name: digits, mnist, fashionmnist, svhn, cifar10, cifar100, or the name of an image folder under the root;
+            an image folder of that name wins over torchvision's archive.
+        root: where data sets are; default $REPAIRLIB_DATA, else `data` in the checkout. It may be read-only.
+        device: where the tensors go.
+        download: fetch what torchvision knows and is not there (checksums verified).
 
-    Raises ValueError for an unknown name and DataMissing for data that are not there.
+    Raises:
+        ValueError: unknown name.
+        DataMissing: not there and not to be had, or damaged.
 
     >>> digits = load("digits")
     >>> digits.shape, len(digits.train), len(digits.test), digits.classes
@@ -140,14 +144,15 @@ def load(
 def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
     """Augment a batch where it is: each image gets its own random draw.
 
-    images     [n, c, h, w], any dtype
-    names      "translate": pad with zeros by an eighth of the side (4 at 32x32) and crop back at a random place;
-               "flip": mirror left-right with probability 1/2;
-               "cutout": a square of a quarter of the side (8 at 32x32) centred at random is set to zero
-               (DeVries and Taylor 2017)
-    generator  on the CPU; draws are made there and moved, so they are the same on every device
+    Args:
+        images: [n, c, h, w], any dtype; untouched.
+        names: "translate" pads with zeros by an eighth of the side (4 at 32x32) and crops back at a random place;
+            "flip" mirrors left-right with probability 1/2; "cutout" sets a square of a quarter of the side (8 at
+            32x32), centred at random, to zero (DeVries and Taylor 2017).
+        generator: on the CPU; draws are made there and moved, so they are the same on every device.
 
-    Returns a new tensor of the same shape; raises ValueError for an unknown name.
+    Raises:
+        ValueError: unknown name.
     """
     n, _, height, width = images.shape
 
@@ -215,12 +220,19 @@ def iterate(
 ) -> Batches:
     """Return batches (x, y): x float32 [b, c, h, w] normalised per channel, y int64 [b].
 
-    split      "train" or "test"
-    augment    see `augment`
-    generator  on the CPU; one number is drawn from it, the seed of this pass (0 without it), so calling again with the
-               same generator gives another pass, while iterating twice over one result gives the same pass twice
-    limit      use only so many images, drawn once by a fixed seed: a fair sample, always the same one
-    drop_last  leave out a last batch that is not full
+    Args:
+        dataset: of `load`.
+        split: "train" or "test".
+        batch_size: images in a batch; the last may have fewer.
+        augment: names, see `augment`.
+        generator: on the CPU; one number is drawn from it, the seed of this pass (0 without it), so calling again with
+            the same generator gives another pass, while iterating twice over one result gives the same pass twice.
+        shuffle: draw a random order.
+        limit: use only so many images, drawn by a fixed seed: a fair sample, always the same one.
+        drop_last: leave out a last batch that is not full.
+
+    Raises:
+        ValueError: unknown split or augmentation, or a size below 1.
 
     >>> digits = load("digits")
     >>> [len(y) for x, y in iterate(digits, "test", batch_size=150)]

@@ -85,10 +85,13 @@ def parse(name: str) -> ModelName:
 def build(name: str | ModelName, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10) -> nn.Module:
     """Build a network with fresh weights from torch's global generator; `fused` gives the plain network.
 
-    shape    (c, h, w) of one input
-    classes  number of outputs
+    Args:
+        name: see the head of this module.
+        shape: (c, h, w) of one input.
+        classes: number of outputs.
 
-    Raises ValueError for an unknown name (see `parse`).
+    Raises:
+        ValueError: unknown name (see `parse`).
 
     >>> build("vgg11-bn-w0.25", (1, 16, 16), 10)(torch.zeros(2, 1, 16, 16)).shape
     torch.Size([2, 10])
@@ -118,8 +121,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
     per output channel, with running mean m and variance v, gain g and shift beta; in float64, so outputs in evaluation
     mode stay the same to rounding. The copy's state dict has the keys of the same network built plain: where a
-    BatchNorm was, an Identity is left. Any model that torch.fx traces will do. Raises ValueError, naming the module,
-    for a BatchNorm that does not directly follow such a layer, or without running statistics.
+    BatchNorm was, an Identity is left. Any model that torch.fx traces will do.
+
+    Raises:
+        ValueError: a BatchNorm (named) does not directly follow such a layer, or has no running statistics.
     """
     model = copy.deepcopy(model).eval()
     nodes = list(torch.fx.symbolic_trace(model).graph.nodes)

@@ -61,6 +61,12 @@ class Pair:
         """REPAIR between the aligned endpoints, on the calibration data unless other data is given."""
         return Repair(self.a, self.aligned, self.calibration if data is None else data, **options)
 
+    @property
+    def title(self) -> str:
+        """The model and the data, to put over a figure."""
+        name = train.parse_run(self.runs[0])
+        return f"{name.model} on {name.data}"
+
     def origin(self, start: float) -> dict:
         """How a result of this pair was made, as `report.save_item` records it; `start` is of time.perf_counter()."""
         return {"runs": self.runs, "device": self.dataset.device, "seconds": time.perf_counter() - start}

@@ -37,7 +37,14 @@ LOOKS = {
         "label": "aligned, before REPAIR",
     },
     "closed-form": {"color": "#56B4E9", "linestyle": "-.", "marker": "s", "label": "REPAIR, closed form"},
-    "simultaneous": {"color": "#CC79A7", "linestyle": "-", "marker": "^", "label": "REPAIR, simultaneous"},
+    "simultaneous": {  # large and empty, to be seen around the sequential variant's marker, which often lies on it
+        "color": "#CC79A7",
+        "linestyle": "-",
+        "marker": "^",
+        "markersize": 8,
+        "markerfacecolor": "none",
+        "label": "REPAIR, simultaneous",
+    },  # fmt: skip
     "repaired": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "after REPAIR"},
     "sequential": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "REPAIR, sequential"},
     "reset": {"color": "#009E73", "linestyle": "-", "marker": "D", "label": "RESET"},
@@ -144,7 +151,8 @@ def prediction(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
         ax.plot([low, high], [low, high], color="black", lw=0.6, label="prediction = measurement")
         ax.plot(frame["measured"], frame["rule_of_thumb"], "v", color="#E69F00", ms=3, label="(0.5 + 0.5 corr) Var$_1$")
         ax.plot(frame["measured"], frame["eq5"], "o", color="#0072B2", ms=3, mfc="white", label="Eq. 5")
-        ax.set(xscale="log", yscale="log", xlabel="measured variance (squared units)", title=title)
+        scale = "log" if high > 20 * low else "linear"
+        ax.set(xscale=scale, yscale=scale, xlabel="measured variance (squared units)", title=title)
         ax.set_ylabel("predicted variance\n(squared units)")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure

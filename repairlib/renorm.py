@@ -313,7 +313,7 @@ class Repair:
         self.ends = gather(nets, self.batches, self.targets, cross="paired" if method == "closed-form" else "none")
 
     def __call__(self, alpha: float = 0.5) -> Repaired:
-        """The repaired network at `alpha`; alpha = 0 and 1 return copies of the endpoints, bit for bit."""
+        """The repaired network at `alpha`; 0 and 1 give the endpoints bit for bit (the reset ones with bn="reset")."""
         model = interpolate_models(self.model_a, self.model_b, alpha)
         if alpha in (0, 1):
             return Repaired(model, {})

@@ -68,7 +68,7 @@ def wanted(item: str, items: str) -> bool:
 
 def figures_root(root: str | Path | None = None) -> Path:
     """Where figures are saved: `root`, else $REPAIRLIB_FIGURES, else `figures` in the project."""
-    return Path(root or os.environ.get("REPAIRLIB_FIGURES") or project_root() / "figures")
+    return Path(root or os.environ.get("REPAIRLIB_FIGURES") or project_root() / "figures").expanduser().resolve()
 
 
 def read_index() -> dict[str, dict]:

@@ -47,8 +47,9 @@ class StaleRun(RuntimeError):
 class Store:
     """Trained networks by run name.
 
-    root       default $REPAIRLIB_RUNS, else `data/runs` in the checkout. A read-only root serves what it holds.
-    data_root  where data sets are (see data.load)
+    Args:
+        root: default $REPAIRLIB_RUNS, else `data/runs` in the checkout. A read-only root serves what it holds.
+        data_root: where data sets are (see data.load).
     """
 
     def __init__(self, root: str | os.PathLike | None = None, data_root: str | os.PathLike | None = None):
@@ -66,11 +67,16 @@ class Store:
     ) -> nn.Module:
         """Return a network by run name, in evaluation mode on `device`; train and save it first if it is not there.
 
-        train_device  where to train: default $REPAIRLIB_DEVICE, else a GPU if there is one, else the CPU
-        progress      show a bar (see train.train)
+        Args:
+            name: of the run.
+            device: where the network is returned.
+            train_device: where it is trained; default $REPAIRLIB_DEVICE, else a GPU if there is one, else the CPU.
+            progress: see train.train.
 
-        Raises ValueError for a name that does not parse, CorruptCheckpoint, StaleRun, data.DataMissing and
-        train.DivergedError.
+        Raises:
+            ValueError: the name does not parse.
+            CorruptCheckpoint, StaleRun: what is stored cannot be used.
+            DataMissing, DivergedError: training failed.
         """
         if not self.has(name):
             with self._lock(name, progress):
@@ -106,7 +112,10 @@ class Store:
     def save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
         """Store a network under a run name with the metrics that train.train returns.
 
-        Raises FileExistsError if it is there, ValueError if a weight is not finite, OSError if it cannot be written.
+        Raises:
+            FileExistsError: it is there.
+            ValueError: a weight is not finite.
+            OSError: it cannot be written (the disk is full); nothing is left behind.
         """
         with self._lock(name):
             self._save(name, model, metrics)

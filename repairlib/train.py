@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from repairlib import models
 from repairlib.data import Dataset, check_name, iterate, load, nearest
+from repairlib.graph import eval_mode
 
 
 class DivergedError(RuntimeError):
@@ -85,7 +86,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "resnet": Recipe("jordan-released", 250, 500, 0.4, "cosine", 1e-4, _ALL),
     },
     "fast": {
-        "mlp": Recipe("fast", 10, 1000, 0.05, "linear"),
+        "mlp": Recipe("fast", 20, 1000, 0.05, "linear", warmup_epochs=10, nesterov=True),  # trains 35 layers, not 50
         "vgg": Recipe("fast", 30, 500, 0.08, "cosine", 5e-4, ("flip", "translate"), warmup_epochs=1),
         "resnet": Recipe("fast", 30, 500, 0.4, "cosine", 1e-4, ("flip", "translate"), warmup_epochs=1),
     },
@@ -173,26 +174,31 @@ def train(
 
     The metrics are {train,test}_{loss,accuracy} (nats; 0 to 1), seconds, threads, device, shape and classes.
 
-    recipe, dataset  instead of those the name stands for
-    device           default_device() if not given
-    progress         a bar if stdout is a terminal, and one line at the end
-
     The seed gives the initial weights and, separately, the order and augmentation of the data; the global generator is
     left alone. Results are the same bit for bit on the same CPU, for which the number of threads is fixed:
     $REPAIRLIB_THREADS, default 1. A `fused` network is trained with BatchNorm and then fused.
 
-    Raises ValueError for a name that does not parse, DivergedError when the loss or a weight becomes non-finite.
+    Args:
+        run: its name.
+        recipe, dataset: instead of those that the name stands for.
+        data_root: where data sets are (see data.load).
+        device: default `default_device()`.
+        progress: a bar if stdout is a terminal, and one line at the end.
+
+    Raises:
+        ValueError: the name does not parse.
+        DivergedError: the loss or a weight became non-finite.
+        DataMissing: see data.load.
     """
     run = parse_run(run, data_root) if isinstance(run, str) else run
     how = recipe or find_recipe(run.recipe, run.model.family, run.data)
     device = torch.device(device or default_device())
     dataset = load(run.data, data_root, device) if dataset is None else dataset.to(device)
     start = time.perf_counter()
-    with _fixed_threads() as threads:
-        trained = replace(run.model, norm="bn") if run.model.norm == "fused" else run.model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model = models.build(trained, dataset.shape, dataset.classes)
+    trained = replace(run.model, norm="bn") if run.model.norm == "fused" else run.model
+    with _fixed_threads() as threads, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = models.build(trained, dataset.shape, dataset.classes)
         fit(model, dataset, how, run.seed, name=str(run), progress=progress)
         if trained is not run.model:
             plain = models.build(run.model, dataset.shape, dataset.classes)
@@ -220,7 +226,18 @@ def fit(
     """Train `model` in place, on the device of the data; return the loss of every step, float32 [steps].
 
     Batches that are not full are left out, unless the whole set is smaller than one. On GPUs that have it, bfloat16
-    autocast is used. Raises DivergedError naming `name`, the step (from 1) and the last finite loss.
+    autocast is used.
+
+    Args:
+        model: any module whose outputs are logits [b, classes].
+        dataset: what to train on; see data.load.
+        recipe: how.
+        seed: of the order and augmentation of the data.
+        name: for messages.
+        progress: show a bar if stdout is a terminal.
+
+    Raises:
+        DivergedError: names `name`, the step (from 1) and the last finite loss.
     """
     device, cuda = dataset.device, dataset.device.type == "cuda"
     half = cuda and torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate bfloat16
@@ -258,35 +275,25 @@ def fit(
     return losses.cpu()
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """Return the mean cross entropy (nats) and the accuracy (0 to 1) over batches (x [b, ...], y int64 [b]).
 
-    In evaluation mode, which is undone afterwards; sums are float64. Raises ValueError if there are no batches.
+    In evaluation mode, which is undone afterwards; sums are float64.
+
+    Raises:
+        ValueError: there are no batches.
     """
-    device = next((p.device for p in model.parameters()), None)
-    with _evaluation_mode(model):
-        total, correct, n = 0.0, 0, 0
+    like = next(model.parameters(), torch.zeros(()))  # inputs go to the device and precision of the weights
+    total, correct, n = 0.0, 0, 0
+    with eval_mode(model):
         for x, y in batches:
-            y = y.to(device)
-            logits = model(x.to(device)).float()
-            total = total + F.cross_entropy(logits, y, reduction="none").double().sum()
+            logits, y = model(x.to(like)).double(), y.to(like.device)
+            total = total + F.cross_entropy(logits, y, reduction="sum")
             correct = correct + (logits.argmax(1) == y).sum()
             n += len(y)
     if n == 0:
         raise ValueError("no batches to evaluate on")
     return float(total) / n, int(correct) / n
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -76,9 +76,9 @@ def test_norms_and_biases():
                     assert (module.bias is None) == (model is bn and key != "head")
 
 
-@pytest.mark.parametrize("width,channels", [(0.25, [16, 32, 64, 128]), (1, [64, 128, 256, 512]), (0.01, [1] * 4)])
+@pytest.mark.parametrize("width,channels", [(0.25, [16, 32, 64, 128]), (1, [64, 128, 256, 512]), (1e-3, [1] * 4)])
 def test_width_multiplies_channels(width, channels):
-    model = build(f"resnet18-bn-w{width}")
+    model = build(f"resnet18-bn-w{width:g}")
     assert [stage[-1].conv2.out_channels for stage in model.stages] == channels
 
 

@@ -132,11 +132,19 @@ def test_training_in_another_process_with_other_settings_gives_the_same_bits(tmp
     assert equal(torch.load(tmp_path / "weights", weights_only=True), bits(run(name)[0]))
 
 
+def test_seed_gives_the_initial_weights():
+    untrained = Recipe("none", 0, 200, 0.1, "linear")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        expected = build("mlp2-plain-w16", (1, 16, 16), 10)
+        assert equal(bits(run(RUN.replace("s1", f"s{seed}"), recipe=untrained)[0]), bits(expected))
+
+
 def test_training_leaves_the_process_as_it_was(monkeypatch):
     torch.manual_seed(0)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     monkeypatch.setenv("REPAIRLIB_THREADS", "3")
-    _, metrics = run()
+    _, metrics = run("digits/mlp2-fused-w16/smoke/s1")
     assert metrics["threads"] == 3 and torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before)
     monkeypatch.setenv("REPAIRLIB_THREADS", "many")
@@ -256,6 +264,16 @@ def test_evaluation_does_not_depend_on_batches_and_restores_modes(digits):
     assert not modes.pop("bn2") and all(modes.values())
     assert equal(before, bits(model))  # running statistics too
     assert all(type(value) is float for value in results[0])
+
+
+def test_evaluation_takes_any_precision_and_a_network_without_parameters(digits):
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 12), torch.randint(3, (40,))
+    model = nn.Linear(12, 3)
+    single = evaluate(model, [(x, y)])
+    assert evaluate(model.double(), [(x, y)]) == pytest.approx(single, rel=1e-6)
+    logits = F.one_hot(y, 3).float()
+    assert evaluate(nn.Identity(), [(logits, y)]) == pytest.approx((math.log(math.e + 2) - 1, 1.0))
 
 
 def test_evaluating_on_nothing():

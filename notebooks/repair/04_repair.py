@@ -26,7 +26,7 @@ depths = by_scale(
     scale,
     smoke=[2, 4],
     quick=[2, 4, 6, 8, 10, 15, 20, 27, 35],
-    fast=[2, 4, 6, 8, 10, 15, 20, 27, 35, 50],
+    fast=[2, 4, 6, 8, 10, 15, 20, 27, 35],
     paper=[2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 21, 24, 27, 30, 35, 40, 45, 50],
 )
 mlp = by_scale(
@@ -88,7 +88,7 @@ if wanted("repair/fig3-left", items):
 
 # %%
 if wanted("repair/fig3-left", items):
-    figure = plots.channels(table, title=f"ResNet18, {resnet.split('/')[0]}: opening convolution of stage 3")
+    figure = plots.channels(table, title=f"{pair.title}: opening convolution of stage 3")
     save_item("repair/fig3-left", scale, table, fig3_left, figure, **pair.origin(start))
 
 # %% [markdown]
@@ -111,7 +111,7 @@ if wanted("repair/fig3-middle", items):
 # %%
 if wanted("repair/fig3-middle", items):
     table = [row for name, path in paths.items() for row in path.table(network=name)]
-    figure = plots.path(table, title=f"ResNet18, {resnet.split('/')[0]}")
+    figure = plots.path(table, title=pair.title)
     save_item("repair/fig3-middle", scale, table, fig3_middle, figure, **pair.origin(start))
     print({name: round(value, 2) for name, value in fig3_middle.items()})
 
@@ -140,7 +140,7 @@ if wanted("repair/fig3-right", items):
 
 # %%
 if wanted("repair/fig3-right", items):
-    figure = plots.depth(table, title=f"midpoints of MLPs, {mlp.split('/')[0]}", threshold=0.9)
+    figure = plots.depth(table, title=f"midpoints of {mlp.format('<depth>')}", threshold=0.9)
     used = [run for run in runs if "mlp" in run]
     save_item("repair/fig3-right", scale, table, fig3_right, figure, **pair.origin(start) | {"runs": used})
     print(fig3_right)
@@ -176,7 +176,7 @@ if wanted("repair/samples", items):
     enough = {method: int(settled.index[settled[method]][0]) for method in mean}
     samples = {"enough": enough["sequential"], "enough_closed_form": enough["closed-form"]}
     samples |= {f"barrier_{m}": 100 * mean[m].iloc[-1] for m in mean} | {"barrier_before": 100 * before}
-    figure = plots.samples(table, before=before, title=f"MLP with {sample_depth} hidden layers, {mlp.split('/')[0]}")
+    figure = plots.samples(table, before=before, title=pair.title)
     save_item("repair/samples", scale, table, samples, figure, **pair.origin(start))
     print({name: round(value, 2) for name, value in samples.items()})
 
@@ -204,14 +204,20 @@ def compare_with_reset(eps: float) -> list[dict]:
     """Test logits and accuracy of conv-only REPAIR with existing BatchNorms re-estimated or frozen, against RESET's."""
     a, b, mid = (in_float64(model, eps) for model in (pair.a, pair.aligned, pair.midpoint()))
     networks = {"RESET": reset(mid, data)}
-    networks |= {
-        f"conv REPAIR, {bn}": Repair(a, b, data, targets=("conv",), bn=bn)(0.5).model for bn in ("reset", "frozen")
-    }
+    for bn in ("reset", "frozen"):
+        networks[f"conv REPAIR, {bn}"] = Repair(a, b, data, targets=("conv",), bn=bn)(0.5).model
     with eval_mode(*networks.values()):
         logits = {name: net(images) for name, net in networks.items()}
     scale = logits["RESET"].abs().max()
-    return [{"network": name, "eps": eps, "accuracy": float((out.argmax(1) == labels).double().mean()),
-             "difference": float((out - logits["RESET"]).abs().max() / scale)} for name, out in logits.items()]  # fmt: skip
+    return [
+        {
+            "network": name,
+            "eps": eps,
+            "accuracy": float((out.argmax(1) == labels).double().mean()),
+            "difference": float((out - logits["RESET"]).abs().max() / scale),
+        }
+        for name, out in logits.items()
+    ]
 
 
 # %%
