@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from repairlib import models, reset
+from repairlib import models
+from repairlib.renorm import reset
 from repairlib.report import environment
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, number: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=number)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

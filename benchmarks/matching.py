@@ -29,7 +29,7 @@ def float64_correlation(net_a: TracedNet, net_b: TracedNet, batches: list, tap: 
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, number=2000)
     batches, rows = images(args.images), []
     for name in ("resnet20-bn-w1", "vgg16-bn-w1"):
         nets = [trace(network(name, seed), batches[0][:2]) for seed in (0, 1)]

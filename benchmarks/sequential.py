@@ -24,7 +24,7 @@ def layer_by_layer(net: TracedNet, batches: list, goals: dict, whole: bool) -> d
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, number=1000)
     batches, rows = images(args.images), []
     for name in ("vgg16-fused-w1", "resnet20-bn-w1"):
         a, b = (network(name, seed) for seed in (0, 1))

@@ -88,7 +88,7 @@ if wanted("repair/fig3-left", items):
 
 # %%
 if wanted("repair/fig3-left", items):
-    figure = plots.channels(table, title=f"{pair.title}: opening convolution of stage 3")
+    figure = plots.channels(table, title=f"{pair.title}, stage 3")
     save_item("repair/fig3-left", scale, table, fig3_left, figure, **pair.origin(start))
 
 # %% [markdown]
@@ -140,7 +140,7 @@ if wanted("repair/fig3-right", items):
 
 # %%
 if wanted("repair/fig3-right", items):
-    figure = plots.depth(table, title=f"midpoints of {mlp.format('<depth>')}", threshold=0.9)
+    figure = plots.depth(table, title=f"midpoints of fused MLPs on {pair.dataset.name}", threshold=0.9)
     used = [run for run in runs if "mlp" in run]
     save_item("repair/fig3-right", scale, table, fig3_right, figure, **pair.origin(start) | {"runs": used})
     print(fig3_right)
@@ -175,7 +175,8 @@ if wanted("repair/samples", items):
     settled = ((mean - mean.iloc[-1]).abs() < 0.005)[::-1].cummin()[::-1]  # from here on, all are close to the last
     enough = {method: int(settled.index[settled[method]][0]) for method in mean}
     samples = {"enough": enough["sequential"], "enough_closed_form": enough["closed-form"]}
-    samples |= {f"barrier_{m}": 100 * mean[m].iloc[-1] for m in mean} | {"barrier_before": 100 * before}
+    samples |= {f"barrier_{m.replace('-', '_')}": 100 * mean[m].iloc[-1] for m in mean}
+    samples["barrier_before"] = 100 * before
     figure = plots.samples(table, before=before, title=pair.title)
     save_item("repair/samples", scale, table, samples, figure, **pair.origin(start))
     print({name: round(value, 2) for name, value in samples.items()})
