@@ -50,13 +50,13 @@ def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float 
 
 
 def merge(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> nn.Module:
-    """Align B to A, interpolate, REPAIR: two networks into one of the same size.
+    """Align B to A, interpolate, REPAIR: two networks into one.
 
     Args:
         model_a, model_b: two networks of one architecture, trained separately. Untouched.
         data: any iterable of batches x or (x, y) of training data; about 5,000 examples.
         alpha: 0 is A, 1 is (the aligned) B.
-        **options: of `Repair`.
+        **options: of `Repair`, which also says what the result is where a correction does not fold.
     """
     data = list(data) if iter(data) is data else data
     return repair(model_a, align(model_a, model_b, data), data, alpha, **options)

@@ -61,7 +61,7 @@ def variance_profile(
 
 
 def channel_statistics(models: dict[str, nn.Module], data: Iterable, node: str) -> list[dict]:
-    """Mean and standard deviation of every channel of one node (Jordan et al. 2022, Fig. 3 left).
+    """Variance of every channel of one node (Jordan et al. 2022, Fig. 3 left).
 
     Args:
         models: name -> network, all of one architecture.
@@ -69,15 +69,15 @@ def channel_statistics(models: dict[str, nn.Module], data: Iterable, node: str) 
         node: name of the node.
 
     Returns:
-        Rows {network, channel, mean, variance}.
+        Rows {network, channel, variance}.
     """
     first = next(iter(models.values()))
     batches = Batches(data, first)
     moments = gather([trace(model, batches.example()) for model in models.values()], batches, [node])[node]
     return [
-        {"network": name, "channel": c, "mean": float(mean), "variance": float(var)}
+        {"network": name, "channel": c, "variance": float(var)}
         for k, name in enumerate(models)
-        for c, (mean, var) in enumerate(zip(moments.mean(k), moments.var(k), strict=True))
+        for c, var in enumerate(moments.var(k))
     ]
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 FIXED = 0  # the unit number of everything that may not move: network inputs and outputs
 
@@ -55,21 +56,29 @@ class Batches:
     Args:
         data: batches x or (x, y, ...); a one-shot iterator is kept in memory because statistics need several passes.
         model: whose device and precision the inputs take.
+        limit: stop after so many examples; a loader that shuffles then gives other ones in each pass.
 
     Raises:
         TypeError: a batch is no tensor and does not begin with one.
     """
 
-    def __init__(self, data: Iterable, model: nn.Module):
+    def __init__(self, data: Iterable, model: nn.Module, limit: int | None = None):
         self.data = list(data) if isinstance(data, Iterator) else data
+        self.limit = limit
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         self.device, self.dtype = like.device, like.dtype
 
     def __iter__(self) -> Iterator[Tensor]:
+        left = self.limit
         for batch in self.data:
+            if left == 0:
+                return
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             if not isinstance(x, Tensor):
                 raise TypeError(f"a batch must be a tensor or begin with one, not {type(x).__name__}")
+            if left is not None:
+                x = x[:left]
+                left -= len(x)
             yield x.to(self.device, self.dtype if x.is_floating_point() else None)
 
     def example(self) -> Tensor:
@@ -106,6 +115,7 @@ class _Tracer(fx.Tracer):
         return isinstance(module, ChannelAffine) or super().is_leaf_module(module, name)
 
 
+_NO_INPUT = object()
 _ACTIVATIONS = (
     nn.ReLU,
     nn.ReLU6,
@@ -124,7 +134,7 @@ _KIND_OF_MODULE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity), "identity"),
     ((nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
       nn.AdaptiveMaxPool2d), "pool"),
-    (nn.Flatten, "reshape"),
+    (nn.Flatten, "reshape"), ((nn.Softmax, nn.LogSoftmax), "softmax"),
 )  # fmt: skip
 _KIND_OF_FUNCTION: dict[object, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu,
@@ -134,6 +144,7 @@ _KIND_OF_FUNCTION: dict[object, str] = {
     **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), "pool"),
     **dict.fromkeys((F.dropout, F.dropout2d), "identity"),
     **dict.fromkeys((torch.flatten, torch.reshape), "reshape"),
+    **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, torch.log_softmax), "softmax"),
     torch.mean: "mean",
 }  # fmt: skip
 _KIND_OF_METHOD = {
@@ -142,6 +153,7 @@ _KIND_OF_METHOD = {
     **dict.fromkeys(("mul", "mul_"), "multiply"),
     **dict.fromkeys(("flatten", "view", "reshape"), "reshape"),
     **dict.fromkeys(("contiguous", "clone", "detach"), "identity"),
+    **dict.fromkeys(("softmax", "log_softmax"), "softmax"),
     "mean": "mean",
 }
 
@@ -187,7 +199,10 @@ class TracedNet:
     def compute(self, node: fx.Node, values: dict[fx.Node, object], inputs: Iterator | None = None) -> object:
         """Value of one node from the values of the nodes before it; `inputs` feeds the placeholders."""
         if node.op == "placeholder":
-            return next(inputs, *node.args)
+            value = next(inputs, *node.args, _NO_INPUT)
+            if value is _NO_INPUT:
+                raise UntraceableModel(f"forward needs a second input, {node.target!r}; wrap it to take one tensor")
+            return value
         if node.op == "get_attr":
             return operator.attrgetter(node.target)(self.model)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -215,7 +230,7 @@ class TracedNet:
         """
         edits = edits or {}
         self.check_names([*taps, *edits])
-        wanted = {self._corrected(name): name for name in taps}
+        wanted = {self.corrected(name): name for name in taps}
         values: dict[fx.Node, object] = {}
         inputs = iter((x,))
         for node in self.nodes:
@@ -228,7 +243,8 @@ class TracedNet:
             if node.name in wanted:
                 yield wanted.pop(node.name), values[node]
 
-    def _corrected(self, name: str) -> str:
+    def corrected(self, name: str) -> str:
+        """Name of the `ChannelAffine` that corrects a node, or the node's own name if it carries none."""
         users = list(self.node(name).users)
         return users[0].name if len(users) == 1 and self.kinds[users[0].name] == "affine" else name
 
@@ -329,6 +345,12 @@ class _Labels:
         self.activations: dict[fx.Node, np.ndarray] = {}  # labels of one example: shape without the batch axis
         self.axes: dict[tuple[str, int], np.ndarray] = {}
         self.same: list[tuple[np.ndarray, np.ndarray]] = []
+        self.aliases: dict[str, list[str]] = {}  # tied weights: one tensor, several names in the state dict
+        by_tensor: dict[int, list[str]] = {}
+        for name, tensor in net.model.state_dict(keep_vars=True).items():
+            by_tensor.setdefault(id(tensor), []).append(name)
+        for names in by_tensor.values():
+            self.aliases |= dict.fromkeys(names, names)
 
     def fresh(self, n: int) -> np.ndarray:
         self.count += n
@@ -339,9 +361,15 @@ class _Labels:
 
     def mark(self, tensor: str, axis: int, units: np.ndarray) -> None:
         """Say that an axis of a parameter or buffer indexes `units`; a shared module says it more than once."""
-        known = self.axes.setdefault((tensor, axis), units)
-        if known is not units:
-            self.identify(known, units)
+        if tensor not in self.aliases:
+            raise UnsupportedNode(
+                f"{tensor!r} is no parameter but computed from others (weight norm, a parametrization, pruning); "
+                "make it permanent first, with torch.nn.utils.parametrize or prune's remove function"
+            )
+        for name in self.aliases[tensor]:
+            known = self.axes.setdefault((name, axis), units)
+            if known is not units:
+                self.identify(known, units)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return self.net.shapes[node.name][1:]
@@ -395,7 +423,7 @@ class _Labels:
     def activation(self, node, module, x):
         return x
 
-    identity = activation
+    identity = softmax = activation  # a softmax permutes with its inputs, whatever axis it sums over
 
     def add(self, node, module, *xs):
         if len(xs) == 1:
@@ -596,6 +624,7 @@ def invariance_error(model: nn.Module, spec: PermutationSpec, example: Tensor, s
     permuted = permute(probe, spec, random_permutation(spec, seed + 1))
     x = torch.randn(example.shape, generator=generator, dtype=torch.float64)
     with eval_mode(probe, permuted):
-        before, after = probe(x), permuted(x)
+        outputs = [[y for y in tree_leaves(net(x)) if isinstance(y, Tensor)] for net in (probe, permuted)]
+    before, after = (torch.cat([y.double().flatten() for y in ys]) for ys in outputs)
     scale = before.abs().max()
     return float((after - before).abs().max() / scale) if scale > 0 and scale.isfinite() else math.inf

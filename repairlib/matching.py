@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from repairlib.graph import Batches, Permutation, PermutationSpec, permutation_spec, permute, trace
+from repairlib.graph import Batches, Permutation, PermutationSpec, UnsupportedNode, permutation_spec, permute, trace
 from repairlib.interpolate import check_compatible
 from repairlib.moments import Moments, gather
 
@@ -101,6 +101,8 @@ def match_activations(
     example = batches.example()
     if spec is None:
         spec = permutation_spec(model_a, example)
+    if unread := [group.name for group in spec.groups if tap not in group.taps]:
+        raise UnsupportedNode(f"group {unread[0]!r}: no node holds its units along axis 1, to correlate them there")
     nets = [trace(model, example) for model in (model_a, model_b)]
     moments = gather(nets, batches, [group.taps[tap] for group in spec.groups], cross="full")
     return match_moments(moments, spec, tap, eps)

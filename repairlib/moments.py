@@ -95,6 +95,44 @@ class Moments:
         return cov / ((torch.outer(a, b) if cov.ndim == 2 else a * b) + eps)
 
 
+class BatchMeanMoments:
+    """Means and variances as the released code pools them: of each batch, unbiased, averaged with equal weight.
+
+    What varies between batches is missing from the variance, and a small last batch counts as much as a full one.
+    """
+
+    def __init__(self):
+        self.count = 0  # batches
+        self._mean: list[Tensor] = []
+        self._var: list[Tensor] = []
+
+    def update(self, *activations: Tensor) -> None:
+        """Add one batch: for each network, values (n, units, ...) of the same inputs."""
+        rows = [x.detach().transpose(0, 1).flatten(1).double() for x in activations]
+        if rows[0].shape[1] < 2:
+            raise ValueError("pooling='batch-mean' needs two values a channel in every batch; drop the last one")
+        means, variances = [r.mean(1) for r in rows], [r.var(1) for r in rows]
+        self._mean = [a + b for a, b in zip(self._mean, means, strict=True)] if self.count else means
+        self._var = [a + b for a, b in zip(self._var, variances, strict=True)] if self.count else variances
+        self.count += 1
+
+    def mean(self, k: int = 0) -> Tensor:
+        """Mean of network k's units (units,), float64."""
+        return self._mean[k] / self.count
+
+    def var(self, k: int = 0) -> Tensor:
+        """Variance of network k's units (units,), float64."""
+        return self._var[k] / self.count
+
+    def std(self, k: int = 0) -> Tensor:
+        """Standard deviation of network k's units (units,)."""
+        return self.var(k).sqrt()
+
+    def dead(self, k: int = 0) -> Tensor:
+        """Units (units,) of network k that are constant to rounding."""
+        return self.std(k) <= 1e-6 * self.mean(k).abs()
+
+
 def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
     """Values less their batch mean as (units, count), and the mean in float64."""
     x = x.detach()
@@ -115,7 +153,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gather(
-    nets: Sequence[TracedNet], batches: Iterable[Tensor], taps: Iterable[str], cross: str = "none"
+    nets: Sequence[TracedNet],
+    batches: Iterable[Tensor],
+    taps: Iterable[str],
+    cross: str = "none",
+    pooling: str = "exact",
 ) -> dict[str, Moments]:
     """Moments at every tap, from one pass of all networks over the data, in step, node by node.
 
@@ -124,12 +166,13 @@ def gather(
         batches: tensors (n, ...), on the networks' device.
         taps: node names.
         cross: see `Moments`.
+        pooling: "exact", or "batch-mean" for `BatchMeanMoments`.
 
     Raises:
         ValueError: no batch at all.
     """
     taps = list(dict.fromkeys(taps))
-    moments = {tap: Moments(cross) for tap in taps}
+    moments = {tap: BatchMeanMoments() if pooling == "batch-mean" else Moments(cross) for tap in taps}
     with eval_mode(*(net.model for net in nets)):
         for x in batches:
             for values in zip(*(net.walk(x, taps) for net in nets), strict=True):

@@ -58,8 +58,8 @@ class Pair:
         return interpolate_models(self.a, self.aligned, alpha)
 
     def repair(self, data: Iterable | None = None, **options) -> Repair:
-        """REPAIR between the aligned endpoints, on the calibration data unless other data is given."""
-        return Repair(self.a, self.aligned, self.calibration if data is None else data, **options)
+        """REPAIR between the aligned endpoints, on the calibration data unless other data is given, all of it."""
+        return Repair(self.a, self.aligned, self.calibration if data is None else data, **({"limit": None} | options))
 
     @property
     def title(self) -> str:

@@ -188,7 +188,7 @@ def notebook_runs(path: str | Path, scale: str, items: str = "") -> list[str]:
 def environment(device: Any = "cpu") -> dict[str, Any]:
     """Where results were made: interpreter, machine, device, package versions, commit."""
     try:
-        command = ["git", "rev-parse", "--verify", "HEAD"]
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
         commit = subprocess.run(command, cwd=project_root(), capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:  # a machine without git
         commit = None

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from cases import CASES, inputs, make
 from torch import nn
 
-from repairlib import graph
+from repairlib import graph, models
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,8 +161,6 @@ def test_wrong_groups_do_not_pass_the_check():
     """The check must see a forgotten axis even where fresh BatchNorm layers hold only ones and zeros."""
     name = "mlp2-bn-w8"
     torch.manual_seed(0)
-    from repairlib import models
-
     model = models.build(name, shape=CASES[name], classes=3)
     spec = graph.permutation_spec(model, inputs(name, 2))
     group = spec.groups[0]
@@ -203,3 +201,66 @@ def test_unknown_node_is_an_error_with_the_nearest():
     name = next(n for n, k in net.kinds.items() if k == "linear")
     with pytest.raises(KeyError, match=name):
         net.check_names([name + "x"])
+
+
+OTHER_SIZES = (
+    "resnet44-plain-w0.125", "resnet56-bn-w0.125", "resnet110-bn-w0.125", "vgg13-plain-w0.125", "vgg19-plain-w0.125",
+    "vgg16-bn-w0.125", "mlp20-bn-w16", "resnet32-plain-w0.125-sc1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_the_other_sizes_of_every_family(name):
+    model = models.build(name, shape=(1, 16, 16), classes=3)
+    spec = graph.permutation_spec(model, torch.zeros(2, 1, 16, 16), verify=False)
+    assert graph.invariance_error(model, spec, torch.zeros(2, 1, 16, 16)) < 1e-10
+
+
+def test_tied_weights_are_permuted_under_all_their_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.first, self.second, self.last = (
+                nn.Linear(*size) for size in ((3, 4), (4, 4), (4, 4), (4, 2))
+            )
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            for layer in (self.stem, self.first, self.second):
+                x = F.relu(layer(x))
+            return self.last(x)
+
+    (group,) = graph.permutation_spec(Tied(), torch.zeros(2, 3)).groups
+    named = {(axis.tensor, axis.axis) for axis in group.axes}
+    assert named >= {(f"{layer}.weight", axis) for layer in ("first", "second") for axis in (0, 1)}
+
+
+def test_computed_weights_are_named():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.utils.parametrizations.weight_norm(net[0])
+    with pytest.raises(graph.UnsupportedNode, match="'0.weight' is no parameter but computed"):
+        graph.permutation_spec(net, torch.zeros(2, 3))
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        return {"logits": F.log_softmax(self.second(h), 1), "both": (self.second(h), x)}
+
+
+def test_outputs_in_containers_and_softmax():
+    (group,) = graph.permutation_spec(Several(), torch.zeros(2, 3)).groups
+    assert group.size == 4
+
+
+def test_a_second_input_is_named():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    with pytest.raises(graph.UntraceableModel, match="second input, 'y'"):
+        graph.trace(Two(), torch.zeros(1, 2))

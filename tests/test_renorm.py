@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from cases import CASES, batches, inputs, make
 from torch import nn
 
@@ -274,3 +275,101 @@ def test_bad_options_and_data():
         renorm.Repair(a, make("mlp3-plain-w8"), data)
     with pytest.raises(ValueError, match="cannot reset BatchNorm"):
         renorm.Repair(a, b, data, method="closed-form", bn="reset")
+
+
+def test_repair_of_an_already_repaired_network():
+    """A merged residual net carries visible corrections; REPAIR of it with itself changes nothing and adds none."""
+    name = "resnet8-bn-w0.5"
+    a, b, data = pair(name)
+    merged = renorm.Repair(a, b, data)(0.5).model
+    x = inputs(name, dtype=torch.float64)
+    for method in renorm.METHODS[::2]:
+        again = renorm.Repair(merged, copy.deepcopy(merged), data, method=method)(0.5)
+        assert relative(output(again.model, x), output(merged, x)) < 1e-9
+        assert again.model.state_dict().keys() == merged.state_dict().keys()
+    other = renorm.Repair(make(name, 2, torch.float64), make(name, 3, torch.float64), data)(0.5).model
+    repair = renorm.Repair(merged, other, data)
+    blocks = [target for target in repair.targets if "relu" in target]
+    assert goal_errors((merged, other), repair(0.5).model, data, blocks, 0.5) < 1e-7
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def pruned() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    torch.nn.utils.prune.random_unstructured(net[0], "weight", 0.3)
+    return net
+
+
+def weight_normed() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.utils.parametrizations.weight_norm(net[0])
+    return net
+
+
+@pytest.mark.parametrize("build", [Tied, pruned, weight_normed])
+def test_weights_that_are_shared_or_computed_are_not_folded_into(build):
+    torch.manual_seed(0)
+    a, b = build().double(), build().double()
+    b.load_state_dict({k: v if "mask" in k else v + torch.randn_like(v) / 2 for k, v in a.state_dict().items()})
+    data = [torch.randn(50, 4, dtype=torch.float64)]
+    repair = renorm.Repair(a, b, data)
+    result = repair(0.5)
+    unfolded = renorm.attach(interpolate_models(a, b, 0.5), result.corrections, repair.example)
+    assert result.visible
+    assert relative(output(result.model, data[0]), output(unfolded, data[0])) < 1e-9
+
+
+def test_classifier_is_left_alone_also_before_a_softmax():
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.LogSoftmax(1))
+    traced = graph.trace(net, torch.zeros(2, 4))
+    assert renorm.target_nodes(traced) == ["_0"] and renorm.target_nodes(traced, "classifier") == ["_2"]
+
+
+def test_linear_layers_on_tokens_are_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="node '_0': the units .* are not on axis 1"):
+        renorm.Repair(net, copy.deepcopy(net), [torch.randn(5, 4, 4)])
+
+
+def test_batch_mean_pools_the_endpoints_too():
+    """With one batch, unbiased over unbiased is the ratio that exact pooling gives."""
+    a, b, data = pair("mlp3-plain-w8")
+    one, x = [torch.cat(data)], inputs("mlp3-plain-w8", dtype=torch.float64)
+    exact = renorm.Repair(a, b, one, method="simultaneous")
+    pooled = renorm.Repair(a, b, one, method="simultaneous", pooling="batch-mean")
+    n = len(one[0])
+    for node, moments in exact.ends.items():
+        torch.testing.assert_close(pooled.ends[node].var(1), moments.var(1) * n / (n - 1), rtol=1e-9, atol=0)
+    # A batch is normalised to the unbiased goal by its own population std; that factor is the only difference.
+    assert relative(output(pooled(0.5).model, x), output(exact(0.5).model, x)) < 2 / n
+    for method in ("sequential", "closed-form"):
+        with pytest.raises(ValueError, match="pooling='batch-mean' is of method='simultaneous'"):
+            renorm.Repair(a, b, data, method=method, pooling="batch-mean")
+    with pytest.raises(ValueError, match="two values a channel"):
+        renorm.Repair(a, b, [*one, one[0][:1]], method="simultaneous", pooling="batch-mean")
+
+
+def test_limit_takes_the_first_examples():
+    a, b, data = pair("mlp3-plain-w8")
+    limited = renorm.Repair(a, b, data, limit=30)
+    assert [len(x) for x in limited.batches] == [25, 5]
+    x = inputs("mlp3-plain-w8", dtype=torch.float64)
+    by_hand = renorm.Repair(a, b, [data[0], data[1][:5]])
+    assert torch.equal(output(limited(0.5).model, x), output(by_hand(0.5).model, x))
+
+
+def test_every_module_keeps_its_own_training_flag():
+    a, b, data = pair("resnet8-bn-w0.5", torch.float32)
+    a.train()
+    a.bn1.eval()
+    model = renorm.Repair(a, b, data)(0.5).model
+    assert model.training and not model.bn1.training and model.stages.get_submodule("0.0.bn1").training

@@ -125,7 +125,7 @@ if wanted("repair/sec3-theory", items):
 
 # %%
 if wanted("repair/sec3-theory", items):
-    assert theory["largest_error_eq5"] < 1e-3  # float32 activations; Eq. 5 has no other error
+    assert theory["largest_error_eq5"] < 1e-5  # float32 activations; Eq. 5 has no other error
     assert theory["variance"] < 1
 for name in ("repair/fig2-left", "repair/fig2-middle"):
     if wanted(name, items):
@@ -135,5 +135,6 @@ for name in ("repair/fig2-left", "repair/fig2-middle"):
         )
         assert result["last_layer_direct"] < 1 and result["last_layer_aligned"] < 1, result
         if scale != "smoke":
-            assert result["last_layer_direct"] < result["last_layer_aligned"] < 0.1, result
+            assert result["last_layer_direct"] < result["last_layer_aligned"], result
+            assert result["last_layer_aligned"] < (0.01 if name.endswith("left") else 0.1), result
             assert result["accuracy_repaired"] > result["accuracy_aligned"] > result["accuracy_direct"] - 5, result

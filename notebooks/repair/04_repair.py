@@ -208,7 +208,7 @@ def compare_with_reset(eps: float) -> list[dict]:
     for bn in ("reset", "frozen"):
         networks[f"conv REPAIR, {bn}"] = Repair(a, b, data, targets=("conv",), bn=bn)(0.5).model
     with eval_mode(*networks.values()):
-        logits = {name: net(images) for name, net in networks.items()}
+        logits = {name: torch.cat([net(x) for x in images.split(500)]) for name, net in networks.items()}
     scale = logits["RESET"].abs().max()
     return [
         {
@@ -251,23 +251,23 @@ if wanted("repair/equivalence", items):
 
 # %% [markdown]
 # ## Check
+#
+# What must hold at every scale, what must hold of trained networks, and, at `quick`, how clearly.
 
 # %%
 if wanted("repair/equivalence", items):
     assert equivalence["difference_reset"] < 1e-5, equivalence
-    assert equivalence["difference_frozen"] > equivalence["difference_reset"], equivalence
+    assert equivalence["difference_reset_eps"] < by_scale(scale, smoke=1e-3, quick=1e-5, fast=1e-4, paper=1e-4)
+    assert equivalence["difference_frozen"] > equivalence["difference_reset_eps"], equivalence
     assert equivalence["mean_std_over_root_variance"] < 1, equivalence
 if wanted("repair/fig3-left", items):
     assert fig3_left["ratio_aligned"] < fig3_left["ratio_repaired"] <= 1 + 1e-3, fig3_left
-if scale != "smoke":
-    if wanted("repair/fig3-left", items):
-        assert abs(fig3_left["ratio_repaired"] - 1) < 0.05, fig3_left
-    if wanted("repair/fig3-middle", items):
-        assert fig3_middle["midpoint_direct"] <= fig3_middle["midpoint_before"] < fig3_middle["midpoint_after"], (
-            fig3_middle
-        )
-    if wanted("repair/fig3-right", items):
-        deepest = {key.removeprefix("deepest_over_90_"): value for key, value in fig3_right.items()}
-        assert deepest["before"] < deepest["closed_form"] <= max(deepest["sequential"], deepest["simultaneous"]), (
-            deepest
-        )
+    assert scale == "smoke" or abs(fig3_left["ratio_repaired"] - 1) < 0.05, fig3_left
+if wanted("repair/fig3-middle", items) and scale != "smoke":
+    direct, before, after = (fig3_middle[f"midpoint_{name}"] for name in ("direct", "before", "after"))
+    assert direct - 5 < before < after, fig3_middle  # direct and before may both be at chance
+    assert scale != "quick" or (before < 50 and after > 85 and fig3_middle["endpoints"] > 97), fig3_middle
+if wanted("repair/fig3-right", items) and scale != "smoke":
+    deepest = {key.removeprefix("deepest_over_90_"): value for key, value in fig3_right.items()}
+    assert deepest["before"] < deepest["closed_form"], deepest
+    assert deepest["closed_form"] <= min(deepest["sequential"], deepest["simultaneous"]), deepest
