@@ -134,7 +134,8 @@ _KIND_OF_MODULE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity), "identity"),
     ((nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
       nn.AdaptiveMaxPool2d), "pool"),
-    (nn.Flatten, "reshape"), ((nn.Softmax, nn.LogSoftmax), "softmax"),
+    (nn.LayerNorm, "layernorm"), (nn.GroupNorm, "groupnorm"), (nn.Flatten, "reshape"),
+    ((nn.Softmax, nn.LogSoftmax), "softmax"),
 )  # fmt: skip
 _KIND_OF_FUNCTION: dict[object, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu,
@@ -144,6 +145,8 @@ _KIND_OF_FUNCTION: dict[object, str] = {
     **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), "pool"),
     **dict.fromkeys((F.dropout, F.dropout2d), "identity"),
     **dict.fromkeys((torch.flatten, torch.reshape), "reshape"),
+    **dict.fromkeys((torch.cat, torch.concat), "concat"),
+    **dict.fromkeys((torch.permute, torch.transpose), "permute"),
     **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, torch.log_softmax), "softmax"),
     torch.mean: "mean",
 }  # fmt: skip
@@ -152,6 +155,7 @@ _KIND_OF_METHOD = {
     **dict.fromkeys(("add", "add_"), "add"),
     **dict.fromkeys(("mul", "mul_"), "multiply"),
     **dict.fromkeys(("flatten", "view", "reshape"), "reshape"),
+    **dict.fromkeys(("permute", "transpose"), "permute"),
     **dict.fromkeys(("contiguous", "clone", "detach"), "identity"),
     **dict.fromkeys(("softmax", "log_softmax"), "softmax"),
     "mean": "mean",
@@ -314,6 +318,7 @@ class Group:
     size: int
     axes: tuple[Axis, ...]
     taps: dict[str, str] = field(default_factory=dict)  # "pre" and "post" activation node
+    channels: dict[str, Tensor] = field(default_factory=dict)  # (units, channels of a unit) on axis 1 of the tap's node
 
 
 @dataclass(frozen=True)
@@ -345,6 +350,7 @@ class _Labels:
         self.activations: dict[fx.Node, np.ndarray] = {}  # labels of one example: shape without the batch axis
         self.axes: dict[tuple[str, int], np.ndarray] = {}
         self.same: list[tuple[np.ndarray, np.ndarray]] = []
+        self.apart: list[tuple[np.ndarray, np.ndarray]] = []  # units and a number each: other number, other group
         self.aliases: dict[str, list[str]] = {}  # tied weights: one tensor, several names in the state dict
         by_tensor: dict[int, list[str]] = {}
         for name, tensor in net.model.state_dict(keep_vars=True).items():
@@ -391,21 +397,26 @@ class _Labels:
 
     def conv(self, node, module, x):
         inputs = self.channels(node, x)
-        if module.groups != 1:
-            raise UnsupportedNode(
-                f"node '{node.name}': no permutation rule for grouped convolutions (groups={module.groups})"
-            )
-        self.mark(f"{node.target}.weight", 1, inputs)
-        return self.spread(self._produce(node, module), self.shape(node))
+        if module.groups == 1:
+            self.mark(f"{node.target}.weight", 1, inputs)
+            return self.spread(self._produce(node, module), self.shape(node))
+        # The weight's input axis is shared by all groups, so the channels of a group stay together and in order; a
+        # group moves as one unit, its outputs with its inputs. A depthwise convolution has groups of one channel.
+        blocks = inputs.reshape(module.groups, -1)
+        first = np.broadcast_to(blocks[:, :1], blocks.shape)
+        self.identify(first, blocks)
+        units = np.repeat(blocks[:, 0], module.weight.shape[0] // module.groups)
+        return self.spread(self._produce(node, module, units), self.shape(node))
 
     def linear(self, node, module, x):
         axis = x.ndim - 1
         self.mark(f"{node.target}.weight", 1, self.channels(node, x, axis))
         return self.spread(self._produce(node, module), self.shape(node), axis)
 
-    def _produce(self, node, module):
-        known = self.axes.get((f"{node.target}.weight", 0))
-        units = self.fresh(module.weight.shape[0]) if known is None else known
+    def _produce(self, node, module, units=None):
+        if units is None:
+            known = self.axes.get((f"{node.target}.weight", 0))
+            units = self.fresh(module.weight.shape[0]) if known is None else known
         self.mark(f"{node.target}.weight", 0, units)
         if module.bias is not None:
             self.mark(f"{node.target}.bias", 0, units)
@@ -420,12 +431,38 @@ class _Labels:
 
     affine = batchnorm
 
+    def layernorm(self, node, module, x):
+        inner = range(x.ndim - len(module.normalized_shape), x.ndim)
+        varies = [(x != np.take(x, [0], axis)).any() for axis in range(x.ndim)]
+        if any(varies[axis] for axis in inner) and any(v for axis, v in enumerate(varies) if axis not in inner):
+            raise UnsupportedNode(f"node '{node.name}': no permutation rule for a LayerNorm over part of the units")
+        for name in ("weight", "bias"):
+            if getattr(module, name) is not None:
+                self._mark_broadcast(node, f"{node.target}.{name}", module.normalized_shape, x)
+        return x
+
+    def groupnorm(self, node, module, x):
+        units = self.batchnorm(node, module, x)[(slice(None), *(0,) * (x.ndim - 1))]
+        if module.num_groups > 1:  # statistics are shared within a group of channels: units stay in theirs
+            self.apart.append((units, np.arange(len(units)) // (len(units) // module.num_groups)))
+        return x
+
+    def _mark_broadcast(self, node, tensor, shape, x):
+        """A parameter that is broadcast against an activation: mark each of its axes along which units differ."""
+        for axis, size in enumerate(shape):
+            on = axis - len(shape)  # counted from the end, as broadcasting does
+            if size > 1 and -on <= x.ndim and (x != np.take(x, [0], on)).any():
+                self.mark(tensor, axis, self.channels(node, x, x.ndim + on))
+
     def activation(self, node, module, x):
         return x
 
     identity = softmax = activation  # a softmax permutes with its inputs, whatever axis it sums over
 
     def add(self, node, module, *xs):
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":  # layer scale, position embedding
+                self._mark_broadcast(node, source.target, self.net.shapes[source.name], xs[0])
         if len(xs) == 1:
             return xs[0]
         a, b = np.broadcast_arrays(*xs)
@@ -433,6 +470,27 @@ class _Labels:
         return a
 
     multiply = add
+
+    def concat(self, node, module, *xs):
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        axis = dim % len(self.net.shapes[node.name]) - 1
+        if axis < 0:
+            raise UnsupportedNode(f"node '{node.name}': no permutation rule for a concatenation along the batch axis")
+        return np.concatenate([self.activations[source] for source in node.args[0]], axis)
+
+    def permute(self, node, module, x):
+        rank, dims = x.ndim + 1, node.args[1:]
+        if dims and isinstance(dims[0], (tuple, list)):
+            dims = dims[0]
+        order = list(range(rank))
+        if getattr(node.target, "__name__", node.target) == "transpose":
+            a, b = (d % rank for d in dims)
+            order[a], order[b] = b, a
+        else:
+            order = [d % rank for d in dims]
+        if order[0] != 0:
+            raise UnsupportedNode(f"node '{node.name}': no permutation rule for moving the batch axis")
+        return np.transpose(x, [d - 1 for d in order[1:]])
 
     def pool(self, node, module, x):
         return self.spread(self.channels(node, x), self.shape(node))
@@ -451,8 +509,8 @@ class _Labels:
         return np.reshape(x, self.shape(node))
 
     def visit(self, node: fx.Node) -> None:
-        if self.net.shapes.get(node.name) is None and node.op != "output":
-            return  # sizes and other plain numbers
+        if node.op == "get_attr" or (self.net.shapes.get(node.name) is None and node.op != "output"):
+            return  # parameters are marked where they are used; sizes and other plain numbers
         sources = [self.activations[n] for n in node.all_input_nodes if n in self.activations]
         if node.op == "placeholder":
             labels = np.full(self.shape(node), FIXED)
@@ -515,13 +573,17 @@ def permutation_spec(model: nn.Module, example: Tensor, verify: bool = True) -> 
 def _groups(net, labels, root, axes) -> Iterator[Group]:
     # Two units are interchangeable when they occur equally often on the same axes. The sum of random 64-bit keys, one
     # an axis, tells these sets of axes apart without a units x axes table.
-    keys = np.random.default_rng(0).integers(1, 2**62, size=len(axes), dtype=np.int64)
+    rng = np.random.default_rng(0)
+    keys = rng.integers(1, 2**62, size=len(axes), dtype=np.int64)
     signature = np.zeros(labels.count, dtype=np.int64)
     for key, units in zip(keys, axes.values(), strict=True):
         signature += key * np.bincount(units, minlength=labels.count)
+    for units, number in labels.apart:
+        np.add.at(signature, root[units], rng.integers(1, 2**62, size=number.max() + 1, dtype=np.int64)[number])
     movable = np.unique(root)
     movable = movable[(movable != root[FIXED]) & (signature[movable] != 0)]
     seen, first = np.unique(signature[movable], return_index=True)
+    seen_names: dict[str, int] = {}
     for sig in seen[np.argsort(first)]:
         units = movable[signature[movable] == sig]
         index = np.full(labels.count, -1)
@@ -534,21 +596,30 @@ def _groups(net, labels, root, axes) -> Iterator[Group]:
                 positions = positions[order].reshape(len(units), -1)
                 found.append(Axis(tensor, axis, torch.from_numpy(positions)))
         name = found[0].tensor.rpartition(".")[0]
-        yield Group(name, len(units), tuple(found), _taps(net, labels, root, units))
+        seen_names[name] = seen_names.get(name, 0) + 1
+        name += f":{seen_names[name]}" if seen_names[name] > 1 else ""  # a layer whose units fall into several groups
+        yield Group(name, len(units), tuple(found), *_taps(net, labels, root, units))
 
 
-def _taps(net, labels, root, units) -> dict[str, str]:
-    """The group's last node before and after its non-linearity: of a residual stream, the end of the last block."""
-    taps = {}
+def _taps(net, labels, root, units) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The group's last node before and after its non-linearity: of a residual stream, the end of the last block.
+
+    And where its units lie on axis 1 there (units, channels of a unit): one channel each, or the channels of a block.
+    """
+    taps, channels = {}, {}
     for node, label in labels.activations.items():
         kind = net.kinds[node.name]
-        if kind in ("conv", "linear", "batchnorm", "add", "activation") and label.shape[0] == len(units):
-            first = root[np.moveaxis(label, 0, -1).reshape(-1, len(units))[0]]
-            if (first == units).all():
-                taps["post"] = node.name
-                if kind != "activation":
-                    taps["pre"] = node.name
-    return taps
+        if kind not in ("conv", "linear", "batchnorm", "groupnorm", "add", "multiply", "activation", "permute"):
+            continue
+        on_axis = root[np.moveaxis(label, 0, -1).reshape(-1, label.shape[0])[0]]
+        positions = np.flatnonzero(np.isin(on_axis, units))
+        positions = positions[np.argsort(on_axis[positions], kind="stable")]
+        each = len(positions) // len(units)
+        if each and np.array_equal(on_axis[positions], np.repeat(units, each)):
+            for tap in ("post",) if kind == "activation" else ("pre", "post"):
+                taps[tap] = node.name
+                channels[tap] = torch.from_numpy(positions.reshape(len(units), each))
+    return taps, channels
 
 
 # ------------------------------------------------------------------------------------------------------ permutations

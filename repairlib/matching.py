@@ -57,11 +57,13 @@ def match_moments(moments: dict[str, Moments], spec: PermutationSpec, tap: str =
     matching = Matching(spec, {}, {}, {}, {})
     for group in spec.groups:
         moment = moments[group.taps[tap]]
-        corr = moment.corr(eps=eps).cpu()
+        # A unit of several channels (a group of a grouped convolution) is as similar as its channels are, in order.
+        full, blocks = moment.corr(eps=eps).cpu(), group.channels[tap].T
+        corr = sum(full[channels][:, channels] for channels in blocks)
         perm = solve_assignment(corr)
         matched = corr[torch.arange(group.size), perm]
         matching.permutation[group.name] = perm
-        matching.correlation[group.name] = matched
+        matching.correlation[group.name] = matched / len(blocks)
         matching.objective[group.name] = float(matched.sum())
         matching.dead[group.name] = (int(moment.dead(0).sum()), int(moment.dead(1).sum()))
     return matching

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from cases import CASES, inputs, make
 from torch import nn
 
-from repairlib import graph, models
+from repairlib import graph, matching, models
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,9 +152,9 @@ class NoRule(nn.Module):
 def test_operation_without_a_rule_names_the_node():
     with pytest.raises(graph.UnsupportedNode, match="'cumsum'.*no permutation rule"):
         graph.permutation_spec(NoRule(), torch.zeros(1, 1, 8, 8))
-    grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 2))
-    with pytest.raises(graph.UnsupportedNode, match="'_1'.*grouped"):
-        graph.permutation_spec(grouped, torch.zeros(1, 1, 8, 8))
+    transposed = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Flatten(), nn.Linear(256, 2))
+    with pytest.raises(graph.UnsupportedNode, match="'_1'.*no permutation rule for ConvTranspose2d"):
+        graph.permutation_spec(transposed, torch.zeros(1, 1, 8, 8))
 
 
 def test_wrong_groups_do_not_pass_the_check():
@@ -264,3 +264,96 @@ def test_a_second_input_is_named():
 
     with pytest.raises(graph.UntraceableModel, match="second input, 'y'"):
         graph.trace(Two(), torch.zeros(1, 2))
+
+
+class Shuffle(nn.Module):
+    """ShuffleNet's operation: channels of two branches interleaved."""
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Dense(nn.Module):
+    def __init__(self, inputs, growth):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, growth, 3, padding=1)
+
+    def forward(self, x):
+        return torch.cat([x, self.conv(F.relu(self.norm(x)))], dim=1)
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation, with a layer scale."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return self.scale * x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(channels), nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return self.linear(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+def conv(inputs, outputs, **options):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
+
+
+# what the body is, and the groups that it must have: sizes in order of the first layer that makes them
+OPERATIONS = {
+    "depthwise": (lambda: [conv(3, 8), nn.ReLU(), conv(8, 8, groups=8), nn.ReLU(), conv(8, 6)], [8, 6]),
+    "depthwise, two outputs a channel": (
+        lambda: [conv(3, 8), nn.ReLU(), conv(8, 16, groups=8), nn.ReLU(), conv(16, 6)],
+        [8, 6],
+    ),
+    "grouped: blocks": (lambda: [conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 6)], [4, 6]),
+    "concatenation": (lambda: [conv(3, 4), Dense(4, 3), Dense(7, 3), conv(10, 6)], [4, 3, 3, 6]),
+    "shuffle": (lambda: [conv(3, 8), Shuffle(), conv(8, 6)], [8, 6]),
+    "squeeze and excitation": (lambda: [conv(3, 8), Squeeze(8), conv(8, 6)], [8, 2, 6]),
+    "group norm": (lambda: [conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), conv(8, 6)], [4, 4, 6]),
+    "group norm of one group": (lambda: [conv(3, 8), nn.GroupNorm(1, 8), nn.ReLU(), conv(8, 6)], [8, 6]),
+    "channels last": (lambda: [conv(3, 8), ChannelsLast(8), conv(8, 6)], [8, 8, 6]),
+    "residual": (lambda: [conv(3, 6), Residual(conv(6, 8), nn.ReLU(), conv(8, 6))], [6, 8]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_rules_of_operations(name):
+    body, sizes = OPERATIONS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(*body(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    spec = graph.permutation_spec(model, torch.zeros(2, 3, 6, 6))
+    assert [group.size for group in spec.groups] == sizes
+    assert graph.invariance_error(model, spec, torch.zeros(2, 3, 6, 6), seed=3) < 1e-10
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_recover_a_planted_permutation(name):
+    torch.manual_seed(0)
+    body, _ = OPERATIONS[name]
+    model = nn.Sequential(*body(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    data = [torch.randn(60, 3, 6, 6, generator=torch.Generator().manual_seed(1))]
+    spec = graph.permutation_spec(model, data[0][:2])
+    planted = graph.random_permutation(spec, 3)
+    found = matching.match_activations(model, graph.permute(model, spec, planted), data)
+    for group, perm in graph.invert(planted).items():
+        dead = found.correlation[group].abs() < 0.5
+        assert torch.equal(found.permutation[group][~dead], perm[~dead]) and not dead.all()
