@@ -147,6 +147,8 @@ _KIND_OF_FUNCTION: dict[object, str] = {
     **dict.fromkeys((torch.flatten, torch.reshape), "reshape"),
     **dict.fromkeys((torch.cat, torch.concat), "concat"),
     **dict.fromkeys((torch.permute, torch.transpose), "permute"),
+    **dict.fromkeys((torch.chunk, torch.split), "split"),
+    operator.getitem: "getitem",
     **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, torch.log_softmax), "softmax"),
     torch.mean: "mean",
 }  # fmt: skip
@@ -156,6 +158,7 @@ _KIND_OF_METHOD = {
     **dict.fromkeys(("mul", "mul_"), "multiply"),
     **dict.fromkeys(("flatten", "view", "reshape"), "reshape"),
     **dict.fromkeys(("permute", "transpose"), "permute"),
+    **dict.fromkeys(("chunk", "split"), "split"),
     **dict.fromkeys(("contiguous", "clone", "detach"), "identity"),
     **dict.fromkeys(("softmax", "log_softmax"), "softmax"),
     "mean": "mean",
@@ -197,6 +200,8 @@ class TracedNet:
             module = self.modules[node.target]
             return next((kind for types, kind in _KIND_OF_MODULE if isinstance(module, types)), "")
         if node.op == "call_function":
+            if getattr(node.target, "__name__", "") == "stochastic_depth":  # torchvision's; does nothing in evaluation
+                return "identity"
             return _KIND_OF_FUNCTION.get(node.target, "")
         return _KIND_OF_METHOD.get(node.target, "") if node.op == "call_method" else ""
 
@@ -347,7 +352,8 @@ class _Labels:
     def __init__(self, net: TracedNet):
         self.net = net
         self.count = 1  # unit 0 is FIXED
-        self.activations: dict[fx.Node, np.ndarray] = {}  # labels of one example: shape without the batch axis
+        # Labels of one example (shape without the batch axis); of a split, a tuple of them.
+        self.activations: dict[fx.Node, np.ndarray | tuple[np.ndarray, ...]] = {}
         self.axes: dict[tuple[str, int], np.ndarray] = {}
         self.same: list[tuple[np.ndarray, np.ndarray]] = []
         self.apart: list[tuple[np.ndarray, np.ndarray]] = []  # units and a number each: other number, other group
@@ -478,6 +484,15 @@ class _Labels:
             raise UnsupportedNode(f"node '{node.name}': no permutation rule for a concatenation along the batch axis")
         return np.concatenate([self.activations[source] for source in node.args[0]], axis)
 
+    def split(self, node, module, x):
+        cut = getattr(torch, getattr(node.target, "__name__", node.target))
+        return tuple(part[0].numpy() for part in cut(torch.from_numpy(x.copy())[None], *node.args[1:], **node.kwargs))
+
+    def getitem(self, node, module, parts):
+        if not isinstance(parts, tuple):
+            raise UnsupportedNode(f"node '{node.name}': no permutation rule for indexing an activation")
+        return parts[node.args[1]]
+
     def permute(self, node, module, x):
         rank, dims = x.ndim + 1, node.args[1:]
         if dims and isinstance(dims[0], (tuple, list)):
@@ -509,7 +524,8 @@ class _Labels:
         return np.reshape(x, self.shape(node))
 
     def visit(self, node: fx.Node) -> None:
-        if node.op == "get_attr" or (self.net.shapes.get(node.name) is None and node.op != "output"):
+        plain = self.net.shapes.get(node.name) is None and self.net.kinds[node.name] != "split"
+        if node.op == "get_attr" or (plain and node.op != "output"):
             return  # parameters are marked where they are used; sizes and other plain numbers
         sources = [self.activations[n] for n in node.all_input_nodes if n in self.activations]
         if node.op == "placeholder":

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from cases import CASES, inputs, make
 from torch import nn
 
@@ -274,6 +275,18 @@ class Shuffle(nn.Module):
         return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 
 
+class Branches(nn.Module):
+    """Half of the channels pass, the other half is convolved (ShuffleNet v2)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels // 2, channels // 2, 3, padding=1)
+
+    def forward(self, x):
+        keep, change = x.chunk(2, dim=1)
+        return torch.cat((keep, self.conv(change)), dim=1)
+
+
 class Residual(nn.Module):
     def __init__(self, *layers):
         super().__init__()
@@ -327,6 +340,7 @@ OPERATIONS = {
     "grouped: blocks": (lambda: [conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 6)], [4, 6]),
     "concatenation": (lambda: [conv(3, 4), Dense(4, 3), Dense(7, 3), conv(10, 6)], [4, 3, 3, 6]),
     "shuffle": (lambda: [conv(3, 8), Shuffle(), conv(8, 6)], [8, 6]),
+    "split": (lambda: [conv(3, 8), Branches(8), Shuffle(), conv(8, 6)], [4, 4, 4, 6]),
     "squeeze and excitation": (lambda: [conv(3, 8), Squeeze(8), conv(8, 6)], [8, 2, 6]),
     "group norm": (lambda: [conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), conv(8, 6)], [4, 4, 6]),
     "group norm of one group": (lambda: [conv(3, 8), nn.GroupNorm(1, 8), nn.ReLU(), conv(8, 6)], [8, 6]),
@@ -357,3 +371,18 @@ def test_operations_recover_a_planted_permutation(name):
     for group, perm in graph.invert(planted).items():
         dead = found.correlation[group].abs() < 0.5
         assert torch.equal(found.permutation[group][~dead], perm[~dead]) and not dead.all()
+
+
+TORCHVISION = (
+    "resnet18", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1", "densenet121",
+    "shufflenet_v2_x0_5", "regnet_y_400mf", "efficientnet_b0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_models(name):
+    model = torchvision.models.get_model(name, weights=None)
+    example = torch.zeros(2, 3, 64, 64)
+    spec = graph.permutation_spec(model, example, verify=False)
+    assert graph.invariance_error(model, spec, example) < 1e-8
+    assert all(set(group.taps) == {"pre", "post"} for group in spec.groups)
