@@ -188,8 +188,10 @@ def notebook_runs(path: str | Path, scale: str, items: str = "") -> list[str]:
 def environment(device: Any = "cpu") -> dict[str, Any]:
     """Where results were made: interpreter, machine, device, package versions, commit."""
     try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-        commit = subprocess.run(command, cwd=project_root(), capture_output=True, text=True).stdout.strip() or None
+        commit = _git("rev-parse", "--verify", "HEAD").strip() or None
+        # What a run writes itself is no change of the code.
+        if commit and _git("status", "--porcelain", "-uno", "--", ".", ":!figures", ":!benchmarks/results"):
+            commit += "+changes"
     except FileNotFoundError:  # a machine without git
         commit = None
     return {
@@ -201,6 +203,10 @@ def environment(device: Any = "cpu") -> dict[str, Any]:
         "versions": versions(),
         "commit": commit,
     }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True).stdout
 
 
 def versions() -> dict[str, str]:
