@@ -30,6 +30,16 @@ def variance_ratio(moments: Moments, k: int, ends: tuple[int, int] = (0, 1)) -> 
     return float(v / end)
 
 
+def _gather_at(
+    models: Sequence[nn.Module], data: Iterable, targets: Sequence[str], cross: str = "none"
+) -> dict[str, Moments]:
+    """Moments of several networks at the targets of the first, in order of execution."""
+    batches = Batches(data, models[0])
+    example = batches.example()
+    nets = [trace(model, example) for model in models]
+    return gather(nets, batches, target_nodes(nets[0], targets), cross)
+
+
 def variance_profile(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -48,15 +58,11 @@ def variance_profile(
     Returns:
         Rows {network, layer (from 1), node, ratio}.
     """
-    batches = Batches(data, model_a)
-    example = batches.example()
-    nets = [trace(model, example) for model in (model_a, model_b, *models.values())]
-    nodes = target_nodes(nets[0], targets)
-    moments = gather(nets, batches, nodes)
+    moments = _gather_at([model_a, model_b, *models.values()], data, targets)
     return [
-        {"network": name, "layer": layer, "node": node, "ratio": variance_ratio(moments[node], k)}
+        {"network": name, "layer": layer, "node": node, "ratio": variance_ratio(m, k)}
         for k, name in enumerate(models, start=2)
-        for layer, node in enumerate(nodes, start=1)
+        for layer, (node, m) in enumerate(moments.items(), start=1)
     ]
 
 
@@ -85,9 +91,7 @@ def unit_agreement(
     model_a: nn.Module, model_b: nn.Module, data: Iterable, targets: Sequence[str] = ("conv", "linear")
 ) -> dict[str, Tensor]:
     """Correlation of unit i of A with unit i of B at every layer (units,): how alike aligned units are."""
-    batches = Batches(data, model_a)
-    nets = [trace(model, batches.example()) for model in (model_a, model_b)]
-    return {name: m.corr() for name, m in gather(nets, batches, target_nodes(nets[0], targets), cross="paired").items()}
+    return {name: m.corr() for name, m in _gather_at([model_a, model_b], data, targets, cross="paired").items()}
 
 
 def std_over_root_variance(
@@ -99,10 +103,8 @@ def std_over_root_variance(
     std (Jordan et al. 2022, Eq. 4), interpolated BatchNorm statistics hold the interpolated variance. Channels that
     are constant in both networks are left out.
     """
-    batches = Batches(data, model_a)
-    nets = [trace(model, batches.example()) for model in (model_a, model_b)]
     ratios = {}
-    for name, m in gather(nets, batches, target_nodes(nets[0], targets)).items():
+    for name, m in _gather_at([model_a, model_b], data, targets).items():
         variance = (1 - alpha) * m.var(0) + alpha * m.var(1)
         std = (1 - alpha) * m.std(0) + alpha * m.std(1)
         ratios[name] = float((std / variance.sqrt())[variance > 0].mean())

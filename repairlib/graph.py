@@ -640,9 +640,8 @@ def _taps(net, labels, root, units) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 # ------------------------------------------------------------------------------------------------------ permutations
 
-Permutation = dict[
-    str, Tensor
-]  # group name -> int64 indices; unit i of the permuted net is unit perm[i] of the original
+# group name -> int64 indices (units,): unit i of the permuted network is unit perm[i] of the original
+Permutation = dict[str, Tensor]
 
 
 def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutation: Permutation) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -84,7 +84,7 @@ class Pair:
         chosen = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(seed))[:n]
         chosen = chosen.to(self.dataset.device)
         half = Split(self.dataset.train.images[chosen], self.dataset.train.labels[chosen])
-        return iterate(Dataset(**(vars(self.dataset) | {"train": half})), "train", batch_size=500)
+        return iterate(replace(self.dataset, train=half), "train", batch_size=500)
 
 
 def load_pair(runs: Sequence[str], calibration: int = 5000, device: str | None = None) -> Pair:
