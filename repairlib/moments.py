@@ -158,7 +158,7 @@ def gather(
     taps: Iterable[str],
     cross: str = "none",
     pooling: str = "exact",
-) -> dict[str, Moments]:
+) -> dict[str, Moments | BatchMeanMoments]:
     """Moments at every tap, from one pass of all networks over the data, in step, node by node.
 
     Args:

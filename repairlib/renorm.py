@@ -102,7 +102,7 @@ def _correction(mean: Tensor, std: Tensor, goal_mean: Tensor, goal_std: Tensor, 
     return Correction(gain, goal_mean - gain * mean)
 
 
-def _goal(ends: Moments, alpha: float) -> tuple[Tensor, Tensor]:
+def _goal(ends: Moments | BatchMeanMoments, alpha: float) -> tuple[Tensor, Tensor]:
     """``E = (1-alpha) E_1 + alpha E_2`` and ``std = (1-alpha) std_1 + alpha std_2`` (Jordan et al. 2022, Eqs. 3, 4)."""
     return (1 - alpha) * ends.mean(0) + alpha * ends.mean(1), (1 - alpha) * ends.std(0) + alpha * ends.std(1)
 
