@@ -1,15 +1,17 @@
 """Match the hidden units of two networks by their activations."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from repairlib.graph import Batches, Permutation, PermutationSpec, UnsupportedNode, permutation_spec, permute, trace
 from repairlib.interpolate import check_compatible
-from repairlib.moments import Moments, gather
+from repairlib.moments import BatchMeanMoments, Moments, gather
 
 
 @dataclass(frozen=True)
@@ -19,30 +21,39 @@ class Matching:
     Attributes:
         spec: the permutation groups.
         permutation: unit i of A is matched with unit ``permutation[group][i]`` of B.
-        correlation: of the matched units (units,), in A's order; 0 where one of the two is dead.
-        objective: sum of the matched correlations (Jordan et al. 2022, Eq. 2).
-        dead: numbers of units of A and of B that are constant on the data, matched in whatever order remains.
+        correlation: by activations: of the matched units (units,), in A's order, or their mean product with
+            similarity="inner"; 0 where one of the two is dead.
+        objective: what was maximised, group by group: by activations, the sum of the matched similarities (Jordan et
+            al. 2022, Eq. 2); by weights, the inner product of the weights that the group indexes.
+        dead: by activations: numbers of units of A and of B that are constant on the data, matched in whatever order
+            remains.
+        history: by weights, the whole objective at the start and after every sweep; straight-through, the loss (nats)
+            at the start and after every epoch.
     """
 
     spec: PermutationSpec
     permutation: Permutation
-    correlation: dict[str, Tensor]
-    objective: dict[str, float]
-    dead: dict[str, tuple[int, int]]
+    correlation: dict[str, Tensor] = field(default_factory=dict)
+    objective: dict[str, float] = field(default_factory=dict)
+    dead: dict[str, tuple[int, int]] = field(default_factory=dict)
+    history: tuple[float, ...] = ()
 
     def apply(self, model_b: nn.Module) -> nn.Module:
         """Copy of B with its units in A's order."""
         return permute(model_b, self.spec, self.permutation)
 
     def __str__(self) -> str:
-        rows = [f"{'group':24} units  mean corr  dead A/B"]
-        for name, corr in self.correlation.items():
-            dead_a, dead_b = self.dead[name]
-            rows.append(f"{name:24} {len(corr):5d}  {corr.mean():9.3f}  {dead_a}/{dead_b}")
+        rows = [f"{'group':24} units  moved  objective  mean corr  dead A/B"]
+        for name, perm in self.permutation.items():
+            moved = int((perm != torch.arange(len(perm))).sum())
+            row = f"{name:24} {len(perm):5d}  {moved:5d}  {self.objective.get(name, math.nan):9.4g}"
+            if name in self.correlation:
+                row += f"  {self.correlation[name].mean():9.3f}  {'/'.join(map(str, self.dead[name]))}"
+            rows.append(row)
         return "\n".join(rows)
 
 
-def solve_assignment(similarity: Tensor) -> Tensor:
+def solve_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, " units"]:
     """Permutation that maximises ``sum_i similarity[i, perm[i]]`` exactly (Kuhn 1955, by scipy).
 
     >>> solve_assignment(torch.tensor([[0.1, 0.9], [0.8, 0.95]])).tolist()
@@ -52,16 +63,42 @@ def solve_assignment(similarity: Tensor) -> Tensor:
     return torch.from_numpy(columns)
 
 
-def match_moments(moments: dict[str, Moments], spec: PermutationSpec, tap: str = "post", eps: float = 0.0) -> Matching:
-    """Matching from statistics gathered with ``cross="full"`` at the groups' taps."""
-    matching = Matching(spec, {}, {}, {}, {})
+def greedy_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, " units"]:
+    """Permutation that takes the most similar pair, then the most similar of what is left, and so on (Li et al. 2015).
+
+    >>> greedy_assignment(torch.tensor([[0.1, 0.9], [0.8, 0.95]])).tolist()  # 0.95 + 0.1, where 0.9 + 0.8 is the most
+    [0, 1]
+    """
+    n = len(similarity)
+    perm, free = torch.full((n,), -1), [True] * n
+    for place in similarity.flatten().argsort(descending=True, stable=True).tolist():
+        i, j = divmod(place, n)
+        if perm[i] < 0 and free[j]:
+            perm[i], free[j] = j, False
+    return perm
+
+
+SOLVERS = {"exact": solve_assignment, "greedy": greedy_assignment}
+
+
+def match_moments(
+    moments: Mapping[str, Moments | BatchMeanMoments],
+    spec: PermutationSpec,
+    tap: str = "post",
+    eps: float = 0.0,
+    similarity: str = "correlation",
+    solver: str = "exact",
+) -> Matching:
+    """Matching from statistics gathered with ``cross="full"`` at the groups' taps; see `match_activations`."""
+    matching = Matching(spec, {})
     for group in spec.groups:
         moment = moments[group.taps[tap]]
+        full = (moment.inner() if similarity == "inner" else moment.corr(eps=eps)).cpu()
         # A unit of several channels (a group of a grouped convolution) is as similar as its channels are, in order.
-        full, blocks = moment.corr(eps=eps).cpu(), group.channels[tap].T
-        corr = sum(full[channels][:, channels] for channels in blocks)
-        perm = solve_assignment(corr)
-        matched = corr[torch.arange(group.size), perm]
+        blocks = group.channels[tap].T
+        similar = sum(full[channels][:, channels] for channels in blocks)
+        perm = SOLVERS[solver](similar)
+        matched = similar[torch.arange(group.size), perm]
         matching.permutation[group.name] = perm
         matching.correlation[group.name] = matched / len(blocks)
         matching.objective[group.name] = float(matched.sum())
@@ -76,7 +113,10 @@ def match_activations(
     *,
     spec: PermutationSpec | None = None,
     tap: str = "post",
+    similarity: str = "correlation",
     eps: float = 0.0,
+    pooling: str = "exact",
+    solver: str = "exact",
 ) -> Matching:
     """Match by correlation of activations, all layers from one pass over the data.
 
@@ -87,24 +127,36 @@ def match_activations(
         data: any iterable of batches x or (x, y).
         spec: their permutation groups; derived from `model_a` when left out.
         tap: "post" reads a group after its non-linearity (as released), "pre" before it.
+        similarity: "correlation", or "inner" for ``E[X_i X_j]``, not centred (Ainsworth et al. 2022, Eq. 1).
         eps: added to the product of standard deviations; 1e-4 is what the released code does.
+        pooling: "exact", or "batch-mean": moments of batches averaged with equal weight, as released.
+        solver: "exact" (Kuhn 1955), or "greedy" to compare with.
 
     Raises:
-        ValueError: different architectures (first differing parameter named), non-finite weights, empty data.
+        ValueError: different architectures (first differing parameter named), non-finite weights, empty data, or an
+            option that does not exist.
+        UnsupportedNode: a group can be read at no node.
 
     >>> a = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> match_activations(a, a, [torch.randn(64, 2)]).permutation["0"].tolist()
     [0, 1, 2]
     """
-    if tap not in ("pre", "post"):
-        raise ValueError(f"tap must be 'pre' or 'post', not {tap!r}")
+    options = {
+        "tap": (tap, ("pre", "post")), "similarity": (similarity, ("correlation", "inner")),
+        "pooling": (pooling, ("exact", "batch-mean")), "solver": (solver, tuple(SOLVERS)),
+    }  # fmt: skip
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, not {value!r}")
     check_compatible(model_a.state_dict(), model_b.state_dict())
     batches = Batches(data, model_a)
     example = batches.example()
     if spec is None:
         spec = permutation_spec(model_a, example)
     if unread := [group.name for group in spec.groups if tap not in group.taps]:
-        raise UnsupportedNode(f"group {unread[0]!r}: no node holds its units along axis 1, to correlate them there")
+        raise UnsupportedNode(
+            f"group {unread[0]!r}: no node holds its units along axis 1, to compare them there; use match_weights"
+        )
     nets = [trace(model, example) for model in (model_a, model_b)]
-    moments = gather(nets, batches, [group.taps[tap] for group in spec.groups], cross="full")
-    return match_moments(moments, spec, tap, eps)
+    moments = gather(nets, batches, [group.taps[tap] for group in spec.groups], "full", pooling)
+    return match_moments(moments, spec, tap, eps, similarity, solver)

@@ -81,6 +81,11 @@ class Moments:
             raise ValueError("covariances were not gathered; pass cross='full' or 'paired'")
         return self._cross[k - 1] / self.count
 
+    def inner(self, k: int = 1) -> Tensor:
+        """Mean product ``E[X_i X_j]`` of network 0 with network k, shaped as `cov`."""
+        cov = self.cov(k)
+        return cov + _product(self._mean[0], self._mean[k], cov.ndim == 2)
+
     def dead(self, k: int = 0) -> Tensor:
         """Units (units,) of network k that are constant to rounding, so that no correlation exists."""
         return self.var(k) <= 1e-12 * self._mean[k] ** 2
@@ -92,45 +97,73 @@ class Moments:
         """
         cov = self.cov(k)
         a, b = (self.std(i).masked_fill(self.dead(i), torch.inf) for i in (0, k))
-        return cov / ((torch.outer(a, b) if cov.ndim == 2 else a * b) + eps)
+        return cov / (_product(a, b, cov.ndim == 2) + eps)
 
 
 class BatchMeanMoments:
-    """Means and variances as the released code pools them: of each batch, unbiased, averaged with equal weight.
+    """Moments as the released code of Jordan et al. 2022 pools them: of each batch, averaged with equal weight.
 
-    What varies between batches is missing from the variance, and a small last batch counts as much as a full one.
+    Variances are unbiased. What varies between batches is missing from them, and a small last batch counts as much as
+    a full one. Correlations divide by the average of the batches' standard deviations.
     """
 
-    def __init__(self):
+    def __init__(self, cross: str = "none"):
+        self.cross = cross
         self.count = 0  # batches
-        self._mean: list[Tensor] = []
-        self._var: list[Tensor] = []
+        self._sums: dict[str, list[Tensor]] = {}
 
     def update(self, *activations: Tensor) -> None:
         """Add one batch: for each network, values (n, units, ...) of the same inputs."""
         rows = [x.detach().transpose(0, 1).flatten(1).double() for x in activations]
         if rows[0].shape[1] < 2:
             raise ValueError("pooling='batch-mean' needs two values a channel in every batch; drop the last one")
-        means, variances = [r.mean(1) for r in rows], [r.var(1) for r in rows]
-        self._mean = [a + b for a, b in zip(self._mean, means, strict=True)] if self.count else means
-        self._var = [a + b for a, b in zip(self._var, variances, strict=True)] if self.count else variances
+        new = {"mean": [r.mean(1) for r in rows], "var": [r.var(1) for r in rows]}
+        new["std"] = [v.sqrt() for v in new["var"]]
+        if self.cross == "full":
+            new["inner"] = [rows[0] @ r.T / r.shape[1] for r in rows]
+        elif self.cross == "paired":
+            new["inner"] = [(rows[0] * r).mean(1) for r in rows]
+        for name, values in new.items():
+            old = self._sums.get(name, [0.0] * len(values))
+            self._sums[name] = [a + b for a, b in zip(old, values, strict=True)]
         self.count += 1
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
-        return self._mean[k] / self.count
+        return self._sums["mean"][k] / self.count
 
     def var(self, k: int = 0) -> Tensor:
         """Variance of network k's units (units,), float64."""
-        return self._var[k] / self.count
+        return self._sums["var"][k] / self.count
 
     def std(self, k: int = 0) -> Tensor:
-        """Standard deviation of network k's units (units,)."""
+        """Standard deviation of network k's units (units,): the root of `var`."""
         return self.var(k).sqrt()
+
+    def inner(self, k: int = 1) -> Tensor:
+        """Mean product of network 0 with network k, as `Moments.inner`."""
+        if "inner" not in self._sums:
+            raise ValueError("products were not gathered; pass cross='full' or 'paired'")
+        return self._sums["inner"][k] / self.count
+
+    def cov(self, k: int = 1) -> Tensor:
+        """Mean product less the product of means: with what varies between batches, unlike `var`."""
+        inner = self.inner(k)
+        return inner - _product(self.mean(0), self.mean(k), inner.ndim == 2)
 
     def dead(self, k: int = 0) -> Tensor:
         """Units (units,) of network k that are constant to rounding."""
         return self.std(k) <= 1e-6 * self.mean(k).abs()
+
+    def corr(self, k: int = 1, eps: float = 0.0) -> Tensor:
+        """``cov / (mean std_0 mean std_k + eps)``, shaped as `cov`; 0 where a unit is dead."""
+        cov = self.cov(k)
+        a, b = (self._sums["std"][i].div(self.count).masked_fill(self.dead(i), torch.inf) for i in (0, k))
+        return cov / (_product(a, b, cov.ndim == 2) + eps)
+
+
+def _product(a: Tensor, b: Tensor, full: bool) -> Tensor:
+    return torch.outer(a, b) if full else a * b
 
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +205,7 @@ def gather(
         ValueError: no batch at all.
     """
     taps = list(dict.fromkeys(taps))
-    moments = {tap: BatchMeanMoments() if pooling == "batch-mean" else Moments(cross) for tap in taps}
+    moments = {tap: BatchMeanMoments(cross) if pooling == "batch-mean" else Moments(cross) for tap in taps}
     with eval_mode(*(net.model for net in nets)):
         for x in batches:
             for values in zip(*(net.walk(x, taps) for net in nets), strict=True):
