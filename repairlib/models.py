@@ -1,13 +1,17 @@
-"""The papers' networks by name: MLP, VGG and CIFAR ResNet, plain or with BatchNorm, in any width.
+"""The papers' networks by name, in any width: MLP, VGG, CIFAR ResNet, Tiny-10, and three ResNets of torchvision.
 
-    mlp<hidden layers>-<norm>[-w<units per layer>]             mlp10-fused-w128
-    vgg{11,13,16,19}-<norm>[-w<multiplier>]                    vgg11-bn-w0.25
-    resnet{8,20,32,44,56,110}-<norm>[-w<multiplier>][-sc1]     resnet20-bn-w4
-    resnet18-<norm>[-w<multiplier>]                            resnet18-bn-w1
+    mlp<hidden layers>-<norm>[-w<units per layer>][-nobias]                     mlp10-fused-w128
+    vgg{11,13,16,19}-<norm>[-w<multiplier>][-nobias]                            vgg11-bn-w0.25
+    resnet{8,20,32,44,56,110}-<norm>[-w<multiplier>][-sc1][-nobias]             resnet20-ln-w4
+    resnet18-<norm>[-w<multiplier>][-nobias]                                    resnet18-bn-w1
+    tiny10-<norm>[-w<multiplier>][-nobias]                                      tiny10-ln-w16
+    torchvision-{resnet18,resnet50,wide_resnet50_2}                             torchvision-resnet50
 
-norm is `plain`, `bn`, or `fused`: trained with BatchNorm, which is then folded into the layer before it, so that the
-network itself is plain (the authors' way to deep MLPs). `-sc1` gives 1x1 convolutions on downsampling shortcuts
-instead of 3x3. Networks are ordinary modules that torch.fx can trace, and every layer is a named attribute.
+norm is `plain`, `bn`, `ln` (LayerNorm over the channels at each position of a map), `fused`: trained with BatchNorm,
+which is then folded into the layer before it, so that the network itself is plain (the authors' way to deep MLPs; not
+for resnets), or `fixup`: no norm, but scalar biases and multipliers (resnets only). `-sc1` gives 1x1 convolutions on
+downsampling shortcuts instead of 3x3. `-nobias` leaves out all biases of a plain network, the classifier's too; layers
+before a norm have none anyway. Networks are ordinary modules that torch.fx can trace; every layer is a named attribute.
 """
 
 import copy
@@ -23,11 +27,13 @@ from torch import Tensor, nn
 from repairlib.data import nearest
 
 GRAMMAR = (
-    "names are mlp<hidden layers>-<norm>-w<units>, vgg{11,13,16,19}-<norm>-w<multiplier>, "
-    "resnet{8,18,20,32,44,56,110}-<norm>-w<multiplier>, with norm plain, bn or fused (fused not for resnets)"
+    "names are mlp<hidden layers>-<norm>-w<units>, vgg{11,13,16,19}-<norm>-w<multiplier>, tiny10-<norm>-w<multiplier>, "
+    "resnet{8,18,20,32,44,56,110}-<norm>-w<multiplier>, with norm plain, bn, ln, fused (not resnets) or fixup (only "
+    "resnets), and torchvision-{resnet18,resnet50,wide_resnet50_2}"
 )
-NORMS = ("plain", "bn", "fused")
-DEPTHS = {"vgg": (11, 13, 16, 19), "resnet": (8, 18, 20, 32, 44, 56, 110)}
+NORMS = ("plain", "bn", "ln", "fused", "fixup")
+DEPTHS = {"vgg": (11, 13, 16, 19), "resnet": (8, 18, 20, 32, 44, 56, 110), "tiny": (10,)}
+TORCHVISION = {"resnet18": (18, 1.0), "resnet50": (50, 1.0), "wide_resnet50_2": (50, 2.0)}  # depth, width
 
 # Channels of each convolution and where the pools are (Simonyan and Zisserman 2014, Table 1: A, B, D, E).
 VGG_LAYOUT = {
@@ -38,34 +44,59 @@ VGG_LAYOUT = {
 }
 
 
+# Tiny-10, (channels, kernel size, stride) of its convolutions (Csiszarik et al. 2023, Table A.1). The table prints
+# neither strides nor padding; here the first convolution of each new width halves the map, and padding keeps its size.
+TINY_LAYOUT = (
+    (16, 3, 1), (16, 3, 1), (32, 3, 2), (32, 3, 1), (32, 3, 1), (64, 3, 2), (64, 3, 1), (64, 1, 1)
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelName:
     """A parsed model name; `str` gives the name back in full, with its width."""
 
-    family: str  # mlp, vgg or resnet
+    family: str  # mlp, vgg, resnet, tiny or torchvision
     depth: int  # hidden layers of an MLP; weight layers of the others
-    norm: str  # plain, bn or fused
+    norm: str  # plain, bn, ln, fused or fixup
     width: float  # units per hidden layer of an MLP; multiplier of the others' channels
     shortcut: int = 3  # kernel size of the convolution on a downsampling shortcut (resnet only)
+    bias: bool = True  # whether layers that no norm follows have a bias
 
     def __str__(self) -> str:
-        suffix = "-sc1" if self.shortcut == 1 and self.depth != 18 else ""
+        if self.family == "torchvision":
+            return "torchvision-" + next(k for k, size in TORCHVISION.items() if size == (self.depth, self.width))
+        suffix = ("-sc1" if self.shortcut == 1 and self.depth != 18 else "") + ("" if self.bias else "-nobias")
         return f"{self.family}{self.depth}-{self.norm}-w{self.width:.12g}{suffix}"
+
+    @property
+    def kind(self) -> str:
+        """What recipes may depend on: family, norm and whether biases were left out, as in `vgg-plain-nobias`."""
+        return f"{self.family}-{self.norm}" + ("" if self.bias else "-nobias")
+
+    @property
+    def biased(self) -> bool:
+        """Whether hidden layers have biases; before a norm they would do nothing, and Fixup has scalars instead."""
+        return self.bias and self.norm in ("plain", "fused")
 
 
 def parse(name: str) -> ModelName:
     """Parse a model name; ValueError with the nearest valid name and the grammar if it is none.
 
     >>> parse("resnet20-bn-w4")
-    ModelName(family='resnet', depth=20, norm='bn', width=4.0, shortcut=3)
+    ModelName(family='resnet', depth=20, norm='bn', width=4.0, shortcut=3, bias=True)
     >>> str(parse("mlp10-fused"))
     'mlp10-fused-w128'
     """
-    match = re.fullmatch(r"(mlp|vgg|resnet)([1-9]\d*)-(plain|bn|fused)(?:-w(\d+(?:\.\d+)?))?(-sc1)?", name)
+    if (known := name.removeprefix("torchvision-")) != name and known in TORCHVISION:
+        depth, width = TORCHVISION[known]
+        return ModelName("torchvision", depth, "bn", width, shortcut=1)
+    pattern = r"(mlp|vgg|resnet|tiny)([1-9]\d*)-(plain|bn|ln|fused|fixup)(?:-w(\d+(?:\.\d+)?))?(-sc1)?(-nobias)?"
+    match = re.fullmatch(pattern, name)
     if not match:
         raise ValueError(f"unknown model {name!r}; the nearest valid name is {_nearest_name(name)!r}; {GRAMMAR}")
-    family, depth, norm, width, one = match[1], int(match[2]), match[3], match[4], match[5]
-    parsed = ModelName(family, depth, norm, float(width or (128 if family == "mlp" else 1)), 1 if one else 3)
+    family, depth, norm, width, one, bare = match[1], int(match[2]), *match.groups()[2:]
+    width_or_default = float(width or (128 if family == "mlp" else 1))
+    parsed = ModelName(family, depth, norm, width_or_default, 1 if one else 3, not bare)
     problem = ""
     if depth not in DEPTHS.get(family, (depth,)):
         problem = f"no {family} has depth {depth}"
@@ -73,8 +104,12 @@ def parse(name: str) -> ModelName:
         problem = f"width {width} is not possible"
     elif family == "resnet" and norm == "fused":
         problem = "residual networks are not fused: use bn or plain"
+    elif family != "resnet" and norm == "fixup":
+        problem = "fixup is for residual networks"
     elif one and (family != "resnet" or depth == 18):
         problem = "-sc1 is for resnet{8,20,32,44,56,110}" + " (resnet18 always has 1x1 shortcuts)" * (depth == 18)
+    elif bare and norm != "plain":
+        problem = "-nobias is for plain networks"
     if problem:
         raise ValueError(
             f"unknown model {name!r}: {problem}; the nearest valid name is {_nearest_name(name)!r}; {GRAMMAR}"
@@ -91,26 +126,34 @@ def build(name: str | ModelName, shape: tuple[int, int, int] = (3, 32, 32), clas
         classes: number of outputs.
 
     Raises:
-        ValueError: unknown name (see `parse`).
+        ValueError: unknown name (see `parse`), or torchvision's network with other than 3 channels.
 
     >>> build("vgg11-bn-w0.25", (1, 16, 16), 10)(torch.zeros(2, 1, 16, 16)).shape
     torch.Size([2, 10])
     """
     name = parse(name) if isinstance(name, str) else name
-    maker = {"mlp": _mlp, "vgg": _vgg, "resnet": ResNet}[name.family]
-    model = maker(name, shape, classes)
+    makers = {"mlp": _mlp, "vgg": _vgg, "resnet": ResNet, "tiny": _tiny, "torchvision": _torchvision}
+    model = (FixupResNet if name.norm == "fixup" else makers[name.family])(name, shape, classes)
+    if name.family == "torchvision":
+        return model  # with torchvision's own initial weights
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    if name.family == "resnet" and name.norm == "plain":
-        # Without normalisation each block would add its whole variance to the stream, which would then grow
-        # exponentially with depth: scale the branches down together (Zhang et al. 2019).
-        blocks = [module for module in model.modules() if isinstance(module, Block)]
-        with torch.no_grad():
-            for block in blocks:
+    # Without normalisation each block would add its whole variance to the stream, which would then grow exponentially
+    # with depth: scale the branches down together. With two layers a branch, Fixup's L^(-1/(2m-2)) is the same factor,
+    # on the first of them, while the last and the classifier start at zero (Zhang et al. 2019).
+    blocks = [module for module in model.modules() if isinstance(module, (Block, FixupBlock))]
+    with torch.no_grad():
+        for block in blocks:
+            if name.norm == "plain":
                 block.conv2.weight /= math.sqrt(len(blocks))
+            elif name.norm == "fixup":
+                block.conv1.weight /= math.sqrt(len(blocks))
+                block.conv2.weight.zero_()
+        if name.norm == "fixup":
+            model.head.weight.zero_()
     return model
 
 
@@ -144,25 +187,55 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-class Block(nn.Module):
-    """A residual block: relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))."""
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels at each position of a map (n, c, h, w) (Ainsworth et al. 2022)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: bool, shortcut: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not norm)
-        self.bn1 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=not norm)
-        self.bn2 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, shortcut, stride, padding=shortcut // 2, bias=not norm)
-            self.shortcut.add_module("conv", conv)
-            if norm:
-                self.shortcut.add_module("bn", nn.BatchNorm2d(outputs))
+        self.ln = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ln(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+_MAP_NORMS = {"bn": nn.BatchNorm2d, "ln": ChannelNorm}
+
+
+class Block(nn.Module):
+    """A residual block: relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); `bn1`, `bn2` hold whatever norm it is."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, name: ModelName):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=name.biased)
+        self.bn1 = _norm(name, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=name.biased)
+        self.bn2 = _norm(name, outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride, name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class FixupBlock(nn.Module):
+    """A residual block with scalars in place of norms: relu(shortcut(x) + s conv(relu(conv(x + b1) + b2) + b3) + b4).
+
+    A convolution on the shortcut also sees x + b1: a bias stands before every convolution (Zhang et al. 2019, Sec. 3).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, name: ModelName):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = _shortcut(inputs, outputs, stride, name)
+        self.bias1, self.bias2, self.bias3, self.bias4 = (nn.Parameter(torch.zeros(1)) for _ in range(4))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = x + self.bias1
+        y = F.relu(self.conv1(shifted) + self.bias2)
+        y = self.conv2(y + self.bias3) * self.scale + self.bias4
+        return F.relu(y + self.shortcut(shifted if len(self.shortcut) else x))
 
 
 class ResNet(nn.Module):
@@ -171,21 +244,48 @@ class ResNet(nn.Module):
     def __init__(self, name: ModelName, shape: tuple[int, int, int], classes: int):
         super().__init__()
         stages, blocks, base = (4, 2, 64) if name.depth == 18 else (3, (name.depth - 2) // 6, 16)
-        norm = name.norm == "bn"
+        block = FixupBlock if name.norm == "fixup" else Block
         channels = [_scaled(base * 2**i, name.width) for i in range(stages)]
-        self.conv1 = nn.Conv2d(shape[0], channels[0], 3, padding=1, bias=not norm)
-        self.bn1 = nn.BatchNorm2d(channels[0]) if norm else nn.Identity()
+        self.conv1 = nn.Conv2d(shape[0], channels[0], 3, padding=1, bias=name.biased)
+        self.bn1 = _norm(name, channels[0])
         self.stages = nn.Sequential()
         for i, (inputs, outputs) in enumerate(zip(channels[:1] + channels, channels, strict=False)):
-            first = Block(inputs, outputs, 1 if i == 0 else 2, norm, name.shortcut)
-            rest = [Block(outputs, outputs, 1, norm, name.shortcut) for _ in range(blocks - 1)]
+            first = block(inputs, outputs, 1 if i == 0 else 2, name)
+            rest = [block(outputs, outputs, 1, name) for _ in range(blocks - 1)]
             self.stages.append(nn.Sequential(first, *rest))
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels[-1], classes)
+        self.head = nn.Linear(channels[-1], classes, bias=name.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         return self.head(torch.flatten(self.pool(self.stages(x)), 1))
+
+
+class FixupResNet(ResNet):
+    """CIFAR ResNet of Fixup blocks, with a scalar bias after the first convolution and one before the classifier."""
+
+    def __init__(self, name: ModelName, shape: tuple[int, int, int], classes: int):
+        super().__init__(name, shape, classes)
+        self.bias1, self.bias2 = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x) + self.bias1)
+        return self.head(torch.flatten(self.pool(self.stages(x)), 1) + self.bias2)
+
+
+def _norm(name: ModelName, channels: int) -> nn.Module:
+    return _MAP_NORMS[name.norm](channels) if name.norm in _MAP_NORMS else nn.Identity()
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, name: ModelName) -> nn.Sequential:
+    """Convolution and norm where a block changes the shape, else nothing."""
+    shortcut = nn.Sequential()
+    if stride > 1 or inputs != outputs:
+        conv = nn.Conv2d(inputs, outputs, name.shortcut, stride, padding=name.shortcut // 2, bias=name.biased)
+        shortcut.add_module("conv", conv)
+        if name.norm in _MAP_NORMS:
+            shortcut.add_module(name.norm, _norm(name, outputs))
+    return shortcut
 
 
 def _mlp(name: ModelName, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
@@ -193,12 +293,12 @@ def _mlp(name: ModelName, shape: tuple[int, int, int], classes: int) -> nn.Seque
     model.add_module("flatten", nn.Flatten())
     inputs, units = math.prod(shape), int(name.width)
     for i in range(1, name.depth + 1):
-        model.add_module(f"fc{i}", nn.Linear(inputs, units, bias=name.norm != "bn"))
-        if name.norm == "bn":
-            model.add_module(f"bn{i}", nn.BatchNorm1d(units))
+        model.add_module(f"fc{i}", nn.Linear(inputs, units, bias=name.biased))
+        if norm := {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm}.get(name.norm):
+            model.add_module(f"{name.norm}{i}", norm(units))
         model.add_module(f"relu{i}", nn.ReLU())
         inputs = units
-    model.add_module("head", nn.Linear(inputs, classes))
+    model.add_module("head", nn.Linear(inputs, classes, bias=name.bias))
     return model
 
 
@@ -213,14 +313,41 @@ def _vgg(name: ModelName, shape: tuple[int, int, int], classes: int) -> nn.Seque
                 height, width = height // 2, width // 2
             continue
         i, outputs = i + 1, _scaled(item, name.width)
-        model.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, 3, padding=1, bias=name.norm != "bn"))
-        if name.norm == "bn":
-            model.add_module(f"bn{i}", nn.BatchNorm2d(outputs))
-        model.add_module(f"relu{i}", nn.ReLU())
+        _add_conv(model, i, inputs, outputs, name)
         inputs = outputs
     model.add_module("flatten", nn.Flatten())
-    model.add_module("head", nn.Linear(inputs * height * width, classes))
+    model.add_module("head", nn.Linear(inputs * height * width, classes, bias=name.bias))
     return model
+
+
+def _tiny(name: ModelName, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
+    model = nn.Sequential()
+    inputs = shape[0]
+    for i, (channels, kernel, stride) in enumerate(TINY_LAYOUT, 1):
+        outputs = _scaled(channels, name.width)
+        _add_conv(model, i, inputs, outputs, name, kernel, stride)
+        inputs = outputs
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("head", nn.Linear(inputs, classes, bias=name.bias))
+    return model
+
+
+def _add_conv(model: nn.Sequential, i: int, inputs: int, outputs: int, name: ModelName, kernel=3, stride=1) -> None:
+    """Append convolution, norm and ReLU number i."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=name.biased)
+    model.add_module(f"conv{i}", conv)
+    if name.norm in _MAP_NORMS:
+        model.add_module(f"{name.norm}{i}", _norm(name, outputs))
+    model.add_module(f"relu{i}", nn.ReLU())
+
+
+def _torchvision(name: ModelName, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    from torchvision.models import get_model  # here, because importing it takes a second
+
+    if shape[0] != 3:
+        raise ValueError(f"{name} takes images of 3 channels, not {shape[0]}")
+    return get_model(str(name).removeprefix("torchvision-"), weights=None, num_classes=classes)
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -243,13 +370,16 @@ def _nearest_name(name: str) -> str:
     """Mend a name part by part, so that the answer keeps what was right about it."""
     first, *rest = name.lower().split("-")
     number = re.search(r"[1-9]\d*", first)
-    family = nearest(re.sub(r"\d.*", "", first), ("mlp", "vgg", "resnet"))
-    depth = int(number[0]) if number else {"mlp": 10, "vgg": 16, "resnet": 20}[family]
+    family = nearest(re.sub(r"\d.*", "", first), ("mlp", "vgg", "resnet", "tiny", "torchvision"))
+    if family == "torchvision":
+        return f"torchvision-{nearest('-'.join(rest), list(TORCHVISION))}"
+    depth = int(number[0]) if number else {"mlp": 10, "vgg": 16, "resnet": 20, "tiny": 10}[family]
     if family != "mlp":
         depth = min(DEPTHS[family], key=lambda d: abs(d - depth))
-    norm = nearest(rest[0], NORMS) if rest and not re.match(r"w\d", rest[0]) else "bn"
-    norm = "bn" if family == "resnet" and norm == "fused" else norm
+    norm = nearest(rest[0], NORMS) if rest and not re.match(r"w\d|sc1|nobias", rest[0]) else "bn"
+    norm = "bn" if norm == ("fused" if family == "resnet" else "fixup") else norm
     widths = [float(m[1]) for part in rest if (m := re.fullmatch(r"w(\d+(?:\.\d+)?)", part))]
     widths = [w for w in widths if w > 0 and not (family == "mlp" and w % 1)]
     suffix = "-sc1" if "sc1" in rest and family == "resnet" and depth != 18 else ""
+    suffix += "-nobias" if "nobias" in rest and norm == "plain" else ""
     return f"{family}{depth}-{norm}" + (f"-w{widths[0]:.12g}" if widths else "") + suffix

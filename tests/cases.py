@@ -1,4 +1,7 @@
-"""The models that every test of graph, matching and renormalisation runs on: small, of each family and norm."""
+"""The models that every test of graph, matching and renormalisation runs on: small, of each family and norm.
+
+torchvision's networks come in one size, which is not small: test_graph.py and test_models.py have their own tests.
+"""
 
 import torch
 from torch import nn
@@ -22,6 +25,16 @@ CASES = {
     "resnet32-bn-w0.25": (3, 16, 16),
     "resnet18-bn-w0.125": (3, 16, 16),
     "resnet18-plain-w0.125": (3, 16, 16),
+    "mlp2-ln-w8": (1, 8, 8),
+    "mlp2-plain-w8-nobias": (1, 8, 8),
+    "vgg11-ln-w0.125": (3, 16, 16),
+    "vgg11-plain-w0.125-nobias": (3, 16, 16),
+    "tiny10-ln-w0.5": (3, 16, 16),
+    "resnet8-ln-w0.5": (3, 16, 16),
+    "resnet20-ln-w0.25-sc1": (3, 16, 16),
+    "resnet8-fixup-w0.5": (3, 16, 16),
+    "resnet20-fixup-w0.25-sc1": (3, 16, 16),
+    "resnet8-plain-w0.5-nobias": (3, 16, 16),
 }
 CLASSES = 5
 
@@ -37,8 +50,17 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mod
                 module.bias.uniform_(-0.5, 0.5)
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-            elif getattr(module, "bias", None) is not None:
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.3, 0.3)
+            elif isinstance(getattr(module, "bias", None), torch.Tensor):
+                module.bias.uniform_(-0.3, 0.3)
+        if "-fixup-" in name:
+            for key, parameter in model.named_parameters():
+                if parameter.numel() == 1:
+                    parameter.uniform_(0.5, 1.5) if key.endswith("scale") else parameter.uniform_(-0.3, 0.3)
+                elif not parameter.any():
+                    nn.init.kaiming_normal_(parameter, nonlinearity="relu")
     return model.to(dtype).eval()
 
 
