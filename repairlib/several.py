@@ -1,0 +1,94 @@
+"""Bring more than two networks into one order of units."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from repairlib.graph import Permutation, compose
+from repairlib.interpolate import mix_states, with_state
+from repairlib.matching import Matching
+
+REGIMES = ("reference", "sequential", "iterative")
+
+
+@dataclass(frozen=True)
+class Several:
+    """Networks in one order of units.
+
+    Attributes:
+        models: the networks, permuted.
+        permutation: of each network: its unit i is unit ``permutation[k][group][i]`` of the k-th input.
+        rounds: how often every network was matched.
+        converged: whether the last round moved nothing (iterative); the other regimes need one round.
+    """
+
+    models: tuple[nn.Module, ...]
+    permutation: tuple[Permutation, ...]
+    rounds: int = 1
+    converged: bool = True
+
+    def mean(self) -> nn.Module:
+        """Network with the mean of all weights, ``theta = sum_i theta_i / n``."""
+        states = [model.state_dict() for model in self.models]
+        return with_state(self.models[0], mix_states(states, [1 / len(states)] * len(states)))
+
+
+def match_several(
+    models: Sequence[nn.Module],
+    match: Callable[[nn.Module, nn.Module], Matching],
+    regime: str = "reference",
+    *,
+    rounds: int = 30,
+    seed: int = 0,
+) -> Several:
+    """Match n networks (Qu & Horvath 2024, Appendix E.3, Algorithms 1 to 3).
+
+    reference: each to the first; sequential: each to the one before it, as permuted; iterative: in random order, each
+    to the mean of all others, until a round moves nothing (Ainsworth et al. 2022, Algorithm 3).
+
+    Args:
+        models: networks of one architecture. Untouched.
+        match: how to match the second network to the first, for instance
+            ``lambda a, b: match_weights(a, b, spec=spec)``; in the iterative regime A is a mean of networks, whose
+            activations may have collapsed.
+        regime: one of the three.
+        rounds: most rounds of the iterative regime; the paper stops after 30.
+        seed: of the order in the iterative regime.
+
+    Raises:
+        ValueError: unknown regime, or fewer than two networks.
+
+    >>> from repairlib.weight_matching import match_weights
+    >>> nets = [nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(3)]
+    >>> match_several(nets, lambda a, b: match_weights(a, b, torch.zeros(1, 2)), "iterative").converged
+    True
+    """
+    if regime not in REGIMES:
+        raise ValueError(f"regime must be one of {', '.join(map(repr, REGIMES))}, not {regime!r}")
+    if len(models) < 2:
+        raise ValueError(f"matching needs two networks or more, not {len(models)}")
+    aligned = list(models)
+    if regime != "iterative":
+        found: list[Permutation] = []
+        for i in range(1, len(models)):
+            matching = match(aligned[0 if regime == "reference" else i - 1], models[i])
+            aligned[i] = matching.apply(models[i])
+            found.append(matching.permutation)
+        own = {name: torch.arange(len(perm)) for name, perm in found[0].items()}
+        return Several(tuple(aligned), (own, *found))
+    total: list[Permutation] = [{} for _ in models]
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(1, rounds + 1):
+        moved = False
+        for i in torch.randperm(len(models), generator=generator).tolist():
+            others = [model.state_dict() for k, model in enumerate(aligned) if k != i]
+            center = with_state(models[0], mix_states(others, [1 / len(others)] * len(others)))
+            matching = match(center, aligned[i])
+            moved |= any((perm != torch.arange(len(perm))).any() for perm in matching.permutation.values())
+            aligned[i] = matching.apply(aligned[i])
+            total[i] = compose(total[i], matching.permutation) if total[i] else matching.permutation
+        if not moved:
+            return Several(tuple(aligned), tuple(total), number, True)
+    return Several(tuple(aligned), tuple(total), rounds, False)

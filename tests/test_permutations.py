@@ -1,0 +1,94 @@
+import copy
+
+import pytest
+import torch
+from cases import batches, inputs, make
+
+from repairlib import graph, permutations
+from repairlib.matching import match_activations
+from repairlib.weight_matching import match_weights
+
+NAME = "vgg11-bn-w0.125"
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return graph.permutation_spec(make(NAME), inputs(NAME, 2))
+
+
+def test_the_way_through_a_third_network_ends_at_the_planted_units(spec):
+    """A, and B and C that are shuffles of it: C's units in B's order, found without comparing B with C."""
+    b_from_a, c_from_a = graph.random_permutation(spec, 1), graph.random_permutation(spec, 2)
+    a = make(NAME)
+    b, c = graph.permute(a, spec, b_from_a), graph.permute(a, spec, c_from_a)
+    way = permutations.through(graph.invert(b_from_a), graph.invert(c_from_a))
+    for name, value in graph.permute(c, spec, way).state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+    assert set(permutations.agreement(way, way).values()) == {1.0}
+    assert min(permutations.agreement(way, b_from_a).values()) < 1
+
+
+def test_shuffle_and_recover(spec):
+    a = make(NAME)
+    near = copy.deepcopy(a)
+    with torch.no_grad():
+        for p in near.parameters():
+            p.mul_(1 + 0.01 * torch.randn_like(p))
+    for match in (
+        lambda a, b: match_weights(a, b, spec=spec, restarts=3),
+        lambda a, b: match_activations(a, b, batches(NAME, 200), spec=spec, tap="pre"),
+    ):
+        recovered = permutations.shuffle_and_recover(a, near, spec, match, seed=4)
+        assert set(recovered) == {g.name for g in spec.groups} and min(recovered.values()) == 1
+    far = permutations.shuffle_and_recover(a, make(NAME, 7), spec, match, seed=4)
+    assert min(far.values()) < 1
+
+
+@pytest.mark.parametrize("k", [0, 2, 3, 8])
+def test_derangement_moves_the_k_least_correlated_pairs_and_no_other(k, spec):
+    group = spec.groups[0]
+    assert group.size == 8
+    old = graph.random_permutation(spec, 3)
+    correlation = {group.name: torch.tensor([0.9, 0.1, 0.5, 0.3, 0.8, 0.2, 0.7, 0.6])}
+    seen = set()
+    for seed in range(30):
+        new = permutations.derange(old, correlation, group.name, k, seed)
+        assert all(torch.equal(new[name], old[name]) for name in old if name != group.name)
+        changed = new[group.name] != old[group.name]
+        assert sorted(torch.nonzero(changed).flatten().tolist()) == sorted([1, 5, 3, 2, 7, 6, 4, 0][:k])
+        assert sorted(new[group.name].tolist()) == list(range(8))
+        seen.add(tuple(new[group.name].tolist()))
+    assert len(seen) == {0: 1, 2: 1, 3: 2}.get(k, len(seen)) and (k < 8 or len(seen) > 25)
+
+
+def test_impossible_derangements(spec):
+    old = graph.random_permutation(spec, 3)
+    correlation = {g.name: torch.zeros(g.size) for g in spec.groups}
+    for k in (1, -1, 9):
+        with pytest.raises(ValueError, match=f"{k} of 8 pairs cannot be deranged"):
+            permutations.derange(old, correlation, spec.groups[0].name, k)
+    with pytest.raises(KeyError, match="no group 'fc'"):
+        permutations.derange(old, correlation, "fc", 2)
+
+
+def test_saved_permutations_come_back_and_damage_is_noticed(spec, tmp_path):
+    path = tmp_path / "matching" / "b_to_a.safetensors"
+    permutation = graph.random_permutation(spec, 3)
+    permutations.save_permutation(path, permutation)
+    loaded = permutations.load_permutation(path, spec)
+    assert loaded.keys() == permutation.keys() and all(torch.equal(p, loaded[n]) for n, p in permutation.items())
+    with pytest.raises(ValueError, match="another architecture: group"):
+        permutations.load_permutation(path, graph.permutation_spec(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2)))
+    permutations.save_permutation(path, {"a": torch.tensor([0, 0, 1])})
+    with pytest.raises(ValueError, match="'a' is no permutation"):
+        permutations.load_permutation(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="no file of permutations, or damaged"):
+        permutations.load_permutation(path)
+    with pytest.raises(FileNotFoundError):
+        permutations.load_permutation(tmp_path / "none")
+
+
+def test_permutations_of_different_architectures_do_not_compare():
+    with pytest.raises(ValueError, match="different groups"):
+        permutations.agreement({"a": torch.arange(3)}, {"a": torch.arange(4)})

@@ -1,0 +1,88 @@
+import copy
+
+import pytest
+import torch
+from cases import inputs, make
+
+from repairlib import graph, several
+from repairlib.weight_matching import match_weights
+
+NAME = "mlp3-plain-w8"
+
+
+def setup():
+    """A network and four shuffled, slightly disturbed copies, the match, and the shuffles."""
+    first = make(NAME)
+    spec = graph.permutation_spec(first, inputs(NAME, 2))
+    models, planted = [first], []
+    for seed in range(1, 5):
+        other = copy.deepcopy(first)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(0.01 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        planted.append(graph.random_permutation(spec, seed))
+        models.append(graph.permute(other, spec, planted[-1]))
+    return models, spec, planted, lambda a, b: match_weights(a, b, spec=spec, restarts=4)
+
+
+@pytest.mark.parametrize("regime", several.REGIMES)
+def test_shuffled_copies_come_into_one_order(regime):
+    models, spec, planted, match = setup()
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+    found = several.match_several(models, match, regime)
+    assert found.converged
+    # Whatever order is agreed on, it is one: relative to the first network, every copy is where it came from.
+    own = graph.invert(found.permutation[0])
+    for perm, shuffle in zip(found.permutation[1:], planted, strict=True):
+        for group, back in graph.invert(shuffle).items():
+            assert torch.equal(perm[group][own[group]], back)
+    for model, perm, state in zip(found.models, found.permutation, before, strict=True):
+        expected = graph.permute_state(state, spec, perm)
+        assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    mean = found.mean().state_dict()
+    for name, value in mean.items():
+        torch.testing.assert_close(value, sum(m.state_dict()[name] for m in found.models) / 5)
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_sequential_matches_to_the_one_before_as_permuted():
+    models, _, _, match = setup()
+    asked = []
+
+    def spy(a, b):
+        asked.append((a, b))
+        return match(a, b)
+
+    found = several.match_several(models[:3], spy, "sequential")
+    assert asked[0] == (models[0], models[1]) and asked[1] == (found.models[1], models[2])
+    asked.clear()
+    several.match_several(models[:3], spy, "reference")
+    assert [a for a, _ in asked] == [models[0], models[0]]
+
+
+def test_iterative_matching_stops_at_its_cap_and_raises_the_similarity():
+    models = [make(NAME, seed) for seed in range(4)]
+    spec = graph.permutation_spec(models[0], inputs(NAME, 2))
+
+    def match(a, b):
+        return match_weights(a, b, spec=spec)
+
+    def similarity(nets):
+        flat = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets]
+        return sum(float(flat[i] @ flat[j]) for i in range(4) for j in range(i))
+
+    once = several.match_several(models, match, "iterative", rounds=1)
+    assert once.rounds == 1 and not once.converged
+    found = several.match_several(models, match, "iterative")
+    assert found.converged and 1 < found.rounds <= 30
+    assert similarity(models) < similarity(once.models) <= similarity(found.models)
+    for group, perm in found.permutation[2].items():
+        assert sorted(perm.tolist()) == list(range(spec[group].size))
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="regime must be one of 'reference'"):
+        several.match_several([make(NAME)] * 2, match_weights, "star")
+    with pytest.raises(ValueError, match="two networks or more, not 1"):
+        several.match_several([make(NAME)], match_weights)
