@@ -8,8 +8,10 @@ numbers, adding two activations identifies their numbers, and a layer's weight a
 import contextlib
 import copy
 import difflib
+import functools
 import math
 import operator
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -21,7 +23,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-FIXED = 0  # the unit number of everything that may not move: network inputs and outputs
+# Unit numbers of what has no unit: constants, equal for all units (padding with zeros makes them), and of what may not
+# move, network inputs and outputs.
+FREE, FIXED = 0, 1
 
 
 class UntraceableModel(ValueError):
@@ -116,53 +120,85 @@ class _Tracer(fx.Tracer):
 
 
 _NO_INPUT = object()
-_ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.GELU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.LeakyReLU,
-    nn.ELU,
-)
+_LAYERS = nn.modules
 _KIND_OF_MODULE: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (nn.Conv1d, "conv"), (nn.Conv2d, "conv"), (nn.Conv3d, "conv"), (nn.Linear, "linear"),
-    (nn.modules.batchnorm._BatchNorm, "batchnorm"), (ChannelAffine, "affine"), (_ACTIVATIONS, "activation"),
-    ((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity), "identity"),
-    ((nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-      nn.AdaptiveMaxPool2d), "pool"),
-    (nn.LayerNorm, "layernorm"), (nn.GroupNorm, "groupnorm"), (nn.Flatten, "reshape"),
-    ((nn.Softmax, nn.LogSoftmax), "softmax"),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"), (_LAYERS.conv._ConvTransposeNd, "conv-transpose"),
+    (nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.MultiheadAttention, "attention"),
+    (_LAYERS.batchnorm._BatchNorm, "batchnorm"), (_LAYERS.instancenorm._InstanceNorm, "instancenorm"),
+    ((nn.LayerNorm, nn.RMSNorm), "layernorm"), (nn.GroupNorm, "groupnorm"), (ChannelAffine, "affine"),
+    ((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
+      nn.LogSigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softplus, nn.Softsign,
+      nn.Softshrink, nn.Tanhshrink, nn.Threshold), "activation"),
+    ((_LAYERS.dropout._DropoutNd, nn.Identity), "identity"),
+    ((_LAYERS.pooling._MaxPoolNd, _LAYERS.pooling._AvgPoolNd, _LAYERS.pooling._LPPoolNd,
+      _LAYERS.pooling._AdaptiveAvgPoolNd, _LAYERS.pooling._AdaptiveMaxPoolNd), "pool"), (nn.Upsample, "resize"),
+    ((nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), "reshape"),
+    ((nn.Softmax, nn.LogSoftmax), "softmax"), (_LAYERS.padding._ConstantPadNd, "pad"),
 )  # fmt: skip
-_KIND_OF_FUNCTION: dict[object, str] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu,
-                     F.leaky_relu, torch.sigmoid, torch.tanh), "activation"),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, operator.sub), "add"),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul), "multiply"),
-    **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), "pool"),
-    **dict.fromkeys((F.dropout, F.dropout2d), "identity"),
-    **dict.fromkeys((torch.flatten, torch.reshape), "reshape"),
-    **dict.fromkeys((torch.cat, torch.concat), "concat"),
-    **dict.fromkeys((torch.permute, torch.transpose), "permute"),
-    **dict.fromkeys((torch.chunk, torch.split), "split"),
-    operator.getitem: "getitem",
-    **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, torch.log_softmax), "softmax"),
-    torch.mean: "mean",
-}  # fmt: skip
-_KIND_OF_METHOD = {
-    **dict.fromkeys(("relu", "relu_", "sigmoid", "tanh"), "activation"),
-    **dict.fromkeys(("add", "add_"), "add"),
-    **dict.fromkeys(("mul", "mul_"), "multiply"),
-    **dict.fromkeys(("flatten", "view", "reshape"), "reshape"),
-    **dict.fromkeys(("permute", "transpose"), "permute"),
-    **dict.fromkeys(("chunk", "split"), "split"),
-    **dict.fromkeys(("contiguous", "clone", "detach"), "identity"),
-    **dict.fromkeys(("softmax", "log_softmax"), "softmax"),
-    "mean": "mean",
+_POINTWISE = (
+    "relu relu_ relu6 leaky_relu leaky_relu_ prelu elu elu_ selu selu_ celu celu_ gelu silu mish sigmoid sigmoid_ "
+    "logsigmoid log_sigmoid tanh tanh_ hardswish hardsigmoid hardtanh hardtanh_ hardshrink softplus softsign "
+    "softshrink tanhshrink threshold abs neg negative exp expm1 log log1p sqrt rsqrt square reciprocal sin cos erf "
+    "clamp clamp_ clamp_min clamp_max clip sign nan_to_num pow pos"
+)
+# Names of functions in torch, torch.nn.functional and operator, and of tensor methods: what they say, they do.
+_KIND_OF_NAME: dict[str, str] = {
+    name: kind
+    for kind, names in {
+        "activation": _POINTWISE,
+        "add": "add add_ iadd sub sub_ isub subtract rsub",
+        "multiply": "mul mul_ imul multiply div div_ truediv itruediv divide true_divide minimum maximum where "
+        "masked_fill addcmul lerp",
+        "pool": "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+        "resize": "interpolate",
+        "identity": "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
+        "contiguous clone detach to float double half type type_as stochastic_depth",
+        "reshape": "flatten reshape view unflatten squeeze unsqueeze expand expand_as repeat tile view_as reshape_as "
+        "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle roll flip ravel broadcast_to "
+        "_patch_merging_pad _get_relative_position_bias",
+        "permute": "permute transpose swapaxes swapdims movedim moveaxis t",
+        "concat": "cat concat concatenate stack hstack vstack",
+        "split": "chunk split unbind tensor_split",
+        "getitem": "getitem select narrow index_select",
+        "pad": "pad",
+        "softmax": "softmax log_softmax",
+        "normalize": "normalize",
+        "mean": "mean sum amax amin logsumexp",
+        "matmul": "matmul bmm",
+        "einsum": "einsum",
+        "functional-conv": "conv1d conv2d conv3d",
+        "functional-linear": "linear",
+        "functional-batchnorm": "batch_norm",
+        "functional-layernorm": "layer_norm rms_norm",
+        "functional-groupnorm": "group_norm",
+        "dot-attention": "scaled_dot_product_attention",
+        "window-attention": "shifted_window_attention",
+    }.items()
+    for name in names.split()
 }
+# Positional arguments after the input, by their names: those of a function are those of its module's attributes.
+_ARGUMENTS = {
+    "conv": ("weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv-transpose": ("weight", "bias", "stride", "padding", "output_padding", "groups"),
+    "linear": ("weight", "bias"),
+    "embedding": ("weight",),
+    "batchnorm": ("running_mean", "running_var", "weight", "bias"),
+    "instancenorm": ("running_mean", "running_var", "weight", "bias"),
+    "affine": ("weight", "bias"),
+    "layernorm": ("normalized_shape", "weight", "bias"),
+    "groupnorm": ("num_groups", "weight", "bias"),
+    "softmax": ("dim",),
+    "normalize": ("p", "dim"),
+    "pad": ("padding", "mode", "value"),
+    "mean": ("dim",),
+    "attention": ("key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights"),
+    "dot-attention": ("key", "value", "attn_mask"),
+    "window-attention": ("qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads",
+                         "shift_size", "attention_dropout", "dropout", "qkv_bias", "proj_bias", "logit_scale"),
+}  # fmt: skip
+_TAPPED = ("conv", "linear", "batchnorm", "groupnorm", "add", "multiply", "activation", "permute")
+_OWN = ("torch", "operator", "_operator", "torchvision")  # modules whose functions are known by name
 
 
 class TracedNet:
@@ -188,11 +224,14 @@ class TracedNet:
         for source, user in last_use.items():
             self._dead_after.setdefault(user, []).append(source)
         self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.plain: dict[str, object] = {}  # values that hold no tensor: sizes and what is computed from them
         values, inputs = {}, iter((example,))
         with eval_mode(model):
             for node in self.nodes:
                 values[node] = value = self.compute(node, values, inputs)
                 self.shapes[node.name] = tuple(value.shape) if isinstance(value, Tensor) else None
+                if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                    self.plain[node.name] = value
                 self.forget(node, values)
 
     def _kind(self, node: fx.Node) -> str:
@@ -200,10 +239,9 @@ class TracedNet:
             module = self.modules[node.target]
             return next((kind for types, kind in _KIND_OF_MODULE if isinstance(module, types)), "")
         if node.op == "call_function":
-            if getattr(node.target, "__name__", "") == "stochastic_depth":  # torchvision's; does nothing in evaluation
-                return "identity"
-            return _KIND_OF_FUNCTION.get(node.target, "")
-        return _KIND_OF_METHOD.get(node.target, "") if node.op == "call_method" else ""
+            origin = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+            return _KIND_OF_NAME.get(getattr(node.target, "__name__", ""), "") if origin in _OWN else ""
+        return _KIND_OF_NAME.get(node.target, "") if node.op == "call_method" else ""
 
     def compute(self, node: fx.Node, values: dict[fx.Node, object], inputs: Iterator | None = None) -> object:
         """Value of one node from the values of the nodes before it; `inputs` feeds the placeholders."""
@@ -331,6 +369,7 @@ class PermutationSpec:
     """All permutation groups of a network; prints as a table."""
 
     groups: tuple[Group, ...]
+    layers: tuple[str, ...] = ()  # those with weight matrices, in order of execution
 
     def __getitem__(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)
@@ -341,229 +380,471 @@ class PermutationSpec:
             axes = ", ".join(f"{a.tensor}[{a.axis}]" for a in g.axes)
             rows.append((g.name, str(g.size), g.taps.get("post", "-"), axes))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
-        )
+        left = sum(widths) + 6
+        lines = []
+        for *cells, axes in rows:
+            start = "".join(cell.ljust(w + 2) for cell, w in zip(cells, widths, strict=True))
+            wrapped = textwrap.wrap(axes, max(40, 120 - left), break_long_words=False, break_on_hyphens=False)
+            lines += [start + wrapped[0], *(" " * left + line for line in wrapped[1:])]
+        return "\n".join(lines)
+
+    def draw(self, ax=None):
+        """Diagram of layers and groups: a group is a band, filled where a layer makes its units, open where one reads.
+
+        Args:
+            ax: matplotlib Axes to draw on; a new figure of fitting size if None.
+
+        Returns:
+            The Axes.
+        """
+        import matplotlib.pyplot as plt
+
+        rows = {layer: i for i, layer in enumerate(self.layers)}
+        colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")  # Okabe and Ito
+        if ax is None:
+            ax = plt.subplots(figsize=(5, 0.6 + 0.2 * len(rows)), layout="constrained")[1]
+        ends: list[int] = []  # last row of every lane
+        sizes: dict[int, list[str]] = {}
+        for k, group in enumerate(self.groups):
+            seen = [(rows[a.tensor.rpartition(".")[0]], a) for a in group.axes if a.tensor.rpartition(".")[0] in rows]
+            if not seen:
+                continue
+            top, bottom = min(row for row, _ in seen), max(row for row, _ in seen)
+            lane = next((i for i, end in enumerate(ends) if end < top), len(ends))
+            ends[lane : lane + 1] = [bottom]
+            sizes.setdefault(top, []).append(str(group.size))
+            color = colors[k % len(colors)]
+            ax.plot([lane, lane], [top, bottom], color=color, linewidth=5, alpha=0.35, solid_capstyle="round")
+            for row, axis in seen:
+                ax.plot(lane, row, "o", color=color, markersize=5, markerfacecolor="white" if axis.axis == 1 else color)
+        for row, texts in sizes.items():
+            ax.text(len(ends) - 0.4, row, " + ".join(texts), va="center", fontsize=8)
+        ax.set_yticks(range(len(rows)), rows, fontsize=8)
+        ax.set(xlim=(-0.6, len(ends) + 0.6), ylim=(len(rows) - 0.5, -0.7), xticks=[])
+        ax.spines[:].set_visible(False)
+        ax.tick_params(left=False)
+        return ax
+
+
+def _varies(x: Tensor, axis: int) -> bool:
+    return x.shape[axis] > 1 and x.stride(axis) != 0
+
+
+def _thin(x: Tensor) -> Tensor:
+    """The labels without repetition: length 1 on every axis along which they do not differ."""
+    return x[tuple(slice(None) if _varies(x, axis) else slice(0, 1) for axis in range(x.ndim))]
+
+
+def _compact(x: Tensor) -> Tensor:
+    """The same labels, expanded with stride 0 along every axis on which they do not differ: no map is ever stored."""
+    thin = _thin(x)
+    for axis in range(x.ndim):
+        if thin.shape[axis] > 1 and (thin == thin.narrow(axis, 0, 1)).all():
+            thin = thin.narrow(axis, 0, 1)
+    return thin.expand(x.shape)
+
+
+def _spread(units: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+    axis %= len(shape)
+    return units.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
 
 
 class _Labels:
-    """Unit numbers of every activation and weight axis while the graph is walked."""
+    """Unit numbers of every activation and weight axis while the graph is walked.
+
+    Operations that only move elements about (reshape, concatenate, pad, ...) are run on the labels themselves. Where a
+    rule needs units to move together that need not, it identifies them: that loses a symmetry and never invents one.
+    """
 
     def __init__(self, net: TracedNet):
         self.net = net
-        self.count = 1  # unit 0 is FIXED
-        # Labels of one example (shape without the batch axis); of a split, a tuple of them.
-        self.activations: dict[fx.Node, np.ndarray | tuple[np.ndarray, ...]] = {}
-        self.axes: dict[tuple[str, int], np.ndarray] = {}
-        self.same: list[tuple[np.ndarray, np.ndarray]] = []
-        self.apart: list[tuple[np.ndarray, np.ndarray]] = []  # units and a number each: other number, other group
+        self.count = 2  # FREE and FIXED
+        self.values: dict[fx.Node, object] = {}  # labels (or tuples of labels) in the shape of the node's value
+        self.plain: dict[fx.Node, object] = {}  # sizes, indices and other values that depend on no activation
+        self.axes: dict[tuple[str, int], Tensor | None] = {}  # in order of use; None where no axis was chosen yet
+        self.leaves: dict[str, Tensor] = {}  # parameters that take part like activations: a label for every element
+        self.same = [(torch.tensor([FIXED]), torch.tensor([FIXED]))]
+        self.apart: list[tuple[Tensor, Tensor]] = []  # units and a number each: other number, other group
         self.aliases: dict[str, list[str]] = {}  # tied weights: one tensor, several names in the state dict
         by_tensor: dict[int, list[str]] = {}
-        for name, tensor in net.model.state_dict(keep_vars=True).items():
+        self.state = net.model.state_dict(keep_vars=True)
+        for name, tensor in self.state.items():
             by_tensor.setdefault(id(tensor), []).append(name)
         for names in by_tensor.values():
             self.aliases |= dict.fromkeys(names, names)
 
-    def fresh(self, n: int) -> np.ndarray:
+    def fresh(self, n: int) -> Tensor:
         self.count += n
-        return np.arange(self.count - n, self.count)
+        return torch.arange(self.count - n, self.count)
 
-    def identify(self, a: np.ndarray, b: np.ndarray) -> None:
-        self.same.append((np.ravel(a), np.ravel(b)))
+    def identify(self, a: Tensor, b: Tensor) -> None:
+        a, b = torch.broadcast_tensors(a, b)
+        where = tuple(slice(None) if _varies(a, i) or _varies(b, i) else slice(0, 1) for i in range(a.ndim))
+        a, b = a[where].flatten(), b[where].flatten()
+        known = (a != b) & (a != FREE) & (b != FREE)
+        self.same.append((a[known], b[known]))
 
-    def mark(self, tensor: str, axis: int, units: np.ndarray) -> None:
+    def fix(self, x: Tensor) -> None:
+        self.identify(x, torch.tensor(FIXED))
+
+    def mark(self, tensor: str, axis: int, units: Tensor) -> None:
         """Say that an axis of a parameter or buffer indexes `units`; a shared module says it more than once."""
         if tensor not in self.aliases:
+            what = repr(tensor) if isinstance(tensor, str) else "a weight"
             raise UnsupportedNode(
-                f"{tensor!r} is no parameter but computed from others (weight norm, a parametrization, pruning); "
+                f"{what} is no parameter but computed from others (weight norm, a parametrization, pruning); "
                 "make it permanent first, with torch.nn.utils.parametrize or prune's remove function"
             )
         for name in self.aliases[tensor]:
-            known = self.axes.setdefault((name, axis), units)
-            if known is not units:
+            known = self.axes.get((name, axis))
+            if known is None:
+                self.axes[name, axis] = units
+            else:
                 self.identify(known, units)
 
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        return self.net.shapes[node.name][1:]
+    def channels(self, x: Tensor, axis: int) -> Tensor:
+        """Units along one axis of an activation, the same everywhere else."""
+        moved = _thin(x.movedim(axis, -1)).flatten(0, -2).expand(-1, x.shape[axis])
+        units = moved.amax(0)
+        self.identify(moved, units)
+        free = units == FREE
+        units[free] = self.fresh(int(free.sum()))
+        return units
 
-    def channels(self, node: fx.Node, labels: np.ndarray, axis: int = 0) -> np.ndarray:
-        """Units along one axis of an activation, which must be the same everywhere else."""
-        moved = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
-        if (moved != moved[:, :1]).any():
-            raise UnsupportedNode(f"node '{node.name}': its input's channels hold several units each; "
-                                  "there is no permutation rule for this layout")  # fmt: skip
-        return moved[:, 0]
+    def parameter(self, name: str) -> Tensor:
+        """Labels of a parameter's elements; which of its axes holds units is settled when the graph has been walked."""
+        tensor = self.state[name]
+        if (known := self.leaves.get(self.aliases[name][0])) is None:
+            known = self.leaves[self.aliases[name][0]] = self.fresh(tensor.numel()).view(tensor.shape)
+            for alias in self.aliases[name]:
+                self.axes |= {(alias, axis): self.axes.get((alias, axis)) for axis in range(tensor.ndim)}
+        return known
 
-    def spread(self, units: np.ndarray, shape: tuple[int, ...], axis: int = 0) -> np.ndarray:
-        view = [1] * len(shape)
-        view[axis] = -1
-        return np.broadcast_to(units.reshape(view), shape)
+    def value(self, node: fx.Node) -> object:
+        """Labels of an input of a rule; indices, sizes and the like as they are."""
+        if node in self.values:
+            return self.values[node]
+        if node in self.plain:
+            value = self.plain[node]
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return torch.tensor(FIXED).expand(value.shape) if floating else value
+        constant = all(self.rule(user) in ("conv", "linear") for user in node.users)  # a table of coordinates
+        if isinstance(self.state[node.target], nn.Parameter) or not constant:
+            return self.parameter(node.target)
+        return torch.tensor(FIXED).expand(self.state[node.target].shape)
+
+    # ---- what may move after two activations are combined, or one is summed over axes
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """Units of a + b, a * b, ..., with broadcasting."""
+        rank = max(a.ndim, b.ndim)
+        a, b = (x[(None,) * (rank - x.ndim)] for x in (a, b))
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        over_a = [i for i in range(rank) if a.shape[i] == 1 and _varies(b, i)]
+        over_b = [i for i in range(rank) if b.shape[i] == 1 and _varies(a, i)]
+        if over_a and over_b:
+            self.fix(a)
+            self.fix(b)
+            return torch.tensor(FIXED).expand(shape)
+        if over_a or over_b:  # a few values, each used by many units
+            few, many = (a, b) if over_a else (b, a)
+            if not any(_varies(few, i) and _varies(many, i) for i in range(rank)):
+                self.fix(few)
+                return many.expand(shape)
+            many = self.merge(many, over_a or over_b)  # one value for each block of units: the block moves as a unit
+            a, b = few, many
+        self.identify(a, b)
+        a, b = sorted((a.expand(shape), b.expand(shape)), key=lambda x: _thin(x).numel())
+        return _compact(torch.where(a == FREE, b, a)) if (_thin(a) == FREE).any() else a
+
+    def merge(self, x: Tensor, axes: Collection[int]) -> Tensor:
+        first = _thin(x).amax(tuple(axes), keepdim=True)
+        self.identify(x, first)
+        return first.expand(x.shape)
+
+    def together(self, x: Tensor, axes: Collection[int]) -> None:
+        """Units are treated alike along these axes: they may change places, but not with units from elsewhere."""
+        rows = _thin(x).movedim(tuple(axes), tuple(range(-len(axes), 0))).flatten(-len(axes))
+        rows = rows.reshape(-1, rows.shape[-1])
+        if rows.shape[1] > 1:
+            self.apart.append((rows, torch.arange(len(rows))[:, None].expand_as(rows)))
+
+    def collapse(self, x: Tensor, axes: Collection[int]) -> Tensor:
+        """Units of a sum, mean, maximum, ... over some axes, which keep length 1."""
+        axes = [axis % x.ndim for axis in axes]
+        inside = any(_varies(x, i) for i in axes)
+        if inside and any(_varies(x, i) for i in range(x.ndim) if i not in axes):
+            x = self.merge(x, axes)
+        elif inside:
+            self.together(x, axes)
+            x = torch.tensor(FIXED).expand(x.shape)
+        return x[tuple(slice(0, 1) if i in axes else slice(None) for i in range(x.ndim))]
 
     # ---- one rule per kind of node; each returns the labels of the node's value
 
-    def conv(self, node, module, x):
-        inputs = self.channels(node, x)
-        if module.groups == 1:
-            self.mark(f"{node.target}.weight", 1, inputs)
-            return self.spread(self._produce(node, module), self.shape(node))
+    def conv(self, node, x, weight, bias=None, groups=1, out=0, **_):
+        inputs, shape = self.channels(x, 1), self.net.shapes[node.name]
+        if groups == 1:
+            self.mark(weight, 1 - out, inputs)
+            return _spread(self.produce(weight, bias, self.fresh(shape[1]), out), shape, 1)
+        if out == 1:
+            raise UnsupportedNode("a transposed convolution in groups")
         # The weight's input axis is shared by all groups, so the channels of a group stay together and in order; a
         # group moves as one unit, its outputs with its inputs. A depthwise convolution has groups of one channel.
-        blocks = inputs.reshape(module.groups, -1)
-        first = np.broadcast_to(blocks[:, :1], blocks.shape)
-        self.identify(first, blocks)
-        units = np.repeat(blocks[:, 0], module.weight.shape[0] // module.groups)
-        return self.spread(self._produce(node, module, units), self.shape(node))
+        blocks = inputs.view(groups, -1)
+        self.identify(blocks, blocks[:, :1])
+        return _spread(self.produce(weight, bias, blocks[:, 0].repeat_interleave(shape[1] // groups)), shape, 1)
 
-    def linear(self, node, module, x):
-        axis = x.ndim - 1
-        self.mark(f"{node.target}.weight", 1, self.channels(node, x, axis))
-        return self.spread(self._produce(node, module), self.shape(node), axis)
+    def conv_transpose(self, node, x, **arguments):
+        return self.conv(node, x, **arguments, out=1)
 
-    def _produce(self, node, module, units=None):
-        if units is None:
-            known = self.axes.get((f"{node.target}.weight", 0))
-            units = self.fresh(module.weight.shape[0]) if known is None else known
-        self.mark(f"{node.target}.weight", 0, units)
-        if module.bias is not None:
-            self.mark(f"{node.target}.bias", 0, units)
+    def linear(self, node, x, weight, bias=None, **_):
+        shape = self.net.shapes[node.name]
+        self.mark(weight, 1, self.channels(x, -1))
+        return _spread(self.produce(weight, bias, self.fresh(shape[-1])), shape, -1)
+
+    def embedding(self, node, x, weight):
+        shape = self.net.shapes[node.name]
+        return _spread(self.produce(weight, None, self.fresh(shape[-1]), 1), shape, -1)
+
+    def produce(self, weight, bias, units, axis=0):
+        self.mark(weight, axis, units)
+        if bias is not None:
+            self.mark(bias, 0, units)
         return units
 
-    def batchnorm(self, node, module, x):
-        units = self.channels(node, x)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            if getattr(module, name, None) is not None:
-                self.mark(f"{node.target}.{name}", 0, units)
+    def batchnorm(self, node, x, **parameters):
+        units = self.channels(x, 1)
+        for name in parameters.values():
+            if isinstance(name, str | Tensor):
+                self.mark(name, 0, units)
+        return _spread(units, x.shape, 1)
+
+    affine = instancenorm = batchnorm
+
+    def layernorm(self, node, x, normalized_shape, weight=None, bias=None, **_):
+        self.together(x, range(-len(normalized_shape), 0))
+        for name in (weight, bias):
+            if name is not None:
+                x = self.combine(x, self.parameter(name))
         return x
 
-    affine = batchnorm
-
-    def layernorm(self, node, module, x):
-        inner = range(x.ndim - len(module.normalized_shape), x.ndim)
-        varies = [(x != np.take(x, [0], axis)).any() for axis in range(x.ndim)]
-        if any(varies[axis] for axis in inner) and any(v for axis, v in enumerate(varies) if axis not in inner):
-            raise UnsupportedNode(f"node '{node.name}': no permutation rule for a LayerNorm over part of the units")
-        for name in ("weight", "bias"):
-            if getattr(module, name) is not None:
-                self._mark_broadcast(node, f"{node.target}.{name}", module.normalized_shape, x)
+    def groupnorm(self, node, x, num_groups, weight=None, bias=None, **_):
+        x = self.batchnorm(node, x, weight=weight, bias=bias)
+        self.together(self.channels(x, 1).view(num_groups, -1), [1])  # they share mean and variance: they stay together
         return x
 
-    def groupnorm(self, node, module, x):
-        units = self.batchnorm(node, module, x)[(slice(None), *(0,) * (x.ndim - 1))]
-        if module.num_groups > 1:  # statistics are shared within a group of channels: units stay in theirs
-            self.apart.append((units, np.arange(len(units)) // (len(units) // module.num_groups)))
+    def pointwise(self, node):
+        return functools.reduce(self.combine, map(self.units, node.all_input_nodes))
+
+    add = multiply = pointwise
+
+    def activation(self, node):
+        module = self.net.modules.get(node.target)
+        prelu = isinstance(module, nn.PReLU)
+        if not prelu and node.target is not torch.prelu:
+            return self.pointwise(node)
+        x, weight = self.units(node.args[0]), f"{node.target}.weight" if prelu else node.args[1].target
+        return self.combine(x, self.parameter(weight).view(-1, *[1] * (x.ndim - 2)))
+
+    def identity(self, node):
+        return self.units(node.all_input_nodes[0])
+
+    def softmax(self, node, x, dim, **_):
+        self.together(x, [dim])
         return x
 
-    def _mark_broadcast(self, node, tensor, shape, x):
-        """A parameter that is broadcast against an activation: mark each of its axes along which units differ."""
-        for axis, size in enumerate(shape):
-            on = axis - len(shape)  # counted from the end, as broadcasting does
-            if size > 1 and -on <= x.ndim and (x != np.take(x, [0], on)).any():
-                self.mark(tensor, axis, self.channels(node, x, x.ndim + on))
+    def normalize(self, node, x, p=2.0, dim=1, **_):
+        return self.softmax(node, x, dim)
 
-    def activation(self, node, module, x):
-        return x
+    def mean(self, node, x, dim=None, keepdim=False, dtype=None):
+        axes = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+        return self.collapse(x, axes).reshape(self.net.shapes[node.name])
 
-    identity = softmax = activation  # a softmax permutes with its inputs, whatever axis it sums over
+    def pool(self, node):
+        return _spread(self.channels(self.identity(node), 1), self.net.shapes[node.name], 1)
 
-    def add(self, node, module, *xs):
-        for source in node.all_input_nodes:
-            if source.op == "get_attr":  # layer scale, position embedding
-                self._mark_broadcast(node, source.target, self.net.shapes[source.name], xs[0])
-        if len(xs) == 1:
-            return xs[0]
-        a, b = np.broadcast_arrays(*xs)
-        self.identify(a, b)
-        return a
+    resize = pool
 
-    multiply = add
+    def structure(self, node):
+        values = {n: self.value(n) for n in node.all_input_nodes}
+        if node.target == "view":  # the labels' strides are others than the activation's
+            x, *shape = fx.node.map_arg(node.args, values.__getitem__)
+            return x.reshape(*shape)
+        return self.net.compute(node, values)
 
-    def concat(self, node, module, *xs):
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        axis = dim % len(self.net.shapes[node.name]) - 1
-        if axis < 0:
-            raise UnsupportedNode(f"node '{node.name}': no permutation rule for a concatenation along the batch axis")
-        return np.concatenate([self.activations[source] for source in node.args[0]], axis)
+    reshape = permute = concat = split = getitem = structure
 
-    def split(self, node, module, x):
-        cut = getattr(torch, getattr(node.target, "__name__", node.target))
-        return tuple(part[0].numpy() for part in cut(torch.from_numpy(x.copy())[None], *node.args[1:], **node.kwargs))
+    def pad(self, node, x, padding, mode="constant", value=None):
+        return F.pad(x.double(), padding, mode).long()  # a constant is FREE, whatever its value
 
-    def getitem(self, node, module, parts):
-        if not isinstance(parts, tuple):
-            raise UnsupportedNode(f"node '{node.name}': no permutation rule for indexing an activation")
-        return parts[node.args[1]]
+    def product(self, a, b):
+        return self.collapse(self.combine(a.unsqueeze(-1), b.unsqueeze(-3)), [-2]).squeeze(-2)
 
-    def permute(self, node, module, x):
-        rank, dims = x.ndim + 1, node.args[1:]
-        if dims and isinstance(dims[0], (tuple, list)):
-            dims = dims[0]
-        order = list(range(rank))
-        if getattr(node.target, "__name__", node.target) == "transpose":
-            a, b = (d % rank for d in dims)
-            order[a], order[b] = b, a
-        else:
-            order = [d % rank for d in dims]
-        if order[0] != 0:
-            raise UnsupportedNode(f"node '{node.name}': no permutation rule for moving the batch axis")
-        return np.transpose(x, [d - 1 for d in order[1:]])
+    def matmul(self, node):
+        a, b = node.args
+        if b.op == "get_attr" and len(self.net.shapes[b.name]) == 2:
+            shape = self.net.shapes[node.name]
+            self.mark(b.target, 0, self.channels(self.units(a), -1))
+            return _spread(self.produce(b.target, None, self.fresh(shape[-1]), 1), shape, -1)
+        return self.product(self.units(a), self.units(b))
 
-    def pool(self, node, module, x):
-        return self.spread(self.channels(node, x), self.shape(node))
+    def einsum(self, node):
+        inputs, output = node.args[0].replace(" ", "").split("->")
+        letters = sorted(set(inputs) - {","})
+        aligned = []
+        for names, source in zip(inputs.split(","), node.all_input_nodes, strict=True):
+            x = self.units(source).permute([names.index(i) for i in letters if i in names])
+            aligned.append(x[tuple(slice(None) if i in names else None for i in letters)])
+        summed = [axis for axis, i in enumerate(letters) if i not in output]
+        x = self.collapse(functools.reduce(self.combine, aligned), summed)
+        left = [i for i in letters if i in output]
+        return x[tuple(slice(None) if i in output else 0 for i in letters)].permute([left.index(i) for i in output])
 
-    def mean(self, node, module, x):
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        rank = x.ndim + 1
-        dims = sorted(d % rank for d in (dims if isinstance(dims, (tuple, list)) else [dims]) if d is not None)
-        if not dims or dims[0] < 2:
-            raise UnsupportedNode(f"node '{node.name}': no permutation rule for a mean over the batch or channel axis")
-        return self.spread(self.channels(node, x), self.shape(node))
+    def dot_attention(self, node, query, key, value, attn_mask=None, **_):
+        scores = self.product(query, self.labels(key).transpose(-1, -2))
+        if attn_mask is not None:
+            scores = self.combine(scores, self.labels(attn_mask))
+        return self.product(self.softmax(node, scores, -1), self.labels(value))
 
-    def reshape(self, node, module, x):
-        if self.net.shapes[node.name][0] != self.net.shapes[node.all_input_nodes[0].name][0]:
-            raise UnsupportedNode(f"node '{node.name}': no permutation rule for a reshape that changes the batch axis")
-        return np.reshape(x, self.shape(node))
+    def attention(self, node, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, **options):
+        if need_weights and not options.get("average_attn_weights", True):
+            raise UnsupportedNode("the weights of each head as an output")
+        module, name, shape = self.net.modules[node.target], node.target, query.shape
+        heads = self.fresh(module.num_heads).repeat_interleave(module.head_dim)  # a head moves as one unit
+        for part, x in zip("qkv", (query, key, value), strict=True):
+            weight = f"{name}.{part}_proj_weight" if module.in_proj_weight is None else f"{name}.in_proj_weight"
+            self.mark(weight, 1, self.channels(self.labels(x), -1))
+            self.mark(weight, 0, heads if module.in_proj_weight is None else heads.repeat(3))
+        for parameter, axis, units in (
+            ("in_proj_bias", 0, heads.repeat(3)),
+            ("bias_k", 2, heads),
+            ("bias_v", 2, heads),
+        ):
+            if getattr(module, parameter) is not None:
+                self.mark(f"{name}.{parameter}", axis, units)
+        for mask in (key_padding_mask, attn_mask):
+            if mask is not None:
+                self.fix(self.labels(mask))
+        self.mark(f"{name}.out_proj.weight", 1, heads)
+        bias = None if module.out_proj.bias is None else f"{name}.out_proj.bias"
+        out = _spread(self.produce(f"{name}.out_proj.weight", bias, self.fresh(shape[-1])), shape, -1)
+        weights = (shape[0], *(self.labels(x).shape[1] for x in (query, key))) if module.batch_first else (1, 1, 1)
+        return out, torch.tensor(FIXED).expand(weights)
+
+    def window_attention(self, node, x, qkv_weight, proj_weight, relative_position_bias, num_heads, **options):
+        heads = self.fresh(num_heads)
+        rows = heads.repeat_interleave(x.shape[-1] // num_heads)  # a head moves as one unit
+        self.mark(qkv_weight, 1, self.channels(x, -1))
+        self.produce(qkv_weight, options.get("qkv_bias"), rows.repeat(3))
+        self.identify(self.labels(relative_position_bias), _spread(heads, (1, num_heads, 1, 1), 1))
+        if options.get("logit_scale") is not None:
+            self.mark(options["logit_scale"], 0, heads)
+        self.mark(proj_weight, 1, rows)
+        return _spread(self.produce(proj_weight, options.get("proj_bias"), self.fresh(x.shape[-1])), x.shape, -1)
+
+    # ---- the walk
+
+    def labels(self, argument: str | Tensor) -> Tensor:
+        return self.parameter(argument) if isinstance(argument, str) else argument
+
+    def units(self, node: fx.Node) -> object:
+        value = self.value(node)
+        return torch.tensor(FIXED).expand(value.shape) if node in self.plain and isinstance(value, Tensor) else value
+
+    def arguments(self, node: fx.Node, kind: str) -> tuple[Tensor, dict[str, object]]:
+        """Labels of the input and, by name, the rest: names of parameters, labels of activations, plain values."""
+
+        def read(source):
+            parameter = source.op == "get_attr" and source not in self.plain
+            return source.target if parameter else self.units(source)
+
+        given = dict(node.kwargs)
+        first, *rest = node.args or [given.pop(next(iter(given)))]
+        if node.op != "call_module" or kind == "attention":
+            return self.units(first), fx.node.map_arg(dict(zip(_ARGUMENTS[kind], rest, strict=False)) | given, read)
+        module = self.net.modules[node.target]
+        values = {name: getattr(module, name, None) for name in _ARGUMENTS[kind]}
+        values = {k: f"{node.target}.{k}" if isinstance(v, Tensor) else v for k, v in values.items() if v is not None}
+        return self.units(first), values
 
     def visit(self, node: fx.Node) -> None:
-        plain = self.net.shapes.get(node.name) is None and self.net.kinds[node.name] != "split"
-        if node.op == "get_attr" or (plain and node.op != "output"):
-            return  # parameters are marked where they are used; sizes and other plain numbers
-        sources = [self.activations[n] for n in node.all_input_nodes if n in self.activations]
-        if node.op == "placeholder":
-            labels = np.full(self.shape(node), FIXED)
+        if node.name in self.net.plain:
+            self.plain[node] = self.net.plain[node.name]
+        elif node.op == "get_attr":  # parameters are labelled where they are used
+            tensor = operator.attrgetter(node.target)(self.net.model)
+            if node.target not in self.state or not tensor.is_floating_point():
+                self.plain[node] = tensor.detach().cpu()
+        elif node.op == "placeholder":
+            self.values[node] = torch.tensor(FIXED).expand(self.net.shapes[node.name])
         elif node.op == "output":
-            for x in sources:
-                self.identify(x, np.full(x.shape, FIXED))
-            return
+            for x in tree_leaves([self.units(source) for source in node.all_input_nodes]):
+                if isinstance(x, Tensor):
+                    self.fix(x)
+        elif all(source in self.plain for source in node.all_input_nodes):
+            value = self.net.compute(node, self.plain)
+            self.plain[node] = value.cpu() if isinstance(value, Tensor) else value
         else:
-            kind = self.net.kinds[node.name]
-            module = self.net.modules[node.target] if node.op == "call_module" else None
-            if not kind or not sources:
-                what = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
-                raise UnsupportedNode(f"node '{node.name}': no permutation rule for {what}")
-            labels = getattr(self, kind)(node, module, *sources)
-        self.activations[node] = labels
+            self.values[node] = self.apply(node)
 
-    def resolve(self) -> np.ndarray:
+    def rule(self, node: fx.Node) -> str:
+        return self.net.kinds[node.name].removeprefix("functional-")
+
+    def apply(self, node: fx.Node) -> Tensor | tuple:
+        kind = self.rule(node)
+        what = type(self.net.modules[node.target]) if node.op == "call_module" else node.target
+        missing = f"node '{node.name}': no permutation rule for {getattr(what, '__name__', what)}"
+        if not kind:
+            raise UnsupportedNode(missing)
+        try:
+            rule = getattr(self, kind.replace("-", "_"))
+            if kind in _ARGUMENTS:
+                x, arguments = self.arguments(node, kind)
+                out = rule(node, x, **arguments)
+            else:
+                out = rule(node)
+            return tuple(map(_compact, out)) if isinstance(out, tuple | list) else _compact(out)
+        except Exception as error:  # arguments that the rule does not know, among others
+            raise UnsupportedNode(f"{missing} in this use: {error}") from error
+
+    def resolve(self) -> Tensor:
         """Representative of every unit number: the smallest number identified with it."""
-        a, b = (np.concatenate([pair[i] for pair in self.same]) for i in (0, 1))
+        a, b = (torch.cat([pair[i] for pair in self.same]).numpy() for i in (0, 1))
         edges = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(self.count, self.count))
         _, component = connected_components(edges, directed=False)
         smallest = np.full(component.max() + 1, self.count)
         np.minimum.at(smallest, component, np.arange(self.count))
-        return smallest[component]
+        return torch.from_numpy(smallest[component])
+
+    def settle(self) -> Tensor:
+        """Choose the axis of each parameter that took part like an activation; representatives after that."""
+        root = self.resolve()
+        for name, elements in self.leaves.items():
+            units = _compact(root[elements])
+            varying = [axis for axis in range(units.ndim) if _varies(units, axis)]
+            if len(varying) == 1:
+                self.mark(
+                    name, varying[0], units.movedim(varying[0], -1).flatten(0, -2)[0] if units.ndim > 1 else units
+                )
+            else:
+                self.fix(elements)
+            for axis in range(units.ndim):
+                if [axis] != varying and self.axes.get((name, axis)) is not None:
+                    self.fix(self.axes[name, axis])
+        return self.resolve()
 
 
 def permutation_spec(model: nn.Module, example: Tensor, verify: bool = True) -> PermutationSpec:
     """Permutation groups of any traced model, derived from its graph and verified in float64.
 
     Args:
-        model: the network. Untouched.
+        model: the network, as it runs in evaluation mode. Untouched.
         example: inputs (n, ...) of a small batch.
         verify: permute every group at random in a float64 copy with random weights and compare outputs.
 
     Raises:
         UntraceableModel, UnsupportedNode: with the node's name.
-        SpecError: the check failed, so the graph rules do not fit this model.
+        SpecError: the check failed, so the graph rules do not fit this model, or it can tell nothing.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> print(permutation_spec(net, torch.randn(2, 3)))
@@ -574,68 +855,73 @@ def permutation_spec(model: nn.Module, example: Tensor, verify: bool = True) -> 
     labels = _Labels(net)
     for node in net.nodes:
         labels.visit(node)
-    root = labels.resolve()
-    axes = {key: root[units] for key, units in labels.axes.items()}
-    spec = PermutationSpec(tuple(_groups(net, labels, root, axes)))
+    spec = _groups(net, labels)
     if verify:
         error = invariance_error(model, spec, example)
-        if not error < 1e-8:
+        if math.isinf(error):
             raise SpecError(
-                f"permuting the groups of {type(model).__name__} changes its output by {error:.1e}"
+                f"the groups of {type(model).__name__} cannot be verified: on random inputs an output is zero, not "
+                "finite or the same for both"
             )
+        if not error < 1e-8:
+            raise SpecError(f"permuting the groups of {type(model).__name__} changes its output by {error:.1e}")
     return spec
 
 
-def _groups(net, labels, root, axes) -> Iterator[Group]:
+def _groups(net: TracedNet, labels: _Labels) -> PermutationSpec:
+    root = labels.settle().numpy()
+    axes = {key: root[units.numpy()] for key, units in labels.axes.items() if units is not None}
+    movable = np.unique(np.concatenate([[root[FIXED]], *axes.values()]))
+    movable = movable[movable != root[FIXED]]
+    place = np.full(labels.count, -1)
+    place[movable] = np.arange(len(movable))
     # Two units are interchangeable when they occur equally often on the same axes. The sum of random 64-bit keys, one
     # an axis, tells these sets of axes apart without a units x axes table.
     rng = np.random.default_rng(0)
-    keys = rng.integers(1, 2**62, size=len(axes), dtype=np.int64)
-    signature = np.zeros(labels.count, dtype=np.int64)
-    for key, units in zip(keys, axes.values(), strict=True):
-        signature += key * np.bincount(units, minlength=labels.count)
+    signature = np.zeros(len(movable), dtype=np.int64)
+    for units in axes.values():
+        here = place[units]
+        signature += rng.integers(1, 2**62) * np.bincount(here[here >= 0], minlength=len(movable))
     for units, number in labels.apart:
-        np.add.at(signature, root[units], rng.integers(1, 2**62, size=number.max() + 1, dtype=np.int64)[number])
-    movable = np.unique(root)
-    movable = movable[(movable != root[FIXED]) & (signature[movable] != 0)]
-    seen, first = np.unique(signature[movable], return_index=True)
-    seen_names: dict[str, int] = {}
-    for sig in seen[np.argsort(first)]:
-        units = movable[signature[movable] == sig]
-        index = np.full(labels.count, -1)
-        index[units] = np.arange(len(units))
-        found = []
-        for (tensor, axis), on_axis in axes.items():
-            positions = np.flatnonzero(index[on_axis] >= 0)
-            if len(positions):
-                order = np.argsort(index[on_axis[positions]], kind="stable")
-                positions = positions[order].reshape(len(units), -1)
-                found.append(Axis(tensor, axis, torch.from_numpy(positions)))
-        name = found[0].tensor.rpartition(".")[0]
-        seen_names[name] = seen_names.get(name, 0) + 1
-        name += f":{seen_names[name]}" if seen_names[name] > 1 else ""  # a layer whose units fall into several groups
-        yield Group(name, len(units), tuple(found), *_taps(net, labels, root, units))
+        here, keys = place[root[units.numpy()]], rng.integers(1, 2**62, size=int(number.max()) + 1)[number]
+        np.add.at(signature, here[here >= 0], keys[here >= 0])
+    _, first, kind = np.unique(signature, return_index=True, return_inverse=True)
+    group_of = np.argsort(np.argsort(first))[kind]  # groups in order of their first unit
+    units_of = [movable[group_of == g] for g in range(len(first))]
 
+    def members(on_axis: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Of every group on an axis: its number, and positions (units, occurrences), None where these differ."""
+        here = place[on_axis]
+        for g in np.unique(group_of[here[here >= 0]]):
+            positions = np.flatnonzero((here >= 0) & (group_of[here] == g))
+            positions = positions[np.argsort(on_axis[positions], kind="stable")]
+            each, rest = divmod(len(positions), len(units_of[g]))
+            if not rest and np.array_equal(on_axis[positions], np.repeat(units_of[g], each)):
+                yield g, torch.from_numpy(positions.reshape(-1, each))
 
-def _taps(net, labels, root, units) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The group's last node before and after its non-linearity: of a residual stream, the end of the last block.
-
-    And where its units lie on axis 1 there (units, channels of a unit): one channel each, or the channels of a block.
-    """
-    taps, channels = {}, {}
-    for node, label in labels.activations.items():
-        kind = net.kinds[node.name]
-        if kind not in ("conv", "linear", "batchnorm", "groupnorm", "add", "multiply", "activation", "permute"):
+    found: list[list[Axis]] = [[] for _ in units_of]
+    for (tensor, axis), on_axis in axes.items():
+        for g, positions in members(on_axis):
+            found[g].append(Axis(tensor, axis, positions))
+    # The group's last node before and after its non-linearity, of a residual stream the end of the last block; and
+    # where its units lie on axis 1 there (units, channels of a unit): one channel each, or the channels of a block.
+    taps: list[dict[str, str]] = [{} for _ in units_of]
+    channels: list[dict[str, Tensor]] = [{} for _ in units_of]
+    for node, label in labels.values.items():
+        kind = labels.rule(node)
+        if kind not in _TAPPED or label.ndim < 2 or any(_varies(label, i) for i in range(label.ndim) if i != 1):
             continue
-        on_axis = root[np.moveaxis(label, 0, -1).reshape(-1, label.shape[0])[0]]
-        positions = np.flatnonzero(np.isin(on_axis, units))
-        positions = positions[np.argsort(on_axis[positions], kind="stable")]
-        each = len(positions) // len(units)
-        if each and np.array_equal(on_axis[positions], np.repeat(units, each)):
+        for g, positions in members(root[label.movedim(1, -1).flatten(0, -2)[0].numpy()]):
             for tap in ("post",) if kind == "activation" else ("pre", "post"):
-                taps[tap] = node.name
-                channels[tap] = torch.from_numpy(positions.reshape(len(units), each))
-    return taps, channels
+                taps[g][tap], channels[g][tap] = node.name, positions
+    groups, seen = [], {}
+    for g, units in enumerate(units_of):
+        name = found[g][0].tensor.rpartition(".")[0]
+        seen[name] = seen.get(name, 0) + 1
+        name += f":{seen[name]}" if seen[name] > 1 else ""  # a layer whose units fall into several groups
+        groups.append(Group(name, len(units), tuple(found[g]), taps[g], channels[g]))
+    weights = [t for t, _ in axes if t.endswith("weight") and labels.state[t].ndim > 1]
+    return PermutationSpec(tuple(groups), tuple(dict.fromkeys(t.rpartition(".")[0] for t in weights)))
 
 
 # ------------------------------------------------------------------------------------------------------ permutations
@@ -656,16 +942,21 @@ def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutatio
         ValueError: an entry is no permutation of the group's units.
     """
     out = dict(state)
+    for tensor, axis, target, source in _moves(spec, permutation):
+        old = out[tensor]
+        source, target = source.to(old.device), target.to(old.device)
+        out[tensor] = old.index_copy(axis, target, old.index_select(axis, source))
+    return out
+
+
+def _moves(spec: PermutationSpec, permutation: Permutation) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    """For every permuted axis of every tensor: positions to fill, and positions to fill them from."""
     for name, perm in permutation.items():
         group = spec[name]
         if sorted(perm.tolist()) != list(range(group.size)):
             raise ValueError(f"group {name!r}: not a permutation of its {group.size} units")
         for axis in group.axes:
-            old = out[axis.tensor]
-            source = axis.positions[perm.cpu()].flatten().to(old.device)
-            target = axis.positions.flatten().to(old.device)
-            out[axis.tensor] = old.index_copy(axis.axis, target, old.index_select(axis.axis, source))
-    return out
+            yield axis.tensor, axis.axis, axis.positions.flatten(), axis.positions[perm.cpu()].flatten()
 
 
 def permute(model: nn.Module, spec: PermutationSpec, permutation: Permutation) -> nn.Module:
@@ -694,23 +985,58 @@ def compose(first: Permutation, then: Permutation) -> Permutation:
 def invariance_error(model: nn.Module, spec: PermutationSpec, example: Tensor, seed: int = 0) -> float:
     """Largest relative change of the output, in float64, when every group is permuted at random.
 
-    ``max |f(P theta) - f(theta)| / max |f(theta)|`` for a copy with random weights and normalisation statistics, so
-    that a forgotten axis cannot hide behind ones and zeros.
+    ``max |f(P theta) - f(theta)| / max |f(theta)|`` of two random inputs, for a copy with random weights and
+    normalisation statistics, so that a forgotten axis cannot hide behind ones and zeros. Infinite where an output is
+    zero, not finite or the same for both inputs: such an output would hide any mistake.
     """
     generator = torch.Generator().manual_seed(seed)
     probe = copy.deepcopy(model).cpu().double()
-    with torch.no_grad():
-        for tensor in probe.state_dict().values():
-            if tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                if tensor.ndim < 2:  # biases, scales, statistics: positive, of order one
-                    tensor.copy_(0.5 + noise)
-                else:
-                    tensor.copy_((2 * noise - 1) * math.sqrt(6 / tensor[0].numel()))
-    permuted = permute(probe, spec, random_permutation(spec, seed + 1))
-    x = torch.randn(example.shape, generator=generator, dtype=torch.float64)
-    with eval_mode(probe, permuted):
-        outputs = [[y for y in tree_leaves(net(x)) if isinstance(y, Tensor)] for net in (probe, permuted)]
-    before, after = (torch.cat([y.double().flatten() for y in ys]) for ys in outputs)
-    scale = before.abs().max()
-    return float((after - before).abs().max() / scale) if scale > 0 and scale.isfinite() else math.inf
+    state = {t.data_ptr(): (name, t) for name, t in reversed(probe.state_dict().items()) if t.is_floating_point()}
+    for _, tensor in reversed(state.values()):
+        if tensor.ndim < 2:  # biases, scales, statistics: positive, of order one
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            bound = math.sqrt(6 / tensor[0].numel())
+            tensor.uniform_(-bound, bound, generator=generator)
+    shape, floating = example.shape[1:], example.is_floating_point()
+    x = torch.randn(2, *shape, generator=generator, dtype=torch.float64) if floating else example[:2].cpu()
+
+    def outputs():
+        return [y.double().reshape(len(x), -1) for y in tree_leaves(probe(x)) if isinstance(y, Tensor)]
+
+    with eval_mode(probe):
+        _scale_statistics(probe)
+        before = outputs()
+        # In place: a network of 5 GB should not be there twice.
+        tensors = dict(state.values())
+        for name, axis, target, source in _moves(spec, random_permutation(spec, seed + 1)):
+            if name in tensors:  # of tied weights, the first name only
+                tensors[name].index_copy_(axis, target, tensors[name].index_select(axis, source))
+        after = outputs()
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        scale = old.abs().amax(1)
+        if not (
+            new.isfinite().all() and scale.isfinite().all() and (old[0] - old[-1]).abs().max() > 1e-6 * scale.max()
+        ):
+            return math.inf
+        worst = max(worst, float(((new - old).abs().amax(1) / scale).max()))
+    return worst
+
+
+def _scale_statistics(model: nn.Module) -> None:
+    """In the next pass, multiply every BatchNorm's statistics by the size of its inputs.
+
+    Deep networks would otherwise grow or shrink their activations until a sigmoid or softmax hides what comes before.
+    """
+    pending = {}
+
+    def scale(module, inputs):
+        pending.pop(module).remove()
+        size = inputs[0].square().mean().sqrt()
+        module.running_mean.sub_(1).mul_(size)
+        module.running_var.mul_(size**2)
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            pending[module] = module.register_forward_pre_hook(scale)

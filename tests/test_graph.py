@@ -153,9 +153,12 @@ class NoRule(nn.Module):
 def test_operation_without_a_rule_names_the_node():
     with pytest.raises(graph.UnsupportedNode, match="'cumsum'.*no permutation rule"):
         graph.permutation_spec(NoRule(), torch.zeros(1, 1, 8, 8))
-    transposed = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Flatten(), nn.Linear(256, 2))
-    with pytest.raises(graph.UnsupportedNode, match="'_1'.*no permutation rule for ConvTranspose2d"):
-        graph.permutation_spec(transposed, torch.zeros(1, 1, 8, 8))
+    recurrent = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 4))
+    with pytest.raises(graph.UnsupportedNode, match="'_1'.*no permutation rule for GRU"):
+        graph.permutation_spec(recurrent, torch.zeros(1, 5, 3))
+    grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(256, 2))
+    with pytest.raises(graph.UnsupportedNode, match="'_1'.*ConvTranspose2d.*in groups"):
+        graph.permutation_spec(grouped, torch.zeros(1, 1, 8, 8))
 
 
 def test_wrong_groups_do_not_pass_the_check():

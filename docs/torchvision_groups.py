@@ -1,0 +1,83 @@
+"""Derive and verify the permutation groups of torchvision's classification models: docs/torchvision.md.
+
+    python docs/torchvision_groups.py                    # the models that have no row yet
+    python docs/torchvision_groups.py resnet50 vit_b_16  # these, again
+    python docs/torchvision_groups.py --all              # every model, again
+
+Each model runs in a process of its own, one after the other, with a time limit: the largest (vit_h_14, regnet_y_128gf)
+take about 12 GB.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+
+from repairlib.graph import SpecError, UnsupportedNode, UntraceableModel, invariance_error, permutation_spec
+
+TABLE = Path(__file__).with_name("torchvision.md")
+OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": False})
+HEADER = """# Permutation groups of torchvision's classification models
+
+Written by `docs/torchvision_groups.py` with torchvision {version}, one input at the size of the default weights, on {threads} CPU
+thread(s). Error: the largest relative change of the output in float64 when every group of a copy with random weights is
+permuted at random, on two random inputs; a specification is refused above 1e-8. Seconds: what `permutation_spec` takes,
+with verification. The auxiliary classifiers of GoogLeNet and Inception, which only train, are left out.
+
+| model | input | groups | units | error | seconds |
+|---|---|---|---|---|---|
+"""
+
+
+def row(name: str) -> str:
+    """Line of the table for one model."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    size = weights.transforms().crop_size[0]
+    model = torchvision.models.get_model(name, weights=None, **OPTIONS.get(name, {}))
+    example = torch.zeros(1, 3, size, size)
+    start = time.perf_counter()
+    try:
+        spec = permutation_spec(model, example, verify=False)
+        error = invariance_error(model, spec, example)
+        seconds = time.perf_counter() - start
+        if not error < 1e-8:
+            raise SpecError(f"changes its output by {error:.1e}")
+    except (UntraceableModel, UnsupportedNode, SpecError) as error:
+        return f"| {name} | {size} | {type(error).__name__}: {error} | | | |"
+    units = sum(group.size for group in spec.groups)
+    return f"| {name} | {size} | {len(spec.groups)} | {units:,} | {error:.0e} | {seconds:.1f} |"
+
+
+def main() -> None:
+    """Fill the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="models; those without a row if none is named")
+    parser.add_argument("--all", action="store_true", help="every model again")
+    parser.add_argument("--row", action="store_true", help="print the row of one model and end")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for a model")
+    options = parser.parse_args()
+    if options.row:
+        print(row(options.names[0]))
+        return
+    every = torchvision.models.list_models(module=torchvision.models)
+    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    rows = {found[1]: line for line in lines if (found := re.match(r"\| (\w+) \| \d", line))}
+    for name in options.names or [name for name in every if options.all or name not in rows]:
+        command = [sys.executable, __file__, "--row", name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+            rows[name] = done.stdout.strip() or f"| {name} | 0 | ended with status {done.returncode} | | | |"
+            print(rows[name], done.stderr[-2000:] if done.returncode else "", flush=True)
+        except subprocess.TimeoutExpired:
+            rows[name] = f"| {name} | 0 | took more than {options.limit:.0f} s | | | |"
+        header = HEADER.format(version=torchvision.__version__, threads=torch.get_num_threads())
+        TABLE.write_text(header + "".join(rows[name] + "\n" for name in every if name in rows))
+
+
+if __name__ == "__main__":
+    main()
