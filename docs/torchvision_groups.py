@@ -24,10 +24,10 @@ TABLE = Path(__file__).with_name("torchvision.md")
 OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": False})
 HEADER = """# Permutation groups of torchvision's classification models
 
-Written by `docs/torchvision_groups.py` with torchvision {version}, one input at the size of the default weights, on {threads} CPU
-thread(s). Error: the largest relative change of the output in float64 when every group of a copy with random weights is
-permuted at random, on two random inputs; a specification is refused above 1e-8. Seconds: what `permutation_spec` takes,
-with verification. The auxiliary classifiers of GoogLeNet and Inception, which only train, are left out.
+Written by `docs/torchvision_groups.py` with torchvision {version}, for one input of the default weights' size, on
+{threads} CPU thread(s). Error: the largest relative change of the output in float64 when every group of a copy with random
+weights is permuted at random, on two random inputs; a specification is refused above 1e-8. Seconds: deriving the groups
+and this check. The auxiliary classifiers of GoogLeNet and Inception, which are for training only, are left out.
 
 | model | input | groups | units | error | seconds |
 |---|---|---|---|---|---|
