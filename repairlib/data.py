@@ -5,6 +5,7 @@ other name is an image folder `<root>/<name>/{train,test}/<class>/*`. The root i
 else the checkout's `data/`. Pixels stay uint8 until a batch is drawn, so CIFAR-10 takes 184 MB of device memory.
 """
 
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ ARCHIVES = {
     "cifar10": ("CIFAR10", (50_000, 10_000), "cifar-10-batches-py/*"),
     "cifar100": ("CIFAR100", (50_000, 10_000), "cifar-100-python/*"),
 }
-AUGMENTATIONS = ("translate", "flip", "cutout")
+AUGMENTATIONS = ("translate", "flip", "cutout", "resize", "rotate", "resized-crop")
 DIGITS_TEST = 400  # images of scikit-learn's 1,797 kept for testing
 
 
@@ -148,7 +149,11 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
         images: [n, c, h, w], any dtype; untouched.
         names: "translate" pads with zeros by an eighth of the side (4 at 32x32) and crops back at a random place;
             "flip" mirrors left-right with probability 1/2; "cutout" sets a square of a quarter of the side (8 at
-            32x32), centred at random, to zero (DeVries and Taylor 2017).
+            32x32), centred at random, to zero (DeVries and Taylor 2017); "resize" scales by 0.8 to 1.2 and crops a
+            larger image, or pads a smaller one with zeros, at a random place; "rotate" turns by up to 30 degrees either
+            way, corners filled with zeros (both Csiszarik et al. 2023, App. A); "resized-crop" enlarges a window of 8
+            to 100 % of the area and a ratio of sides from 3/4 to 4/3 (Szegedy et al. 2015). The last three interpolate
+            bilinearly and round if the images are integers.
         generator: on the CPU; draws are made there and moved, so they are the same on every device.
 
     Raises:
@@ -158,6 +163,9 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
 
     def draw(high: int) -> Tensor:
         return torch.randint(high, (n,), generator=generator).to(images.device)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(n, generator=generator)).to(images.device)
 
     for name in names:
         if name == "translate":
@@ -172,6 +180,15 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
             rows = _near(draw(height), height, images.device)
             columns = _near(draw(width), width, images.device)
             images = images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+        elif name == "resize":
+            side = 1 / uniform(0.8, 1.2)  # of the window that is seen, in sides of the image
+            images = _look(images, side, side, (1 - side) * uniform(-1, 1), (1 - side) * uniform(-1, 1))
+        elif name == "rotate":
+            images = _look(images, angle=uniform(-math.pi / 6, math.pi / 6))
+        elif name == "resized-crop":
+            area, ratio = uniform(0.08, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+            across, down = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
+            images = _look(images, across, down, (1 - across) * uniform(-1, 1), (1 - down) * uniform(-1, 1))
         else:
             raise ValueError(f"unknown augmentation {name!r}; the nearest is {nearest(name, AUGMENTATIONS)!r}")
     return images
@@ -250,6 +267,27 @@ def iterate(
         half = Split(half.images[sample], half.labels[sample])
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
     return Batches(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed)
+
+
+def _look(
+    images: Tensor, across: Tensor | float = 1.0, down: Tensor | float = 1.0,
+    x: Tensor | float = 0.0, y: Tensor | float = 0.0, angle: Tensor | float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Show what each image [n, c, h, w] has in a window of its own, enlarged or reduced to the image's size.
+
+    The window's size is in sides of the image and its centre in half sides from the middle, [n] each; it is turned by
+    `angle` in radians. Outside the image there are zeros.
+    """
+    height, width = images.shape[2:]
+    angle = torch.as_tensor(angle, device=images.device).expand(len(images))
+    cos, sin = angle.cos(), angle.sin()
+    # Coordinates run from -1 to 1 along both sides, so that turning an oblong image changes their units.
+    rows = ((across * cos, -down * sin * (height / width), x), (across * sin * (width / height), down * cos, y))
+    theta = torch.stack([torch.stack([torch.as_tensor(v).to(cos).expand_as(cos) for v in row], 1) for row in rows], 1)
+    pixels = images if images.is_floating_point() else images.float()
+    grid = F.affine_grid(theta.to(pixels.dtype), list(images.shape), align_corners=False)
+    seen = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return seen if images.is_floating_point() else seen.round().to(images.dtype)
 
 
 def _near(centre: Tensor, side: int, device: torch.device) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 import os
 import stat
 from pathlib import Path
@@ -196,6 +197,67 @@ def test_augmentation_changes_no_input_and_every_image_draws_for_itself():
     assert len(torch.unique(same.flatten(1), dim=0)) > 55
     augment(images, data.AUGMENTATIONS, generator(2))
     assert torch.equal(images, copy)
+
+
+def coordinates(height, width):
+    """An image whose two channels are each pixel's place (x, y) from the middle, and a third of ones."""
+    y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in (height, width)), indexing="ij")
+    return torch.stack([x, y, torch.ones(height, width)])
+
+
+def seen_maps(name, height=20, width=30, n=300):
+    """For each image the fitted (A, b) with seen place = A (x, y) + b, away from the borders; and what was seen."""
+    place = coordinates(height, width)
+    seen = augment(place.expand(n, -1, -1, -1), [name], generator(3))
+    maps = []
+    for image in seen:
+        # Places in the image's interior, where bilinear interpolation of a linear function is exact.
+        inside = (image[0].abs() < (width - 3) / 2) & (image[1].abs() < (height - 3) / 2) & (image[2] > 0.999)
+        known = torch.cat([place[:2, inside], torch.ones(1, int(inside.sum()))]).double()
+        fit = torch.linalg.lstsq(known.T, image[:2, inside].T.double()).solution
+        assert (known.T @ fit - image[:2, inside].T).abs().max() < 1e-3
+        maps.append((fit[:2].T, fit[2]))
+    return [torch.stack(part) for part in zip(*maps, strict=True)], seen
+
+
+def test_rotate_turns_by_up_to_thirty_degrees():
+    (linear, shift), seen = seen_maps("rotate")
+    assert torch.allclose(linear @ linear.transpose(1, 2), torch.eye(2).double(), atol=1e-4)
+    angle = torch.rad2deg(torch.atan2(linear[:, 1, 0], linear[:, 0, 0]))
+    assert angle.abs().max() <= 30 and angle.min() < -25 and angle.max() > 25 and angle.mean().abs() < 3
+    assert shift.abs().max() < 1e-3
+    assert (seen[:, 2, 0, 0] < 0.01).float().mean() > 0.5  # corners come from outside
+
+
+def test_resize_scales_and_crops_or_pads():
+    (linear, shift), seen = seen_maps("resize")
+    scale = 1 / linear[:, 0, 0]
+    assert torch.allclose(linear, torch.eye(2).double() / scale.view(-1, 1, 1), atol=1e-4)
+    assert 0.8 - 1e-6 <= scale.min() < 0.82 and 1.18 < scale.max() <= 1.2 + 1e-6
+    room = (1 - 1 / scale).abs()[:, None] * torch.tensor([15, 10])  # half of what the larger has more than the smaller
+    assert (shift.abs() <= room + 1e-3).all() and (shift.abs() / room).median() > 0.3
+    enlarged = scale > 1.1
+    assert (seen[enlarged, 2, 1:-1, 1:-1] > 0.99).all()  # a crop of the image, without padding
+    assert (seen[scale < 0.9, 2].flatten(1).min(1).values < 0.01).all()
+
+
+def test_resized_crop_shows_a_window_inside_the_image():
+    (linear, shift), seen = seen_maps("resized-crop")
+    across, down = linear[:, 0, 0], linear[:, 1, 1]
+    assert linear[:, 0, 1].abs().max() < 1e-3 and linear[:, 1, 0].abs().max() < 1e-3
+    assert 0.07 < (across * down).min() < 0.12 and 0.7 < (across * down).max() <= 1 + 1e-4
+    assert (across / down).max() <= 4 / 3 + 1e-3 and (across / down).min() >= 3 / 4 - 1e-3
+    assert (shift.abs() <= (1 - torch.stack([across, down], 1)) * torch.tensor([15, 10]) + 1e-3).all()
+    assert (seen[:, 2, 1:-1, 1:-1] > 0.99).all()
+
+
+def test_looking_straight_changes_nothing_and_integers_are_rounded():
+    images = torch.randint(256, (5, 3, 9, 7), generator=generator(), dtype=torch.uint8)
+    assert torch.equal(data._look(images), images)
+    turned = data._look(images, angle=torch.tensor(math.pi).expand(5))
+    assert torch.equal(turned, images.flip(2, 3)) and turned.dtype == torch.uint8
+    half = data._look(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2), x=1.0)
+    assert half.tolist() == [[[[255, 0]]]]  # a half side to the right, zeros beyond
 
 
 # image folders

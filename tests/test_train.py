@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from repairlib import train as training
-from repairlib.data import Dataset, Split, load
+from repairlib.data import AUGMENTATIONS, Dataset, Split, load
 from repairlib.models import build
 from repairlib.train import DivergedError, Recipe, evaluate, find_recipe, fit, parse_run, train
 
@@ -49,17 +49,50 @@ def test_jordans_recipes_are_table_1():
 
 @pytest.mark.parametrize("data", ["digits", "mnist", "svhn"])
 def test_digits_are_not_mirrored(data):
-    for name in training.RECIPES:
-        for family in ("mlp", "vgg", "resnet"):
-            assert set(find_recipe(name, family, data).augment) <= {"translate"}
+    for name, kinds in training.RECIPES.items():
+        for kind in kinds:
+            assert set(find_recipe(name, kind, data).augment) <= {"translate", "resize", "rotate"}
 
 
 def test_every_recipe_is_complete():
-    for name, families in training.RECIPES.items():
-        assert set(families) == {"mlp", "vgg", "resnet"} and {r.name for r in families.values()} == {name}
+    families = {"mlp", "vgg", "resnet", "tiny", "torchvision"}
+    for name, kinds in training.RECIPES.items():
+        assert {kind.split("-")[0] for kind in kinds} <= set(kinds) & families  # a norm's own recipe is an exception
+        assert {r.name for r in kinds.values()} == {name}
+        assert all(set(r.augment) <= set(AUGMENTATIONS) for r in kinds.values())
+        if name in ("fast", "quick", "smoke"):
+            assert families <= set(kinds)
     # A stored run counts a field it does not have as its default, so fields beyond the first six must have one.
     assert [f.name for f in fields(Recipe)][:5] == ["name", "epochs", "batch_size", "lr", "schedule"]
     Recipe("new", 1, 1, 0.1, "linear")
+
+
+def test_recipe_of_the_closest_kind():
+    for name in ("jordan", "jordan-released", "fast", "quick", "smoke"):  # stored runs and figures came from these
+        for kind in ("mlp-plain", "mlp-bn", "mlp-fused", "vgg-plain", "vgg-bn", "vgg-fused", "resnet-bn"):
+            assert find_recipe(name, kind, "cifar10") is training.RECIPES[name][kind.split("-")[0]]
+    released = training.RECIPES["jordan-released"]
+    assert find_recipe("jordan-released", "resnet-ln", "cifar10") is released["resnet-ln"]
+    assert find_recipe("jordan-released", "resnet-fixup", "cifar10") is released["resnet"]
+    assert find_recipe("qu", "vgg-plain", "cifar10").schedule == "step"
+    assert find_recipe("qu", "vgg-plain-nobias", "cifar10").schedule == "cosine"
+    assert find_recipe("qu", "resnet-plain-nobias", "cifar10").schedule == "cosine"
+    with pytest.raises(ValueError, match="recipe 'csiszarik' is for resnet, tiny, not for mlp-bn; .*'"):
+        find_recipe("csiszarik", "mlp-bn", "cifar10")
+    with pytest.raises(ValueError, match="^run name 'digits/tiny10-ln/jordan/s1': recipe 'jordan' is for mlp"):
+        parse_run("digits/tiny10-ln/jordan/s1")
+
+
+def test_step_schedule_of_the_other_papers():
+    """Qu and Horvath 2024: at iterations 32,000 and 48,000. Csiszarik et al. 2023: at each third of 300 epochs."""
+    qu = find_recipe("qu", "resnet-ln", "cifar10")
+    per_epoch = 50_000 // qu.batch_size
+    rates = [qu.lr_at(step, per_epoch) for step in (0, per_epoch - 1, 31_999, 32_000, 47_999, 48_000, 62_399)]
+    assert rates == pytest.approx([0.1 / per_epoch, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    tiny = find_recipe("csiszarik", "tiny-ln", "cifar10")
+    rates = [tiny.lr_at(epoch * 500 + step, 500) for epoch, step in ((0, 0), (99, 499), (100, 0), (200, 0), (299, 499))]
+    assert rates == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-4])
+    assert len(tiny.augment) == 3 and find_recipe("csiszarik", "resnet-ln", "cifar10").epochs == 250
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -75,9 +108,13 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(schedule, warmup):
     assert middle == pytest.approx(0.15)  # both schedules are at half height half way
 
 
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match="'step': linear or cosine"):
-        Recipe("test", 1, 1, 0.1, "step")
+@pytest.mark.parametrize("schedule,milestones,words", [
+    ("steps", (), "'steps': linear, cosine or step"), ("step", (), "step needs them"),
+    ("cosine", (0.5,), "step needs them, and only it"),
+])  # fmt: skip
+def test_impossible_schedule(schedule, milestones, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe("test", 1, 1, 0.1, schedule, milestones=milestones)
 
 
 # run names
@@ -105,7 +142,8 @@ def test_run_name_round_trip():
 # training
 
 
-@pytest.mark.parametrize("name", [RUN, "digits/mlp3-fused-w16/smoke/s1", "digits/resnet8-bn-w0.25/smoke/s1"])
+@pytest.mark.parametrize("name", [RUN, "digits/mlp3-fused-w16/smoke/s1", "digits/resnet8-bn-w0.25/smoke/s1",
+                                  "digits/resnet8-fixup-w0.25/smoke/s1"])  # fmt: skip
 def test_training_again_gives_the_same_bits(name):
     torch.manual_seed(1)
     first, metrics = run(name)
