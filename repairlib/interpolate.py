@@ -1,35 +1,85 @@
-"""Straight paths between networks, and the barrier along them."""
+"""Paths between networks, straight and homogeneous, points of the plane through several, and the barrier along them."""
 
 import copy
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repairlib.graph import TracedNet, trace
 
 State = Mapping[str, Tensor]
 
 
-def check_compatible(state_a: State, state_b: State) -> None:
-    """Refuse two state dicts that are no endpoints of one path.
+def check_compatible(*states: State, names: Sequence[str] = ()) -> None:
+    """Refuse state dicts that are no endpoints of one path: each is compared with the first.
+
+    Args:
+        states: at least one.
+        names: what messages call them; default: model A, model B, ...
 
     Raises:
         ValueError: names the first parameter that is missing, of another shape, or not finite.
     """
-    if state_a.keys() != state_b.keys():
-        name = next(iter([k for k in state_a if k not in state_b] or [k for k in state_b if k not in state_a]))
-        raise ValueError(f"different architectures: {name!r} is in model {'A' if name in state_a else 'B'} only")
-    for name, a in state_a.items():
-        if a.shape != state_b[name].shape:
-            raise ValueError(
-                f"different architectures: {name!r} is {tuple(a.shape)} in A, {tuple(state_b[name].shape)} in B"
-            )
-    for which, state in (("A", state_a), ("B", state_b)):
+    names = names or [f"model {ascii_uppercase[i] if i < 26 else i + 1}" for i in range(len(states))]
+    for which, state in zip(names, states, strict=True):
+        for name in [k for k in states[0] if k not in state] + [k for k in state if k not in states[0]]:
+            raise ValueError(f"different architectures: {name!r} is in {names[0] if name in states[0] else which} only")
+        for name, value in state.items():
+            if value.shape != states[0][name].shape:
+                shapes = f"{tuple(states[0][name].shape)} in {names[0]}, {tuple(value.shape)} in {which}"
+                shapes = shapes.replace("in model ", "in ")
+                raise ValueError(f"different architectures: {name!r} is {shapes}")
+    for which, state in zip(names, states, strict=True):
         for name, value in state.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(
-                    f"model {which}: {name!r} holds NaN or infinity; was its training stopped or its file damaged?"
+                    f"{which}: {name!r} holds NaN or infinity; was its training stopped or its file damaged?"
                 )
+
+
+def allowed(name: str, value: Tensor) -> Tensor:
+    """Clamp an extrapolated BatchNorm variance at 0: below, the network would have no output but NaN."""
+    return value.clamp_min(0) if name.rpartition(".")[2] == "running_var" else value
+
+
+def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Parameters and buffers of ``sum_i w_i theta_i`` for weights of sum 1 (Csiszarik et al. 2023, Sec. 5.4).
+
+    The paper's ``theta_a + l_b (theta_b - theta_a) + l_c (theta_c - theta_a)`` has weights (1 - l_b - l_c, l_b, l_c).
+    A model of weight 0 is left out, so that vertices and edges are those of fewer models bit for bit.
+
+    Args:
+        states: state dicts of one architecture.
+        weights: one number each; negative ones extrapolate, and BatchNorm variances are then clamped at 0.
+
+    Integer buffers (BatchNorm's batch counts) are taken from the first model whose weight is not 0.
+
+    Raises:
+        ValueError: weights do not sum to 1, or are not as many as states; see also `check_compatible`.
+
+    >>> mix_states([{"w": torch.tensor([v])} for v in (0.0, 4.0, 8.0)], [0.5, 0.25, 0.25])["w"]
+    tensor([3.])
+    """
+    if len(states) != len(weights):
+        raise ValueError(f"{len(states)} models have {len(weights)} weights; each needs one")
+    total = math.fsum(weights)
+    if not abs(total - 1) <= 1e-6:  # so written, NaN is refused
+        raise ValueError(f"weights must sum to 1, not {total:g}: divide them by their sum")
+    check_compatible(*states)
+    used = [(weight, state) for weight, state in zip(weights, states, strict=True) if weight != 0]
+    return {
+        name: allowed(name, functools.reduce(torch.add, (weight * state[name] for weight, state in used)))
+        if value.is_floating_point()
+        else value.clone()
+        for name, value in used[0][1].items()
+    }
 
 
 def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str, Tensor]:
@@ -37,27 +87,110 @@ def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str
 
     Args:
         state_a, state_b: state dicts of one architecture.
-        alpha: 0 gives `state_a` and 1 gives `state_b`, bit for bit; values outside [0, 1] extrapolate.
+        alpha: 0 gives `state_a` and 1 gives `state_b`, bit for bit; values outside [0, 1] extrapolate, see
+            `mix_states`. (Csiszarik et al. 2023 extrapolate over [-1, 2] in Sec. 5.1.)
 
     Integer buffers (BatchNorm's batch counts) are taken from `state_a`, at alpha = 1 from `state_b`.
 
     >>> interpolate_states({"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}, 0.25)["w"]
     tensor([1.])
     """
-    check_compatible(state_a, state_b)
-    if alpha in (0, 1):  # 0 * b is not nothing: -0.0 + 0.0 is 0.0
-        return {name: value.clone() for name, value in (state_a, state_b)[int(alpha)].items()}
-    return {
-        name: (1 - alpha) * a + alpha * state_b[name] if a.is_floating_point() else a.clone()
-        for name, a in state_a.items()
-    }
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a number, not {alpha}")
+    return mix_states((state_a, state_b), (1 - alpha, alpha))
+
+
+def with_state(model: nn.Module, state: State) -> nn.Module:
+    """Copy of a module with other parameters and buffers."""
+    out = copy.deepcopy(model)
+    out.load_state_dict(state)
+    return out
 
 
 def interpolate_models(model_a: nn.Module, model_b: nn.Module, alpha: float = 0.5) -> nn.Module:
     """Module with the weights ``(1 - alpha) theta_a + alpha theta_b``; see `interpolate_states`."""
-    out = copy.deepcopy(model_a)
-    with torch.no_grad():
-        out.load_state_dict(interpolate_states(model_a.state_dict(), model_b.state_dict(), alpha))
+    return with_state(model_a, interpolate_states(model_a.state_dict(), model_b.state_dict(), alpha))
+
+
+_SCALABLE = ("conv", "linear", "pool", "reshape", "mean", "concat", "permute", "split", "getitem", "identity")
+_RELUS = (F.relu, torch.relu, torch.relu_, F.leaky_relu, "relu", "relu_")
+
+
+def bias_depths(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Depth of every bias: weight layers on the longest path from the input up to and including its layer.
+
+    Args:
+        model: of convolutions, linear layers, (leaky) ReLUs, pooling, sums and changes of shape only.
+        example: one batch of inputs (n, ...), for the shapes.
+
+    Raises:
+        ValueError: names a node, or a parameter, with which the network is not homogeneous in its weight layers.
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> bias_depths(net, torch.zeros(1, 3))
+    {'0.bias': 1, '2.bias': 2}
+    """
+    net = trace(model, example)
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    depth: dict[fx.Node, int] = {}
+    depths = {}
+    for node in net.nodes:
+        depth[node] = max((depth[source] for source in node.all_input_nodes), default=0)
+        if not _is_homogeneous(net, node):
+            what = f"node '{node.name}' ({net.kinds[node.name] or node.target})"
+            raise ValueError(f"no homogeneous interpolation: {what} does not scale with its input; "
+                             "use interpolate_states")  # fmt: skip
+        if net.kinds[node.name] in ("conv", "linear"):
+            depth[node] += 1
+            layer = net.modules[node.target]
+            if not names.pop(id(layer.weight), None):
+                raise ValueError(f"no homogeneous interpolation: {node.target}.weight is used twice or computed from "
+                                 "other parameters, so that its layer has no depth of its own")  # fmt: skip
+            depths |= dict.fromkeys(names.pop(id(layer.bias), []), depth[node])
+    for left in names.values():
+        raise ValueError(f"no homogeneous interpolation: {left[0]!r} is no weight or bias of a layer that is used; "
+                         "use interpolate_states")  # fmt: skip
+    return depths
+
+
+def _is_homogeneous(net: TracedNet, node: fx.Node) -> bool:
+    kind = net.kinds[node.name]
+    if kind == "activation":
+        layer = net.modules.get(node.target)
+        return isinstance(layer, (nn.ReLU, nn.LeakyReLU)) or node.target in _RELUS
+    if kind == "add":  # of a number, it would be a bias
+        return all(isinstance(arg, fx.Node) for arg in node.args)
+    if kind == "softmax":  # of the logits, it is part of the loss
+        return all(user.op == "output" for user in node.users)
+    # What is no tensor is a shape or an index.
+    return kind in _SCALABLE or node.op in ("placeholder", "output") or net.shapes[node.name] is None
+
+
+def interpolate_homogeneous(
+    state_a: State, state_b: State, alpha: float, depths: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Straight path of the weights, along which a bias of depth h keeps step with the h weights before it.
+
+        W = (1 - alpha) W_a + alpha W_b,   b = (1 - alpha)^h b_a + alpha^h b_b
+
+    Scaling every weight of a plain chain by s, and its biases by s^h, scales the output by s^depth: if B is 0, the path
+    is ``(1 - alpha)^depth f_a``, and nothing but the loss's scale changes. In a residual network paths of different
+    length meet; h counts the longest (neither source defines it there).
+
+    Args:
+        state_a, state_b: state dicts of one architecture.
+        alpha: in [0, 1]; 0 gives `state_a` and 1 gives `state_b`, bit for bit.
+        depths: of `bias_depths`.
+
+    Source: Wang et al. 2022, Sec. 5; Qu & Horvath 2024, App. E.5 ("Bias Norm").
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], not {alpha}: the powers of a negative weight alternate in sign")
+    out = interpolate_states(state_a, state_b, alpha)
+    if 0 < alpha < 1:
+        out |= {name: (1 - alpha) ** h * state_a[name] + alpha**h * state_b[name] for name, h in depths.items()}
     return out
 
 
@@ -106,6 +239,34 @@ def barrier_of(alpha: Sequence[float], cost: Sequence[float], baseline: str = "l
         raise ValueError("a barrier needs both endpoints: alpha must contain 0 and 1")
     ends = {a: (1 - a) * at[0] + a * at[1] if baseline == "linear" else (at[0] + at[1]) / 2 for a in at}
     return max(at[a] - ends[a] for a in at)
+
+
+def empirical_barrier(
+    sample: Iterable[tuple[float, float]],
+    end_a: tuple[float, float],
+    end_b: tuple[float, float],
+    metric: str = "loss",
+) -> float:
+    """Worst of a sample of combinations against the mean of the endpoints (Csiszarik et al. 2023, Def. 3.3).
+
+        max_i loss_i - (loss_a + loss_b) / 2,   or   (accuracy_a + accuracy_b) / 2 - min_i accuracy_i
+
+    The endpoints are no part of the sample: the barrier is negative if all of it is better than they are.
+
+    Args:
+        sample: (loss, accuracy) of every combination, for instance of `combine.evaluate_many`.
+        end_a, end_b: (loss, accuracy) of the endpoints.
+        metric: "loss" or "accuracy".
+
+    >>> empirical_barrier([(0.5, 0.8), (0.9, 0.9)], (0.25, 0.9), (0.75, 1.0))
+    0.4
+    """
+    if metric not in ("loss", "accuracy"):
+        raise ValueError(f"metric must be 'loss' or 'accuracy', not {metric!r}")
+    cost = np.array([*sample, end_a, end_b])[:, 0 if metric == "loss" else 1] * (1 if metric == "loss" else -1)
+    if len(cost) == 2:
+        raise ValueError("an empirical barrier needs at least one combination in its sample")
+    return float(cost[:-2].max() - cost[-2:].mean())  # NaN, of a network that overflows, stays NaN
 
 
 def walk_path(

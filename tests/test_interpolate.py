@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
-from cases import CASES, make
+from cases import CASES, inputs, make
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from repairlib import interpolate as ip
 
@@ -87,3 +90,154 @@ def test_barrier_needs_both_ends():
         ip.barrier_of([0, 0.5], [1, 2])
     with pytest.raises(ValueError, match="baseline must be"):
         ip.barrier_of([0, 1], [1, 2], "median")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vertices_and_edges_of_several_models_are_those_of_fewer_bit_for_bit(name):
+    states = [make(name, seed).state_dict() for seed in range(3)]
+    for i in range(3):
+        out = ip.mix_states(states, [float(i == j) for j in range(3)])
+        assert all(out[k].equal(v) and out[k].data_ptr() != v.data_ptr() for k, v in states[i].items())
+    edge, straight = ip.mix_states(states, [0.75, 0, 0.25]), ip.interpolate_states(states[0], states[2], 0.25)
+    assert all(edge[k].equal(v) for k, v in straight.items())
+    doubles = [{k: v.double() for k, v in state.items()} for state in states]
+    out = ip.mix_states(doubles, [0.5, -0.2, 0.7])
+    for k, v in out.items():
+        expected = 0.5 * doubles[0][k] - 0.2 * doubles[1][k] + 0.7 * doubles[2][k]
+        torch.testing.assert_close(v, expected.clamp_min(0) if k.endswith("running_var") else expected)
+
+
+def test_weights_must_sum_to_1_and_fit():
+    states = [make("mlp1-plain-w6", seed).state_dict() for seed in range(2)]
+    for bad in ([0.5, 0.6], [math.nan, 1], [0, 0]):
+        with pytest.raises(ValueError, match="weights must sum to 1"):
+            ip.mix_states(states, bad)
+    with pytest.raises(ValueError, match="2 models have 1 weights"):
+        ip.mix_states(states, [1])
+    with pytest.raises(ValueError, match="alpha must be a number, not nan"):
+        ip.interpolate_states(*states, math.nan)
+    with pytest.raises(ValueError, match="different architectures: .* in model C only"):
+        ip.mix_states([*states, make("mlp3-plain-w8").state_dict()], [0.5, 0.5, 0])
+
+
+def test_extrapolated_variances_are_clamped():
+    name = "resnet8-bn-w0.5"
+    a, b = make(name, 0), make(name, 1)
+    for alpha in (-1.0, 2.0):
+        net = ip.interpolate_models(a, b, alpha)
+        variances = torch.cat([v for k, v in net.state_dict().items() if k.endswith("running_var")])
+        assert variances.min() == 0 and net(inputs(name)).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------ homogeneous
+
+
+PLAIN = [name for name in CASES if "-plain-" in name]
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if not name.startswith("resnet")])
+def test_homogeneous_path_to_zero_scales_the_function(name):
+    a = make(name, 0, torch.float64)
+    x = inputs(name, dtype=torch.float64)
+    depths = ip.bias_depths(a, x)
+    zero = {k: torch.zeros_like(v) for k, v in a.state_dict().items()}
+    layers = sum(v.ndim > 1 for v in zero.values())
+    assert sorted(depths.values()) == list(range(1, layers + 1)) or "nobias" in name
+    for alpha in (0.0, 0.3, 0.9, 1.0):
+        path = ip.with_state(a, ip.interpolate_homogeneous(a.state_dict(), zero, alpha, depths))
+        back = ip.with_state(a, ip.interpolate_homogeneous(zero, a.state_dict(), 1 - alpha, depths))
+        for net in (path, back):
+            torch.testing.assert_close(net(x), (1 - alpha) ** layers * a(x), rtol=1e-10, atol=0)
+        if depths and 0 < alpha < 1:
+            straight = ip.with_state(a, ip.interpolate_states(a.state_dict(), zero, alpha))
+            assert not torch.allclose(straight(x), path(x), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_homogeneous_path_ends_at_the_models_and_weights_go_straight(name):
+    a, b = make(name, 0), make(name, 1)
+    depths = ip.bias_depths(a, inputs(name, 2))
+    assert set(depths) == {k for k, v in a.state_dict().items() if v.ndim == 1}
+    a, b = a.state_dict(), b.state_dict()
+    for alpha, end in ((0, a), (1, b)):
+        assert all(v.equal(end[k]) for k, v in ip.interpolate_homogeneous(a, b, alpha, depths).items())
+    out, straight = ip.interpolate_homogeneous(a, b, 0.5, depths), ip.interpolate_states(a, b, 0.5)
+    for k, v in straight.items():
+        torch.testing.assert_close(out[k], v * 0.5 ** (depths.get(k, 1) - 1))
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], not 1.5"):
+        ip.interpolate_homogeneous(a, b, 1.5, depths)
+
+
+def test_depth_is_the_longest_path():
+    name = "resnet8-plain-w0.5"
+    depths = ip.bias_depths(make(name), inputs(name, 2))
+    assert depths["conv1.bias"] == 1 and depths["head.bias"] == 8
+    shortcut = next(k for k in depths if k.startswith("stages.1.0.shortcut"))
+    assert depths[shortcut] == depths["stages.1.0.conv1.bias"] == 4 and depths["stages.1.0.conv2.bias"] == 5
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.shift = nn.Linear(3, 3), nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)) + self.shift)
+
+
+def shared():
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "-plain-" not in name])
+def test_networks_that_are_not_homogeneous_are_refused(name):
+    with pytest.raises(ValueError, match="no homogeneous interpolation: node '(bn|ln|bias)1"):
+        ip.bias_depths(make(name), inputs(name, 2))
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ((nn.GELU(),), r"node '_1' \(activation\) does not scale"),
+        ((nn.ReLU6(),), r"node '_1' \(activation\)"),
+        ((nn.Softmax(1), nn.Linear(3, 3)), r"node '_1' \(softmax\)"),
+        ((nn.GroupNorm(1, 3),), r"node '_1' \(groupnorm\)"),
+        ((nn.PReLU(),), r"node '_1' \("),
+        ((Shifted(),), "node '_1_shift'"),
+        ((shared(),), "1.0.weight is used twice"),
+        ((nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),), "1.weight is used twice or computed"),
+    ],
+)
+def test_what_makes_a_network_inhomogeneous_is_named(layers, message):
+    with pytest.raises(ValueError, match=message):
+        ip.bias_depths(nn.Sequential(nn.Linear(3, 3), *layers), torch.zeros(2, 3))
+
+
+def test_softmax_of_the_logits_is_part_of_the_loss_and_idle_parameters_are_named():
+    net = nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU(), nn.LogSoftmax(1))
+    assert ip.bias_depths(net, torch.zeros(2, 3)) == {"0.bias": 1}
+    net[0].register_parameter("idle", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ValueError, match="'0.idle' is no weight or bias"):
+        ip.bias_depths(net, torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
+def test_empirical_barrier_is_the_worst_of_the_sample_against_the_mean_of_the_ends():
+    sample = [(0.3, 0.95), (0.7, 0.91), (0.2, 0.93)]
+    ends = (0.1, 0.94), (0.3, 0.96)
+    assert ip.empirical_barrier(sample, *ends) == pytest.approx(0.5)
+    assert ip.empirical_barrier(iter(sample), *ends, "accuracy") == pytest.approx(0.04)
+    assert ip.empirical_barrier([(0.1, 0.97)], *ends) == pytest.approx(-0.1)  # better than both
+    assert ip.empirical_barrier([(0.1, 0.97)], *ends, "accuracy") == pytest.approx(-0.02)
+    assert math.isnan(ip.empirical_barrier([*sample, (math.nan, 0.1)], *ends))
+    path = ip.Path((0, 0.5, 1), (0.1, 0.7, 0.3), (0.94, 0.91, 0.96))  # on a path: its barrier over the mean
+    inner = list(zip(path.loss, path.accuracy, strict=True))
+    for metric in ("loss", "accuracy"):
+        assert ip.empirical_barrier(inner, *ends, metric) == pytest.approx(path.barrier(metric, "mean"))
+    with pytest.raises(ValueError, match="at least one combination"):
+        ip.empirical_barrier([], *ends)
+    with pytest.raises(ValueError, match="metric must be"):
+        ip.empirical_barrier(sample, *ends, "error")

@@ -1,0 +1,340 @@
+"""Combinations of networks beyond the straight line, and their evaluation many at a time (Csiszarik et al. 2023).
+
+Convention: coefficient 0 is model A and 1 is model B. The paper's text has it so too (Sec. 4.2.2, 4.3), but its Eq. 1
+multiplies A by v: figures drawn from Eq. 1 have their axis flipped. Every entry of a state dict is combined, running
+statistics of BatchNorm included (the paper's networks have LayerNorm and so none); integer buffers are A's.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import operator
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import brentq
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from repairlib.graph import eval_mode, trace
+from repairlib.interpolate import State, allowed, check_compatible
+from repairlib.train import evaluate
+
+# A distribution of coefficients, as the function that turns uniform numbers in [0, 1) into numbers that have it.
+Quantile = Callable[[Tensor], Tensor]
+
+
+def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -> dict[str, Tensor]:
+    """Element-wise combination ``theta_i = (1 - c_i) a_i + c_i b_i`` with c_i i.i.d. (Csiszarik et al. 2023, Def. 3.2).
+
+    An entry whose coefficient is 0 or 1 is A's or B's bit for bit. BatchNorm variances are clamped at 0.
+
+    Args:
+        state_a, state_b: state dicts of one architecture.
+        quantile: distribution of the coefficients: `box`, `subcube`, `hyperplane`, `bernoulli`, or any function of a
+            float32 tensor of uniform numbers.
+        seed: gives the same uniform numbers to every distribution, precision and device, in whatever order the
+            entries come. They are drawn entry by entry, so that no more than one tensor of them is alive.
+
+    >>> a, b = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    >>> elementwise(a, b, bernoulli(0.5), seed=0)["w"]
+    tensor([1., 0., 1., 1.])
+    """
+    check_compatible(state_a, state_b)
+    generator = torch.Generator().manual_seed(seed)
+    out = {name: a.clone() for name, a in state_a.items()}
+    for name in sorted(state_a):
+        a, b = state_a[name], state_b[name]
+        if a.is_floating_point():
+            c = quantile(torch.rand(a.shape, generator=generator)).to(a)
+            mixed = torch.where(c == 0, a, torch.where(c == 1, b, (1 - c) * a + c * b))
+            out[name] = allowed(name, mixed)
+    return out
+
+
+def box(s: float, center: float = 0.5) -> Quantile:
+    """Uniform on ``[center - s, center + s]^d``.
+
+    Args:
+        s: half the edge, at least 0.
+        center: 0.5 and s <= 0.5 for cubes about the midpoint (Sec. 4.2.1; s = 0.5 is the whole hypercube); 0 for boxes
+            about A, which extrapolate (Sec. 5.2).
+    """
+    if not 0 <= s < math.inf:
+        raise ValueError(f"s is half the edge of a box, at least 0, not {s}")
+    return lambda u: center - s + 2 * s * u
+
+
+def subcube(alpha: float) -> Quantile:
+    """Uniform on ``[0, 2 alpha]^d`` if alpha <= 0.5, else on ``[2 alpha - 1, 1]^d`` (Sec. 4.2.2).
+
+    Args:
+        alpha: centre of the cube, in [0, 1]; 0 gives A and 1 gives B.
+    """
+    _check_unit("alpha", alpha)
+    return box(min(alpha, 1 - alpha), alpha)
+
+
+def hyperplane(alpha: float) -> Quantile:
+    """Nearly uniform on the part of the unit cube where ``mean_i c_i = alpha`` (Sec. 4.2.3).
+
+    Independent, with density ``r exp(-r c) / (1 - exp(-r))`` on [0, 1] and the rate r that gives it the mean alpha:
+    r > 0 for alpha < 0.5, uniform at 0.5, r < 0 above. The mean of d coefficients is alpha up to O(1 / sqrt(d)).
+
+    Args:
+        alpha: mean of the coefficients, in [0, 1]; 0 gives A and 1 gives B.
+    """
+    _check_unit("alpha", alpha)
+    if alpha in (0, 1):
+        return lambda u: torch.full_like(u, alpha)
+    if alpha > 0.5:  # the mirror image: no exponential of anything positive is ever taken
+        mirrored = hyperplane(1 - alpha)
+        return lambda u: 1 - mirrored(1 - u)
+    rate = _rate(alpha)
+    if rate == 0:
+        return lambda u: u
+    return lambda u: (torch.log1p(u * math.expm1(-rate)) / -rate).clamp(0, 1)
+
+
+def _rate(mean: float) -> float:
+    """Solve ``1 / r - 1 / (exp(r) - 1) = mean`` for r >= 0, with 0 < mean <= 0.5."""
+    if mean < 0.02:  # the second term is below exp(-50)
+        return 1 / mean
+
+    def excess(r: float) -> float:
+        # Near 0 the two terms are large and alike: their difference from its Taylor series.
+        return (0.5 - r / 12 + r**3 / 720 if r < 1e-2 else 1 / r - 1 / math.expm1(r)) - mean
+
+    return brentq(excess, 0, 2 / mean, xtol=1e-14)
+
+
+def bernoulli(p: float) -> Quantile:
+    """Every entry is B's with probability p, else A's: vertices of the hypercube (Sec. 4.2.4)."""
+    _check_unit("p", p)
+    return lambda u: (u < p).to(u)
+
+
+def _check_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], not {value}")
+
+
+def simplex_grid(models: int, steps: int) -> list[tuple[float, ...]]:
+    """All weights (w_1, ..., w_models) that are multiples of 1 / steps and sum to 1, for `mix_states` (Sec. 5.4).
+
+    >>> simplex_grid(2, 2)
+    [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    """
+    if models < 1 or steps < 1:
+        raise ValueError(f"a grid needs at least one model and one step, not {models} and {steps}")
+    whole = itertools.product(range(steps, -1, -1), repeat=models)
+    return [tuple(w / steps for w in weights) for weights in whole if sum(weights) == steps]
+
+
+def extreme(
+    states: Sequence[State], which: Literal["min", "max"], by: Literal["magnitude", "value"] = "magnitude"
+) -> dict[str, Tensor]:
+    """The 'Min' or 'Max' model: of all models' values of an entry, the one smallest or largest (Sec. 4.5.1).
+
+    Args:
+        states: state dicts of one architecture; of equal values, the first one's is taken.
+        which: "min" or "max".
+        by: "magnitude" compares |theta|, as the paper does; "value" compares theta.
+
+    >>> extreme([{"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([-3.0, 1.0])}], "min")["w"]
+    tensor([1., 1.])
+    """
+    if which not in ("min", "max") or by not in ("magnitude", "value"):
+        raise ValueError(f"which is 'min' or 'max', by is 'magnitude' or 'value', not {which!r} and {by!r}")
+    check_compatible(*states)
+    before = torch.lt if which == "min" else torch.gt
+    key = torch.abs if by == "magnitude" else torch.Tensor.detach
+
+    def pick(x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(before(key(y), key(x)), y, x)
+
+    return {
+        name: functools.reduce(pick, (state[name] for state in states)).clone() if x.is_floating_point() else x.clone()
+        for name, x in states[0].items()
+    }
+
+
+def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
+    """Weight layers in order of execution, each with the state-dict entries that `stitch` moves with it.
+
+    A normalisation, or a scalar, belongs to the weight layer whose output it reads; of several (after an addition), to
+    the one executed last. What precedes all layers, or is never read, belongs to the first. The convolution on a
+    shortcut is a layer of its own.
+
+    Args:
+        model: any module that torch.fx can trace.
+        example: one batch of inputs (n, ...).
+
+    >>> list(layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8)))
+    ['0', '2']
+    """
+    net = trace(model, example)
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    titles: list[str] = []
+    entries: list[list[str]] = [[]]  # the first are those that precede all layers
+    owner: dict[fx.Node, int] = {}
+    for node in net.nodes:
+        owner[node] = max((owner[source] for source in node.all_input_nodes), default=0)
+        if node.op == "get_attr":  # a parameter without a module goes with the node that reads it
+            continue
+        read = [operator.attrgetter(source.target)(model) for source in node.all_input_nodes if source.op == "get_attr"]
+        if node.op == "call_module":
+            read += net.modules[node.target].state_dict(keep_vars=True).values()
+        found = [name for tensor in read for name in names.pop(id(tensor), [])]
+        # Of what has no kind here, an embedding say, a matrix is a weight and anything less is not.
+        weight = net.kinds[node.name] == "" and any(tensor.ndim > 1 for tensor in read)
+        if found and (weight or net.kinds[node.name] in ("conv", "linear")):
+            titles.append(str(node.target))
+            entries.append([])
+            owner[node] = len(titles)
+        entries[owner[node]] += found
+    if not titles:
+        raise ValueError(f"{type(model).__name__} has no weight layer to stitch at")
+    entries[1] = entries[0] + entries[1] + [name for left in names.values() for name in left]
+    return {title: tuple(part) for title, part in zip(titles, entries[1:], strict=True)}
+
+
+def stitch(state_a: State, state_b: State, layer: int, parts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """The first `layer` layers of A under the rest of B, with the identity between them (Sec. 4.3).
+
+    Args:
+        state_a, state_b: state dicts of one architecture.
+        layer: from 0, which gives `state_b`, to the number of layers, which gives `state_a`, bit for bit.
+        parts: of `layers`.
+    """
+    check_compatible(state_a, state_b)
+    if not 0 <= layer <= len(parts):
+        raise ValueError(f"layer must be from 0 to {len(parts)}, the number of layers, not {layer}")
+    position = {name: i for i, part in enumerate(parts.values()) for name in part}
+    for name in state_a:
+        if name not in position:
+            raise ValueError(f"no layer has {name!r}; parts must be layers(model, example) of this architecture")
+    return {name: (a if position[name] < layer else state_b[name]).clone() for name, a in state_a.items()}
+
+
+# Elements of a stack's largest activation on a CPU (2 MB in float32): beyond, it leaves the cache, and networks run
+# faster one by one. A stack of less than 4 does not pay. Measured by benchmarks/stacked.py.
+CPU_STACK = 500_000
+
+
+def evaluate_many(
+    model: nn.Module,
+    states: Iterable[State],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    chunk: int | None = None,
+    stacked: bool | None = None,
+    memory: float = 2e9,
+    progress: bool = True,
+) -> list[tuple[float, float]]:
+    """(mean cross entropy in nats, accuracy in [0, 1]) of one architecture under many state dicts, as `train.evaluate`.
+
+    Stacked, the networks of a chunk run as one (`torch.vmap`); else one after the other.
+
+    Args:
+        model: the architecture, and the device and precision to compute on. Untouched.
+        states: state dicts, for instance from a generator: no more than a chunk of them is alive at a time.
+        batches: (x [b, ...], y int64 [b]), read once a chunk; a one-shot iterator is kept in memory.
+        chunk: networks in a stack; default: as many as `memory` holds, at most 64; on a CPU, as the largest activation,
+            for the first batch, goes into `CPU_STACK` elements.
+        stacked: default: on a GPU always, on a CPU if the default chunk is 4 or more; and one after the other if vmap
+            cannot run the model (True raises then).
+        memory: bytes that the weights and four of the largest activations of a stack may take, if chunk is None.
+        progress: show a bar if stdout is a terminal.
+
+    Raises:
+        ValueError: there are no batches, or a state does not fit the model.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is a number of networks, at least 1, not {chunk}")
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    net = copy.deepcopy(model)  # takes up one state after the other
+    own = net.state_dict()
+    count = len(states) if isinstance(states, Sized) else None
+    floats = [value for value in own.values() if value.is_floating_point()] or [torch.zeros(())]
+    largest = _largest_activation(net, batches)
+    size = sum(value.numel() * value.element_size() for value in own.values()) + 4 * floats[0].element_size() * largest
+    fits = min(64, int(memory / size), 64 if floats[0].is_cuda else CPU_STACK // largest)
+    forced, stacked = stacked, floats[0].is_cuda or fits >= 4 if stacked is None else stacked
+    chunk = chunk or max(1, fits if count is None else min(fits, count))
+    results: list[tuple[float, float]] = []
+    left = iter(states)
+    quiet = not (progress and sys.stdout.isatty())
+    with tqdm(total=count, desc="networks", unit="net", file=sys.stdout, disable=quiet) as bar:
+        while group := _stack(own, left, chunk if stacked else 1, len(results)):
+            number = len(next(iter(group.values())))
+            if stacked:
+                try:
+                    results += _evaluate_stack(net, group, batches)
+                except Exception:  # whatever is wrong with more than vmap is raised again one by one
+                    if forced:
+                        raise
+                    stacked = False
+            if not stacked:
+                for i in range(number):
+                    net.load_state_dict({name: values[i] for name, values in group.items()})
+                    results.append(evaluate(net, batches))
+            bar.update(number)
+    return results
+
+
+def _stack(own: State, states: Iterator[State], chunk: int, before: int) -> dict[str, Tensor]:
+    """The next states, at most `chunk`, one above the other; nothing if there are none."""
+    out: dict[str, Tensor] = {}
+    n = 0
+    for n, state in enumerate(itertools.islice(states, chunk), 1):
+        check_compatible(own, state, names=("the model", f"state {before + n - 1}"))
+        out = out or {name: value.new_empty((chunk, *value.shape)) for name, value in own.items()}
+        for name, values in out.items():
+            values[n - 1].copy_(state[name])
+    return {name: values[:n] for name, values in out.items()}
+
+
+def _evaluate_stack(net: nn.Module, group: State, batches: Iterable) -> list[tuple[float, float]]:
+    like = next(net.parameters(), torch.zeros(()))
+    n, total, correct = 0, 0.0, 0
+    # A module with two names is given its tensors once; functional_call would else leave the first stack in it.
+    held = (
+        kind(path, recurse=False) for path, m in net.named_modules() for kind in (m.named_parameters, m.named_buffers)
+    )
+    group = {name: group[name] for pairs in held for name, _ in pairs if name in group}
+    run = torch.vmap(lambda state, x: functional_call(net, state, (x,), tie_weights=False), in_dims=(0, None))
+    with eval_mode(net), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule")  # pooling after LayerNorm: slower, but small
+        for x, y in batches:
+            logits = run(group, x.to(like)).double()  # (networks, b, classes)
+            labels = y.to(like.device).expand(len(logits), -1)
+            total = total + F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
+            correct = correct + (logits.argmax(2) == labels).sum(1)
+            n += len(y)
+    return [(float(t) / n, int(c) / n) for t, c in zip(total, correct, strict=True)]
+
+
+def _largest_activation(net: nn.Module, batches: Iterable) -> int:
+    """Elements of the largest input or output of a submodule for a batch as large as the first."""
+    x, _ = next(iter(batches), (torch.empty(0), None))
+    if not len(x):
+        raise ValueError("no batches to evaluate on")
+    sizes = [x[:1].numel()]
+    handles = [
+        module.register_forward_hook(lambda _m, _x, y: sizes.append(y.numel() if isinstance(y, Tensor) else 0))
+        for module in net.modules()
+    ]
+    with eval_mode(net):
+        net(x[:1].to(next(net.parameters(), torch.zeros(()))))
+    for handle in handles:
+        handle.remove()
+    return max(sizes) * len(x)

@@ -1,0 +1,371 @@
+import math
+import weakref
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, CLASSES, inputs, make
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from repairlib import combine, interpolate
+from repairlib.train import evaluate
+
+D = 200_000
+DISTRIBUTIONS = {
+    "box": (combine.box(0.3), stats.uniform(0.2, 0.6)),
+    "hypercube": (combine.box(0.5), stats.uniform(0, 1)),
+    "box beyond": (combine.box(0.8), stats.uniform(-0.3, 1.6)),
+    "box about A": (combine.box(0.25, center=0), stats.uniform(-0.25, 0.5)),
+    "subcube low": (combine.subcube(0.2), stats.uniform(0, 0.4)),
+    "subcube high": (combine.subcube(0.9), stats.uniform(0.8, 0.2)),
+    "bernoulli": (combine.bernoulli(0.3), stats.bernoulli(0.3)),
+    **{
+        f"hyperplane {alpha}": (combine.hyperplane(alpha), stats.truncexpon(b := combine._rate(alpha), 0, 1 / b))
+        for alpha in (0.001, 0.1, 0.3, 0.49)
+    },
+}
+
+
+def drawn(quantile, d=D, seed=0):
+    """The coefficients themselves: of A = 0 and B = 1."""
+    return combine.elementwise({"w": torch.zeros(d)}, {"w": torch.ones(d)}, quantile, seed)["w"].double()
+
+
+def same_bits(state, other):
+    return all(
+        v.equal(other[k]) and v.dtype == other[k].dtype and torch.equal(v.signbit(), other[k].signbit())
+        for k, v in state.items()
+    )
+
+
+def labelled(name, n=30, size=12, dtype=torch.float32):
+    y = torch.randint(CLASSES, (n,), generator=torch.Generator().manual_seed(1))
+    return list(zip(inputs(name, n, dtype=dtype).split(size), y.split(size), strict=True))
+
+
+# ------------------------------------------------------------------------------------------ distributions
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_samples_have_the_moments_and_the_support_of_their_distribution(name):
+    quantile, theory = DISTRIBUTIONS[name]
+    c = drawn(quantile)
+    low, high = theory.support()
+    assert c.min() >= low - 1e-6 and c.max() <= high + 1e-6
+    mean, variance, kurtosis = (float(m) for m in theory.stats("mvk"))
+    assert abs(float(c.mean()) - mean) < 4 * math.sqrt(variance / D)
+    assert abs(float(c.var()) - variance) < 4 * variance * math.sqrt((kurtosis + 2) / D)
+    if name != "bernoulli":
+        u = torch.linspace(0, 1, 1001)[:-1]
+        np.testing.assert_allclose(quantile(u), theory.ppf(u.double()), rtol=1e-5, atol=1e-6)
+
+
+def test_hyperplane_is_mirrored_above_one_half_and_uniform_there():
+    u = torch.rand(1000)
+    torch.testing.assert_close(combine.hyperplane(0.5)(u), u)
+    torch.testing.assert_close(combine.hyperplane(0.5 + 1e-9)(u), u)
+    torch.testing.assert_close(combine.hyperplane(0.8)(u), 1 - combine.hyperplane(0.2)(1 - u))
+    assert abs(float(drawn(combine.hyperplane(0.97)).mean()) - 0.97) < 4 / math.sqrt(D)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.floats(1e-9, 0.5))
+@example(0.5 - 1e-13)
+@example(0.02)
+@example(0.4992)  # where the series takes over
+def test_rate_gives_the_mean(mean):
+    rate = combine._rate(mean)
+    if rate:
+        with localcontext() as context:
+            context.prec, context.Emin = 60, -(10**12)  # the second term of a large rate underflows
+            r = Decimal(rate)
+            assert float(1 / r - 1 / (r.exp() - 1) if rate < 1e4 else 1 / r) == pytest.approx(mean, rel=1e-11)
+    else:
+        assert mean == pytest.approx(0.5, abs=1e-14)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.floats(0, 1))
+@example(5e-324)
+@example(1 - 2**-53)
+def test_hyperplane_stays_in_the_cube_and_rises_with_u(alpha):
+    u = torch.tensor([0, 2**-24, 0.1, 0.5, 0.9, 1 - 2**-24])
+    c = combine.hyperplane(alpha)(u)
+    assert (c >= 0).all() and (c <= 1).all() and (c.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("make_quantile", [combine.subcube, combine.hyperplane, combine.bernoulli])
+@pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan])
+def test_parameters_outside_the_unit_interval_are_refused(make_quantile, bad):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], not"):
+        make_quantile(bad)
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.inf, math.nan])
+def test_boxes_have_a_size(bad):
+    with pytest.raises(ValueError, match="half the edge"):
+        combine.box(bad)
+
+
+# ------------------------------------------------------------------------------------------ element-wise
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ends_of_every_interpolating_distribution_are_the_models_bit_for_bit(name):
+    a, b = make(name, 0).state_dict(), make(name, 1).state_dict()
+    first = next(k for k, v in a.items() if v.is_floating_point())
+    a[first].view(-1)[0] = -0.0
+    b[first].view(-1)[-1] = -0.0
+    for distribution in (combine.subcube, combine.hyperplane, combine.bernoulli):
+        for end, state in ((0.0, a), (1.0, b)):
+            assert same_bits(combine.elementwise(a, b, distribution(end), 0), state)
+    picked = combine.elementwise(a, b, combine.bernoulli(0.5), 0)
+    assert all(((v == a[k]) | (v == b[k])).all() for k, v in picked.items())
+    assert all((picked[first] == end[first]).any() for end in (a, b))
+
+
+def test_combination_against_a_float64_reference():
+    a, b = (make("resnet8-bn-w0.5", s, torch.float64).state_dict() for s in (0, 1))
+    counts = next(k for k in a if k.endswith("num_batches_tracked"))
+    a[counts] += 7
+    out = combine.elementwise(a, b, combine.box(0.5), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    assert list(out) == list(a)
+    for name in sorted(a):
+        if a[name].is_floating_point():
+            c = torch.rand(a[name].shape, generator=generator).double().numpy()
+            np.testing.assert_allclose(out[name], (1 - c) * a[name].numpy() + c * b[name].numpy(), rtol=1e-14)
+        else:
+            assert torch.equal(out[name], a[name])
+
+
+def test_a_seed_is_a_sample_whatever_the_order_the_precision_and_the_global_generator():
+    a, b = (make("mlp3-plain-w8", s).state_dict() for s in (0, 1))
+    before = {k: v.clone() for k, v in a.items()}, torch.random.get_rng_state()
+    out = combine.elementwise(a, b, combine.hyperplane(0.3), 5)
+    assert same_bits(a, before[0]) and torch.equal(torch.random.get_rng_state(), before[1])
+    backwards = combine.elementwise(dict(reversed(a.items())), b, combine.hyperplane(0.3), 5)
+    assert list(backwards) == list(reversed(a)) and same_bits(out, backwards)
+    doubles = ({k: v.double() for k, v in state.items()} for state in (a, b))
+    for name, value in combine.elementwise(*doubles, combine.hyperplane(0.3), 5).items():
+        torch.testing.assert_close(value.float(), out[name], rtol=1e-5, atol=1e-6)
+    assert not same_bits(out, combine.elementwise(a, b, combine.hyperplane(0.3), 6))
+
+
+@pytest.mark.parametrize("name", ["mlp2-bn-w8", "resnet8-bn-w0.5"])
+def test_extrapolated_variances_stay_valid(name):
+    a, b = make(name, 0), make(name, 1)
+    out = combine.elementwise(a.state_dict(), b.state_dict(), combine.box(20.0, center=0), 0)
+    variances = torch.cat([v for k, v in out.items() if k.endswith("running_var")])
+    assert (variances == 0).any() and (variances >= 0).all()
+    assert min(v.min() for v in out.values()) < 0
+    assert interpolate.with_state(a, out)(inputs(name)).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------ extremes and grids
+
+
+@pytest.mark.parametrize("by", ["magnitude", "value"])
+@pytest.mark.parametrize("which", ["min", "max"])
+def test_extremes_against_numpy(which, by):
+    states = [make("resnet8-bn-w0.5", s).state_dict() for s in range(3)]
+    out = combine.extreme(states, which, by)
+    for name, value in out.items():
+        rows = np.stack([s[name].numpy() for s in states])
+        keys = np.abs(rows) if by == "magnitude" else rows
+        index = (keys.argmin(0) if which == "min" else keys.argmax(0))[None]
+        np.testing.assert_array_equal(value, np.take_along_axis(rows, index, 0)[0])
+        assert value.data_ptr() != states[0][name].data_ptr()
+    with pytest.raises((ValueError, TypeError), match="which"):  # the checker of annotations is first in the tests
+        combine.extreme(states, "median")
+
+
+def test_simplex_grid_has_every_point_once():
+    grid = combine.simplex_grid(3, 4)
+    assert len(grid) == len(set(grid)) == math.comb(6, 2)
+    assert all(sum(w) == pytest.approx(1) and min(w) >= 0 for w in grid)
+    assert {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 0.25, 0.25)} <= set(grid)
+    with pytest.raises(ValueError, match="at least one model"):
+        combine.simplex_grid(0, 4)
+
+
+# ------------------------------------------------------------------------------------------ stitching
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_entry_is_in_one_layer_and_the_ends_of_stitching_are_the_models(name):
+    a, b = make(name, 0), make(name, 1)
+    parts = combine.layers(a, inputs(name, 2))
+    assert sorted(k for part in parts.values() for k in part) == sorted(a.state_dict())
+    weights = [k.removesuffix(".weight") for k, v in a.state_dict().items() if k.endswith(".weight") and v.ndim > 1]
+    assert sorted(parts) == sorted(weights)
+    states = a.state_dict(), b.state_dict()
+    for which, end in zip((len(parts), 0), states, strict=True):
+        assert same_bits(combine.stitch(*states, which, parts), end)
+    cut = combine.stitch(*states, 1, parts)
+    first = next(iter(parts))
+    assert all(cut[k].equal(states[0 if k in parts[first] else 1][k]) for k in cut)
+    assert not any(k.startswith("head") for k in parts[first])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("mlp", "vgg", "tiny"))])
+def test_a_stitched_chain_is_the_lower_part_of_a_and_the_upper_part_of_b(name):
+    a, b = make(name, 0), make(name, 1)
+    x = inputs(name)
+    parts = combine.layers(a, x)
+    for layer, title in enumerate(parts):
+        net = interpolate.with_state(a, combine.stitch(a.state_dict(), b.state_dict(), layer, parts))
+        y, side = x, a
+        for child, _ in a.named_children():
+            side = b if child == title else side
+            y = getattr(side, child)(y)
+        torch.testing.assert_close(net(x), y, rtol=1e-5, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """A normalisation before all layers, two branches whose normalisations run last, a lone and an unused parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.left, self.right = nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(3, 4)
+        self.norm_right, self.norm_left = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.scale, self.unused = nn.Parameter(torch.rand(1)), nn.Parameter(torch.rand(2))
+
+    def forward(self, x):
+        x = self.before(x)
+        y, z = self.left(x), self.right(x)
+        return self.norm_left(y) * self.scale + self.norm_right(z)
+
+
+def test_normalisations_follow_the_data_and_not_the_order():
+    parts = combine.layers(Odd(), torch.zeros(2, 3))
+    owner = {name.split(".")[0]: title for title, part in parts.items() for name in part}
+    assert list(parts) == ["left", "right"]
+    assert owner == {
+        "before": "left", "left": "left", "norm_left": "left", "scale": "left", "unused": "left",
+        "right": "right", "norm_right": "right",
+    }  # fmt: skip
+
+
+def test_stitching_refuses_what_does_not_fit():
+    a = make("mlp3-plain-w8").state_dict()
+    parts = combine.layers(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2))
+    with pytest.raises(ValueError, match="layer must be from 0 to 4"):
+        combine.stitch(a, a, 5, parts)
+    with pytest.raises(ValueError, match="no layer has 'head.weight'"):
+        combine.stitch(a, a, 1, {k: v for k, v in parts.items() if k != "head"})
+    with pytest.raises(ValueError, match="no weight layer"):
+        combine.layers(nn.ReLU(), torch.zeros(1, 2))
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_many_at_once_agree_with_one_after_the_other(name):
+    model, other = make(name, 0), make(name, 1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    states = [interpolate.interpolate_states(before, other.state_dict(), alpha) for alpha in (0.0, 0.4, 1.0)]
+    data = labelled(name)
+    expected = [evaluate(interpolate.with_state(model, state), data) for state in states]
+    model.train()
+    stacked = combine.evaluate_many(model, states, data, chunk=2, stacked=True)
+    assert all(module.training for module in model.modules()) and same_bits(before, model.state_dict())
+    np.testing.assert_allclose(stacked, expected, rtol=1e-5, atol=1e-5)
+    assert combine.evaluate_many(model, states, data, stacked=False) == expected
+
+
+def test_states_and_batches_may_be_generators_and_no_more_than_a_chunk_is_alive(capsys):
+    name = "mlp2-bn-w8"
+    model, data, alive, most = make(name), labelled(name), weakref.WeakSet(), []
+
+    def states():
+        for seed in range(7):
+            state = {k: v.clone() for k, v in make(name, seed).state_dict().items()}
+            alive.update(state.values())
+            most.append(len(alive) / len(state))
+            yield state
+            del state
+
+    expected = [evaluate(make(name, seed), data) for seed in range(7)]
+    for stacked in (True, False, None):
+        out = combine.evaluate_many(model, states(), iter(data), chunk=3, stacked=stacked)
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert max(most) <= 3
+    assert combine.evaluate_many(model, [], data) == []
+    assert capsys.readouterr().out == ""  # no terminal, no bar
+
+
+def test_a_stack_holds_what_memory_allows(monkeypatch):
+    name, sizes = "mlp2-bn-w8", []
+    run = combine._evaluate_stack
+    monkeypatch.setattr(combine, "_evaluate_stack", lambda n, g, b: sizes.append(len(g["bn1.bias"])) or run(n, g, b))
+    model, data = make(name), labelled(name, 12, 12)
+    weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+    states = [model.state_dict()] * 5
+    for memory, expected in ((2 * (weights + 4 * 4 * 12 * 64), [2, 2, 1]), (1, [1] * 5), (2e9, [5])):
+        sizes.clear()
+        combine.evaluate_many(model, states, data, memory=memory, stacked=True)
+        assert sizes == expected
+
+
+class Branching(nn.Module):
+    """vmap cannot run it: what it does depends on a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, CLASSES)
+        self.again = self.linear  # and a tied layer
+
+    def forward(self, x):
+        y = self.again(x.flatten(1))
+        return y if y.sum().item() > 0 else 2 * y
+
+
+def test_what_vmap_cannot_run_is_evaluated_one_by_one():
+    data = labelled("mlp1-plain-w6")
+    nets = [Branching() for _ in range(3)]
+    states = [net.state_dict() for net in nets]
+    expected = [evaluate(net, data) for net in nets]
+    assert combine.evaluate_many(nets[0], states, data) == expected
+    with pytest.raises(RuntimeError, match="vmap"):
+        combine.evaluate_many(nets[0], states, data, stacked=True)
+
+
+def test_large_activations_are_evaluated_one_by_one_on_a_cpu(monkeypatch):
+    data = labelled("mlp1-plain-w6")  # 64 inputs, the largest
+    model = make("mlp1-plain-w6")
+    monkeypatch.setattr(combine, "_evaluate_stack", lambda *_: [(-1.0, 0.0)])
+    assert combine.evaluate_many(model, [model.state_dict()], data) == [(-1.0, 0.0)]
+    monkeypatch.setattr(combine, "CPU_STACK", 4 * 12 * 64 - 1)  # no four of them fit
+    assert combine.evaluate_many(model, [model.state_dict()], data) == [evaluate(model, data)]
+
+
+def test_tied_weights_and_precision():
+    name = "mlp1-plain-w6"
+    model = make(name, dtype=torch.float64)
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, CLASSES)).double()
+    tied[3].weight = tied[1].weight
+    data = labelled(name)  # float32: goes to the precision of the model
+    for net in (model, tied):
+        state = {k: v.float() for k, v in net.state_dict().items()}
+        out = combine.evaluate_many(net, [state], data, stacked=True)
+        assert out[0] == pytest.approx(evaluate(interpolate.with_state(net, state), data), rel=1e-12)
+
+
+def test_evaluation_refuses_what_does_not_fit():
+    model, data = make("mlp1-plain-w6"), labelled("mlp1-plain-w6")
+    other, broken = make("mlp3-plain-w8").state_dict(), dict(model.state_dict())
+    broken["fc1.bias"] = broken["fc1.bias"] * math.nan
+    with pytest.raises(ValueError, match="is .6, 64. in the model, .8, 64. in state 1|is in state 1 only"):
+        combine.evaluate_many(model, [model.state_dict(), other], data)
+    with pytest.raises(ValueError, match="^state 1: 'fc1.bias' holds NaN"):
+        combine.evaluate_many(model, [model.state_dict(), broken], data)
+    with pytest.raises(ValueError, match="no batches"):
+        combine.evaluate_many(model, [model.state_dict()], [])
+    with pytest.raises(ValueError, match="at least 1"):
+        combine.evaluate_many(model, [], data, chunk=0)
