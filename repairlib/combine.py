@@ -52,7 +52,7 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
     for name in sorted(state_a):
         a, b = state_a[name], state_b[name]
         if a.is_floating_point():
-            c = quantile(torch.rand(a.shape, generator=generator)).to(a)
+            c = quantile(torch.rand(a.shape, generator=generator, dtype=torch.float32)).to(a)
             mixed = torch.where(c == 0, a, torch.where(c == 1, b, (1 - c) * a + c * b))
             out[name] = allowed(name, mixed)
     return out
@@ -165,6 +165,10 @@ def extreme(
     }
 
 
+# Kinds of nodes (see TracedNet) that begin a layer if they read a matrix; "" is what has no rule there.
+_WEIGHTED = ("conv", "linear", "conv-transpose", "embedding", "attention", "functional-conv", "functional-linear", "")
+
+
 def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
     """Weight layers in order of execution, each with the state-dict entries that `stitch` moves with it.
 
@@ -194,10 +198,8 @@ def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
         if node.op == "call_module":
             read += net.modules[node.target].state_dict(keep_vars=True).values()
         found = [name for tensor in read for name in names.pop(id(tensor), [])]
-        # Of what has no kind here, an embedding say, a matrix is a weight and anything less is not.
-        weight = net.kinds[node.name] == "" and any(tensor.ndim > 1 for tensor in read)
-        if found and (weight or net.kinds[node.name] in ("conv", "linear")):
-            titles.append(str(node.target))
+        if found and net.kinds[node.name] in _WEIGHTED and any(tensor.ndim > 1 for tensor in read):
+            titles.append(node.target if node.op == "call_module" else node.name)
             entries.append([])
             owner[node] = len(titles)
         entries[owner[node]] += found

@@ -27,20 +27,21 @@ def check_compatible(*states: State, names: Sequence[str] = ()) -> None:
     Raises:
         ValueError: names the first parameter that is missing, of another shape, or not finite.
     """
-    names = names or [f"model {ascii_uppercase[i] if i < 26 else i + 1}" for i in range(len(states))]
-    for which, state in zip(names, states, strict=True):
+    kind, names = ("", names) if names else ("model ", [*ascii_uppercase, *map(str, range(27, len(states) + 1))])
+    first = names[0]
+    for which, state in zip(names, states, strict=False):
         for name in [k for k in states[0] if k not in state] + [k for k in state if k not in states[0]]:
-            raise ValueError(f"different architectures: {name!r} is in {names[0] if name in states[0] else which} only")
+            owner = first if name in states[0] else which
+            raise ValueError(f"different architectures: {name!r} is in {kind}{owner} only")
         for name, value in state.items():
             if value.shape != states[0][name].shape:
-                shapes = f"{tuple(states[0][name].shape)} in {names[0]}, {tuple(value.shape)} in {which}"
-                shapes = shapes.replace("in model ", "in ")
+                shapes = f"{tuple(states[0][name].shape)} in {first}, {tuple(value.shape)} in {which}"
                 raise ValueError(f"different architectures: {name!r} is {shapes}")
-    for which, state in zip(names, states, strict=True):
+    for which, state in zip(names, states, strict=False):
         for name, value in state.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(
-                    f"{which}: {name!r} holds NaN or infinity; was its training stopped or its file damaged?"
+                    f"{kind}{which}: {name!r} holds NaN or infinity; was its training stopped or its file damaged?"
                 )
 
 
@@ -164,6 +165,8 @@ def _is_homogeneous(net: TracedNet, node: fx.Node) -> bool:
         return all(isinstance(arg, fx.Node) for arg in node.args)
     if kind == "softmax":  # of the logits, it is part of the loss
         return all(user.op == "output" for user in node.users)
+    if getattr(node.target, "__name__", node.target) == "logsumexp":
+        return False
     # What is no tensor is a shape or an index.
     return kind in _SCALABLE or node.op in ("placeholder", "output") or net.shapes[node.name] is None
 

@@ -251,6 +251,25 @@ def test_normalisations_follow_the_data_and_not_the_order():
     }  # fmt: skip
 
 
+class Functional(nn.Module):
+    """Layers without a module of their own, and a matrix that is no weight of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Embedding(7, 3), nn.LayerNorm((2, 3))
+        self.position, self.weight, self.bias = (nn.Parameter(torch.rand(*s)) for s in ((2, 3), (4, 3), (4,)))
+
+    def forward(self, x):
+        return nn.functional.linear(self.norm(self.first(x) + self.position), self.weight, self.bias)
+
+
+def test_layers_without_a_module_are_named_after_their_node():
+    parts = combine.layers(Functional(), torch.zeros(1, 2, dtype=torch.int64))
+    assert {title: set(part) for title, part in parts.items()} == {
+        "first": {"first.weight", "position", "norm.weight", "norm.bias"}, "linear": {"weight", "bias"},
+    }  # fmt: skip
+
+
 def test_stitching_refuses_what_does_not_fit():
     a = make("mlp3-plain-w8").state_dict()
     parts = combine.layers(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2))
