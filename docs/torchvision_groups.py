@@ -25,9 +25,10 @@ OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "in
 HEADER = """# Permutation groups of torchvision's classification models
 
 Written by `docs/torchvision_groups.py` with torchvision {version}, for one input of the default weights' size, on
-{threads} CPU thread(s). Error: the largest relative change of the output in float64 when every group of a copy with random
-weights is permuted at random, on two random inputs; a specification is refused above 1e-8. Seconds: deriving the groups
-and this check. The auxiliary classifiers of GoogLeNet and Inception, which are for training only, are left out.
+{threads} CPU thread(s) of a busy machine. Error: the largest relative change of the output in float64 when every group
+of a copy with random weights is permuted at random, on two random inputs; above 1e-8 a specification is refused.
+Seconds: deriving the groups, and this check. The auxiliary classifiers of GoogLeNet and Inception, used in training
+only, are left out.
 
 | model | input | groups | units | error | seconds |
 |---|---|---|---|---|---|
@@ -46,7 +47,7 @@ def row(name: str) -> str:
         error = invariance_error(model, spec, example)
         seconds = time.perf_counter() - start
         if not error < 1e-8:
-            raise SpecError(f"changes its output by {error:.1e}")
+            raise SpecError(f"permuting changes its output by {error:.1e}")
     except (UntraceableModel, UnsupportedNode, SpecError) as error:
         return f"| {name} | {size} | {type(error).__name__}: {error} | | | |"
     units = sum(group.size for group in spec.groups)

@@ -104,6 +104,8 @@ class ChannelAffine(nn.Module):
 class _Tracer(fx.Tracer):
     """Keeps corrections whole, so that a repaired network has the node names of the network it came from."""
 
+    proxy_buffer_attributes = True  # what is computed from buffers is part of the graph, not a constant
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, ChannelAffine) or super().is_leaf_module(module, name)
 
@@ -372,26 +374,32 @@ class PermutationSpec:
 
         rows = {layer: i for i, layer in enumerate(self.layers)}
         colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")  # Okabe and Ito
+        bands = [[(rows[a.tensor.rpartition(".")[0]], a.axis) for a in group.axes
+                  if a.tensor.rpartition(".")[0] in rows] for group in self.groups]  # fmt: skip
+        shown = [(min(band)[0], max(band)[0], k) for k, band in enumerate(bands) if band]
+        lanes: list[list[tuple[int, int]]] = []
+        lane_of = {}
+        for top, bottom, k in sorted(shown, key=lambda band: (band[0] - band[1], band)):  # long ones to the left
+            free = (i for i, lane in enumerate(lanes) if all(bottom < start or end < top for start, end in lane))
+            lane_of[k] = next(free, len(lanes))
+            lanes += [[]] * (lane_of[k] == len(lanes))
+            lanes[lane_of[k]].append((top, bottom))
         if ax is None:
-            ax = plt.subplots(figsize=(5, 0.6 + 0.2 * len(rows)), layout="constrained")[1]
-        ends: list[int] = []  # last row of every lane
+            size = (2.6 + 0.3 * len(lanes), 0.6 + 0.2 * len(rows))
+            ax = plt.subplots(figsize=size, layout="constrained")[1]
         sizes: dict[int, list[str]] = {}
-        for k, group in enumerate(self.groups):
-            seen = [(rows[a.tensor.rpartition(".")[0]], a) for a in group.axes if a.tensor.rpartition(".")[0] in rows]
-            if not seen:
-                continue
-            top, bottom = min(row for row, _ in seen), max(row for row, _ in seen)
-            lane = next((i for i, end in enumerate(ends) if end < top), len(ends))
-            ends[lane : lane + 1] = [bottom]
-            sizes.setdefault(top, []).append(str(group.size))
-            color = colors[k % len(colors)]
+        for top, bottom, k in shown:
+            sizes.setdefault(top, []).append(str(self.groups[k].size))
+            color, lane = colors[k % len(colors)], lane_of[k]
             ax.plot([lane, lane], [top, bottom], color=color, linewidth=5, alpha=0.35, solid_capstyle="round")
-            for row, axis in seen:
-                ax.plot(lane, row, "o", color=color, markersize=5, markerfacecolor="white" if axis.axis == 1 else color)
+            for row, axis in bands[k]:
+                ax.plot(lane, row, "o", color=color, markersize=5, markerfacecolor="white" if axis == 1 else color)
         for row, texts in sizes.items():
-            ax.text(len(ends) - 0.4, row, " + ".join(texts), va="center", fontsize=8)
+            ax.text(len(lanes) - 0.4, row, " + ".join(texts), va="center", fontsize=8)
+        ax.hlines(range(len(rows)), -0.6, len(lanes) - 0.6, color="0.9", linewidth=0.5, zorder=0)
         ax.set_yticks(range(len(rows)), rows, fontsize=8)
-        ax.set(xlim=(-0.6, len(ends) + 0.6), ylim=(len(rows) - 0.5, -0.7), xticks=[])
+        ax.set_title("\u25cf makes units, \u25cb reads them; right: how many", fontsize=8, loc="right")
+        ax.set(xlim=(-0.6, len(lanes) + 0.6), ylim=(len(rows) - 0.5, -0.7), xticks=[])
         ax.spines[:].set_visible(False)
         ax.tick_params(left=False)
         return ax
@@ -481,7 +489,7 @@ def _groups(net: TracedNet, labels: Labels) -> PermutationSpec:
                 taps[g][tap], channels[g][tap] = node.name, positions
     groups, seen = [], {}
     for g, units in enumerate(units_of):
-        name = found[g][0].tensor.rpartition(".")[0]
+        name = next((a.tensor.rpartition(".")[0] for a in found[g] if "." in a.tensor), found[g][0].tensor)
         seen[name] = seen.get(name, 0) + 1
         name += f":{seen[name]}" if seen[name] > 1 else ""  # a layer whose units fall into several groups
         groups.append(Group(name, len(units), tuple(found[g]), taps[g], channels[g]))
@@ -570,7 +578,7 @@ def invariance_error(model: nn.Module, spec: PermutationSpec, example: Tensor, s
         return [y.double().reshape(len(x), -1) for y in tree_leaves(probe(x)) if isinstance(y, Tensor)]
 
     with eval_mode(probe):
-        _scale_statistics(probe)
+        _move_statistics(probe)
         before = outputs()
         # In place: a network of 5 GB should not be there twice.
         tensors = dict(state.values())
@@ -582,26 +590,27 @@ def invariance_error(model: nn.Module, spec: PermutationSpec, example: Tensor, s
     for old, new in zip(before, after, strict=True):
         scale = old.abs().amax(1)
         if not (
-            new.isfinite().all() and scale.isfinite().all() and (old[0] - old[-1]).abs().max() > 1e-6 * scale.max()
+            new.isfinite().all() and scale.isfinite().all() and (old[0] - old[-1]).abs().max() > 1e-8 * scale.max()
         ):
             return math.inf
         worst = max(worst, float(((new - old).abs().amax(1) / scale).max()))
     return worst
 
 
-def _scale_statistics(model: nn.Module) -> None:
-    """In the next pass, multiply every BatchNorm's statistics by the size of its inputs.
+def _move_statistics(model: nn.Module) -> None:
+    """In the next pass, move every BatchNorm's statistics, which are of order one, to its input's mean and variance.
 
-    Deep networks would otherwise grow or shrink their activations until a sigmoid or softmax hides what comes before.
+    Otherwise a deep network forgets its input, or its activations grow until a sigmoid hides what comes before. One
+    variance for the whole layer, as dividing by that of a dead channel would blow up rounding errors.
     """
     pending = {}
 
-    def scale(module, inputs):
+    def move(module, inputs):
         pending.pop(module).remove()
-        size = inputs[0].square().mean().sqrt()
-        module.running_mean.sub_(1).mul_(size)
-        module.running_var.mul_(size**2)
+        var, mean = torch.var_mean(inputs[0].transpose(0, 1).flatten(1), 1)
+        module.running_mean.sub_(1).mul_(var.mean().sqrt()).add_(mean)
+        module.running_var.mul_(var.mean())
 
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            pending[module] = module.register_forward_pre_hook(scale)
+            pending[module] = module.register_forward_pre_hook(move)

@@ -1,9 +1,11 @@
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from cases import CASES, inputs, make
 from torch import nn
+from torchvision.models import convnext, swin_transformer
 
 from repairlib import graph, matching, models
 
@@ -161,6 +163,20 @@ def test_operation_without_a_rule_names_the_node():
         graph.permutation_spec(grouped, torch.zeros(1, 1, 8, 8))
 
 
+@pytest.mark.parametrize("operation", [torch.cumsum, torch.cumprod, F.glu, torch.logcumsumexp])
+def test_operations_that_see_the_order_of_units_are_refused(operation):
+    class Ordered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(4 if operation is F.glu else 8, 2)
+
+        def forward(self, x):
+            return self.last(operation(self.first(x), 1))
+
+    with pytest.raises((graph.UnsupportedNode, graph.UntraceableModel), match="node '"):
+        graph.permutation_spec(Ordered(), torch.zeros(2, 3))
+
+
 def test_wrong_groups_do_not_pass_the_check():
     """The check must see a forgotten axis even where fresh BatchNorm layers hold only ones and zeros."""
     name = "mlp2-bn-w8"
@@ -172,6 +188,47 @@ def test_wrong_groups_do_not_pass_the_check():
         kept = tuple(a for a in group.axes if a is not axis)
         damaged = graph.PermutationSpec((graph.Group(group.name, group.size, kept, group.taps), *spec.groups[1:]))
         assert graph.invariance_error(model, damaged, inputs(name, 2)) > 1e-4, axis.tensor
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda y: 0 * y,
+        lambda y: torch.sigmoid(1e6 * y.square() + 1e6),  # saturated: 1 whatever y is
+        lambda y: y / 0,
+        lambda y: torch.sqrt(-1 - y.square()),
+    ],
+)
+def test_an_output_that_tells_nothing_verifies_nothing(end):
+    class Mute(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return end(self.last(F.relu(self.first(x))))
+
+    spec = graph.permutation_spec(Mute(), torch.zeros(2, 3), verify=False)
+    assert graph.invariance_error(Mute(), spec, torch.zeros(2, 3)) == torch.inf
+    with pytest.raises(graph.SpecError, match="cannot be verified"):
+        graph.permutation_spec(Mute(), torch.zeros(2, 3))
+
+
+def test_the_check_runs_on_two_inputs():
+    model, shapes = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), []
+    spec = graph.permutation_spec(model, torch.zeros(1, 3), verify=False)
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    assert graph.invariance_error(model, spec, torch.zeros(1, 3)) < 1e-10
+    assert shapes == [(2, 3), (2, 3)]  # before and after
+
+
+def test_statistics_of_normalisation_are_checked():
+    """Also where a deep network without the right statistics would forget its input."""
+    model = torchvision.models.efficientnet_b0(num_classes=3)
+    spec = graph.permutation_spec(model, torch.zeros(1, 3, 32, 32))
+    for tensor in ("features.1.0.block.0.1.running_mean", "features.7.0.block.3.1.running_var"):
+        groups = tuple(graph.Group(g.name, g.size, tuple(a for a in g.axes if a.tensor != tensor)) for g in spec.groups)
+        assert graph.invariance_error(model, graph.PermutationSpec(groups), torch.zeros(1, 3, 32, 32)) > 1e-4
 
 
 def test_flatten_of_maps_repeats_units():
@@ -329,6 +386,72 @@ class ChannelsLast(nn.Module):
         return self.linear(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
+class Functional(nn.Module):
+    """Layers as functions of parameters. LayerNorm and the linear layer share a bias, which ties their units."""
+
+    def __init__(self, channels, outputs):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(outputs, channels, 3, 3))
+        self.scale, self.shift = nn.Parameter(torch.rand(channels)), nn.Parameter(torch.rand(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+        self.matrix, self.bias = nn.Parameter(torch.randn(outputs, outputs)), nn.Parameter(torch.rand(outputs))
+        self.shape = (outputs,)
+
+    def forward(self, x):
+        x = F.batch_norm(x, self.mean, self.var, self.scale, bias=self.shift)
+        x = F.conv2d(F.group_norm(x, 1), self.kernel, padding=1)
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.shape, bias=self.bias)
+        return F.linear(F.mish(x), self.matrix, self.bias).permute(0, 3, 1, 2)
+
+
+class Mask(nn.Module):
+    """Attention to positions: one value for all channels, from their mean and maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x):
+        return x * self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
+
+
+class ZeroChannels(nn.Module):
+    """A shortcut without weights: new channels are zero."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv = conv(inputs, outputs)
+
+    def forward(self, x):
+        extra = self.conv.out_channels - x.shape[1]
+        return F.pad(x, (0, 0, 0, 0, extra // 2, extra - extra // 2)) + self.conv(x)
+
+
+class Scalars(nn.Module):
+    """Fixup's biases and multipliers, one number each, and what else may act on every element alike."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv(channels, channels)
+        self.shift, self.scale = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        y = self.scale * self.conv(F.relu(x + self.shift)) - self.shift
+        return torch.clamp(torch.maximum(y, -x) / 2 + (x - 1) ** 2, max=50)
+
+
+class Frozen(nn.Module):
+    """torchvision's FrozenBatchNorm2d: its buffers are reshaped and combined before they meet the activation."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = torchvision.ops.FrozenBatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
 def conv(inputs, outputs, **options):
     return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
@@ -349,6 +472,21 @@ OPERATIONS = {
     "group norm of one group": (lambda: [conv(3, 8), nn.GroupNorm(1, 8), nn.ReLU(), conv(8, 6)], [8, 6]),
     "channels last": (lambda: [conv(3, 8), ChannelsLast(8), conv(8, 6)], [8, 8, 6]),
     "residual": (lambda: [conv(3, 6), Residual(conv(6, 8), nn.ReLU(), conv(8, 6))], [6, 8]),
+    "prelu": (lambda: [conv(3, 8), nn.PReLU(8), conv(8, 6), nn.PReLU()], [8, 6]),
+    "functional": (lambda: [conv(3, 8), Functional(8, 7), conv(7, 6)], [8, 7, 6]),
+    "mask over positions": (lambda: [conv(3, 8), Mask(), conv(8, 6)], [8, 6]),
+    "zero channels": (lambda: [conv(3, 4), ZeroChannels(4, 8), conv(8, 6)], [4, 4, 6]),
+    "scalars": (lambda: [conv(3, 8), Scalars(8), conv(8, 6)], [8, 6]),
+    "frozen norm": (lambda: [conv(3, 8), Frozen(8), nn.ReLU(), conv(8, 6)], [8, 6]),
+    "instance norm": (lambda: [conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), conv(8, 6)], [8, 6]),
+    "transposed": (lambda: [conv(3, 8), nn.ConvTranspose2d(8, 7, 2, stride=2), nn.ReLU(), conv(7, 6)], [8, 7, 6]),
+    "upsampling": (lambda: [conv(3, 8), nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), conv(8, 6)], [8, 6]),
+    "pixel shuffle: blocks": (lambda: [conv(3, 16), nn.PixelShuffle(2), conv(4, 6)], [4, 6]),
+    "from vectors to maps": (
+        lambda: [nn.Flatten(), nn.Linear(108, 36), nn.Unflatten(1, (4, 3, 3)), conv(4, 6)],
+        [4, 6],
+    ),
+    "softmax over channels": (lambda: [conv(3, 8), nn.Softmax(1), conv(8, 6)], [8, 6]),
 }
 
 
@@ -374,6 +512,164 @@ def test_operations_recover_a_planted_permutation(name):
     for group, perm in graph.invert(planted).items():
         dead = found.correlation[group].abs() < 0.5
         assert torch.equal(found.permutation[group][~dead], perm[~dead]) and not dead.all()
+
+
+class Heads(nn.Module):
+    """Attention written out, in one of several ways."""
+
+    def __init__(self, way, width, heads):
+        super().__init__()
+        self.way, self.heads = way, heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.way == "function":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.way == "einsum":
+            y = torch.einsum("nhij, nhjd -> nhid", torch.einsum("nhid,nhjd->nhij", q, k).softmax(-1), v)
+        else:
+            y = ((q / 2) @ k.transpose(-2, -1)).softmax(-1).matmul(v)
+        return self.out(y.transpose(1, 2).reshape(n, tokens, width))
+
+
+class Module(nn.Module):
+    """nn.MultiheadAttention, also with keys and values of another size."""
+
+    def __init__(self, width, heads, weights=False, **options):
+        super().__init__()
+        self.key = nn.Linear(width, options.get("kdim", width))
+        self.attention, self.weights = nn.MultiheadAttention(width, heads, batch_first=True, **options), weights
+
+    def forward(self, x):
+        key = self.key(x)
+        y, weights = self.attention(x, key, x, need_weights=self.weights)
+        return y * weights.sum(2, keepdim=True) if self.weights else y
+
+
+class Tokens(nn.Module):
+    """A class token, a position embedding, attention with its shortcut, and the class token's features."""
+
+    def __init__(self, attention, width):
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.token, self.position = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 5, width))
+        self.norm, self.attention = nn.LayerNorm(width), attention
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.stem(x)], dim=1) + self.position
+        return self.head((x + self.attention(self.norm(x)))[:, 0])
+
+
+# groups: (size, occurrences of a unit on its first weight axis), the stream last
+ATTENTION = {
+    "function": (lambda: Heads("function", 12, 4), [(4, 9)]),
+    "einsum": (lambda: Heads("einsum", 12, 4), [(4, 9)]),
+    "matmul": (lambda: Heads("matmul", 12, 4), [(4, 9)]),
+    # of a single head, the dimensions of q and k may move together, those of v on their own
+    "one head": (lambda: Heads("matmul", 12, 1), [(12, 2), (12, 1)]),
+    # keys and queries meet one weight matrix: the layer that makes the keys belongs to the stream
+    "module": (lambda: Module(12, 4), [(4, 9)]),
+    "module, weights": (lambda: Module(12, 4, weights=True), [(4, 9)]),
+    "module, sizes": (lambda: Module(12, 4, kdim=6, add_bias_kv=True), [(4, 3), (6, 1)]),
+    "module, plain": (lambda: Module(12, 4, bias=False, add_zero_attn=True), [(4, 9)]),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_heads_move_as_blocks(name):
+    attention, expected = ATTENTION[name]
+    torch.manual_seed(0)
+    model, example = Tokens(attention(), 12), torch.zeros(2, 4, 5)
+    spec = graph.permutation_spec(model, example)
+    assert sorted((g.size, g.axes[0].positions.shape[1]) for g in spec.groups) == sorted([*expected, (12, 1)])
+    for group in spec.groups:
+        for axis in group.axes:
+            kept = tuple(a for a in group.axes if a is not axis)
+            others = tuple(g for g in spec.groups if g is not group)
+            damaged = graph.PermutationSpec((graph.Group(group.name, group.size, kept), *others))
+            cancels = name in ("module", "module, weights") and axis.tensor == "attention.key.bias"  # in the softmax
+            assert cancels or graph.invariance_error(model, damaged, example) > 1e-6, axis.tensor
+
+
+def test_embedded_tokens():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.last = nn.Embedding(10, 6), nn.Linear(6, 2)
+            self.matrix = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x):
+            return self.last(F.gelu(self.words(x) @ self.matrix).mean(1))
+
+    spec = graph.permutation_spec(Words(), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    assert [(g.size, g.axes[0].tensor) for g in spec.groups] == [(6, "words.weight"), (6, "matrix")]
+
+
+TRANSFORMERS = {
+    "vit": (lambda: torchvision.models.VisionTransformer(32, 16, 2, 4, 16, 24, num_classes=5), 32),
+    "swin": (lambda: torchvision.models.SwinTransformer([4, 4], 8, [1, 2], [2, 4], [4, 4], num_classes=5), 40),
+    "swin v2": (
+        lambda: torchvision.models.SwinTransformer(
+            [4, 4], 8, [1, 2], [2, 4], [4, 4], num_classes=5,
+            block=swin_transformer.SwinTransformerBlockV2, downsample_layer=swin_transformer.PatchMergingV2,
+        ),
+        40,
+    ),
+    "maxvit": (lambda: torchvision.models.MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, 0.1, num_classes=5), 64),
+    "convnext": (
+        lambda: torchvision.models.ConvNeXt(
+            [convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 2)], num_classes=5
+        ),
+        32,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_torchvision_transformers(name):
+    """Maps of odd size make Swin pad them."""
+    torch.manual_seed(0)
+    build, size = TRANSFORMERS[name]
+    model, example = build(), torch.zeros(1, 3, size, size)
+    spec = graph.permutation_spec(model, example)
+    # Every hidden layer's outputs belong to some group; rows of q, k and v to that of the heads.
+    moved = {axis.tensor for group in spec.groups for axis in group.axes if axis.axis == 0}
+    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.shape[0] != 5}
+    assert {f"{layer}.weight" for layer in layers} <= moved
+    heads = [m for m in model.modules() if "Attention" in type(m).__name__]
+    heads = sum(isinstance(m, nn.MultiheadAttention) or hasattr(m, "relative_position_index") for m in heads)
+    assert sum(g.size in (2, 4) for g in spec.groups) >= heads
+
+
+def test_a_table_of_coordinates_stays():
+    build, size = TRANSFORMERS["swin v2"]
+    spec = graph.permutation_spec(build(), torch.zeros(1, 3, size, size), verify=False)
+    assert not [a for g in spec.groups for a in g.axes if "coords_table" in a.tensor]
+    assert not [g for g in spec.groups if "cpb_mlp" in g.name and g.taps]  # computed from it, without the input
+
+
+def test_diagram_shows_every_group():
+    plt.switch_backend("agg")
+    for name in ("resnet20-bn-w0.25", "vgg11-plain-w0.125", "mlp3-plain-w8"):
+        spec = graph.permutation_spec(make(name), inputs(name, 2), verify=False)
+        ax = spec.draw()
+        assert [label.get_text() for label in ax.get_yticklabels()] == list(spec.layers)
+        bands = [line for line in ax.lines if line.get_linewidth() == 5]
+        assert len(bands) == len(spec.groups)
+        lanes = sorted((*line.get_xdata()[:1], *line.get_ydata()) for line in bands)
+        assert all(a[0] != b[0] or a[2] < b[1] for a, b in zip(lanes, lanes[1:], strict=False))  # none overlap
+        assert spec.draw(ax) is ax
+        plt.close(ax.figure)
+
+
+def test_long_rows_of_the_table_wrap():
+    for name in ("resnet110-bn-w0.125", "resnet20-bn-w0.25"):
+        model = models.build(name, shape=(1, 16, 16), classes=3)
+        spec = graph.permutation_spec(model, torch.zeros(2, 1, 16, 16), verify=False)
+        assert max(map(len, str(spec).splitlines())) <= 120
+        assert str(spec).count("[") - 1 == sum(len(group.axes) for group in spec.groups)  # "[axis]" of the header
 
 
 TORCHVISION = (
