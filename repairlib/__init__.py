@@ -1,4 +1,4 @@
-"""repairlib: align, merge, repair and diagnose neural networks; a reproducible companion to three papers.
+"""repairlib: align, merge, repair, renormalise and diagnose neural networks; a reproducible companion to three papers.
 
 Jordan et al. 2022 (REPAIR), Qu & Horvath 2024 (Rethink Model Re-Basin), Csiszarik et al. 2023 (Mode Combinability).
 """
@@ -8,15 +8,17 @@ from collections.abc import Iterable
 from torch import nn
 
 from repairlib import train as _train
+from repairlib.corrections import Repaired
 from repairlib.graph import permutation_spec, permute, trace
 from repairlib.interpolate import Path, barrier_of, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
-from repairlib.renorm import Repair, Repaired, reset
+from repairlib.renorm import Goals, Recorder, Repair, batch_statistics, renormalize, reset
 
 __version__ = "0.1.0"
 __all__ = [
-    "Matching", "Path", "Repair", "Repaired", "align", "barrier", "barrier_of", "interpolate_models",
-    "match_activations", "merge", "permutation_spec", "permute", "repair", "reset", "trace", "walk_path",
+    "Goals", "Matching", "Path", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of",
+    "batch_statistics", "interpolate_models", "match_activations", "merge", "permutation_spec", "permute",
+    "renormalize", "repair", "reset", "trace", "walk_path",
 ]  # fmt: skip
 
 
@@ -44,7 +46,8 @@ def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float 
         model_a, model_b: aligned endpoints. Untouched.
         data: any iterable of batches x or (x, y); about 5,000 examples.
         alpha: 0 is A, 1 is B.
-        **options: of `Repair`, which also says what was corrected and makes many alphas from one pass.
+        **options: of `Repair`, which also says what was corrected, makes many alphas from one pass and takes more than
+            two networks.
     """
     return Repair(model_a, model_b, data, **options)(alpha).model
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from repairlib.corrections import target_nodes
 from repairlib.graph import Batches, trace
 from repairlib.moments import Moments, gather
-from repairlib.renorm import predicted_variance, target_nodes
+from repairlib.renorm import predicted_variance
 
 
 def variance_ratio(moments: Moments, k: int, ends: tuple[int, int] = (0, 1)) -> float:
@@ -53,7 +54,7 @@ def variance_profile(
         model_a, model_b: endpoints.
         models: name -> network of the same architecture, repaired or not.
         data: any iterable of batches.
-        targets: layers to report, see `repairlib.renorm.target_nodes`; preactivations unless blocks are asked for.
+        targets: layers to report, see `repairlib.corrections.target_nodes`; preactivations unless blocks are asked for.
 
     Returns:
         Rows {network, layer (from 1), node, ratio}.
@@ -77,9 +78,7 @@ def channel_statistics(models: dict[str, nn.Module], data: Iterable, node: str) 
     Returns:
         Rows {network, channel, variance}.
     """
-    first = next(iter(models.values()))
-    batches = Batches(data, first)
-    moments = gather([trace(model, batches.example()) for model in models.values()], batches, [node])[node]
+    moments = _gather_at(list(models.values()), data, [node])[node]
     return [
         {"network": name, "channel": c, "variance": float(var)}
         for k, name in enumerate(models)
@@ -127,10 +126,7 @@ def first_layer_theory(
     Returns:
         Rows {unit, corr, variance_a, variance_b, eq5, rule_of_thumb, measured}; dead units are left out.
     """
-    batches = Batches(data, model_a)
-    nets = [trace(model, batches.example()) for model in (model_a, model_b, model_mid)]
-    node = target_nodes(nets[0], ("conv", "linear"))[0]
-    m = gather(nets, batches, [node], cross="paired")[node]
+    (m,) = _gather_at([model_a, model_b, model_mid], data, ["stem"], cross="paired").values()
     corr, eq5 = m.corr(), predicted_variance(m, alpha)
     alive = ~(m.dead(0) | m.dead(1))
     columns = {

@@ -1,131 +1,94 @@
-"""Renormalise interpolated networks: REPAIR in its three variants, RESET, and folding into ordinary weights.
+"""Renormalise networks: REPAIR, RESCALE, RESHIFT and RESET, and folding into ordinary weights.
 
-Every variant sets, at chosen nodes, ``x -> gain x + shift`` per channel; they differ in how gain and shift follow from
-the statistics of the endpoints and of the interpolated network.
+Every variant sets, at chosen nodes, ``x -> gain x + shift`` per channel. Goals, a mean and a std for each channel, come
+from reference networks; gain and shift follow from the goals and from what the network's statistics are now; `fold`
+puts them into ordinary weights.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, fx, nn
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
+from repairlib.corrections import TARGETS, Correction, Repaired, Units, attach, batchnorms, fold, target_nodes
 from repairlib.graph import Batches, ChannelAffine, TracedNet, eval_mode, trace
-from repairlib.interpolate import check_compatible, interpolate_models
+from repairlib.interpolate import check_compatible, mix_states, with_state
 from repairlib.moments import BatchMeanMoments, Moments, gather
+from repairlib.report import check
 
-METHODS = ("closed-form", "simultaneous", "sequential")
-TARGETS = ("conv", "linear", "block")
+METHODS = ("closed-form", "simultaneous", "sequential", "batch")
+CORRECT = ("repair", "rescale", "reshift")
 
-
-@dataclass(frozen=True)
-class Correction:
-    """Affine map of one node's channels: ``x_c -> gain_c x_c + shift_c``, both (units,) float64."""
-
-    gain: Tensor
-    shift: Tensor
-
-    def apply(self, x: Tensor) -> Tensor:
-        """The corrected activation (n, units, ...), in its own precision."""
-        shape = (-1,) + (1,) * (x.ndim - 2)
-        return x * self.gain.to(x.dtype).view(shape) + self.shift.to(x.dtype).view(shape)
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """A renormalised network and how it was made.
-
-    Attributes:
-        model: the network with corrections folded into its weights where that is possible.
-        corrections: by node, whether folded or not.
-        visible: nodes whose correction no weight can take up (block outputs); `model` then is a torch.fx.GraphModule
-            with a `ChannelAffine` after each of them, and functional dropout in it stays as in evaluation. Empty:
-            `model` is of the original class and architecture.
-        new_biases: layers that had no bias and received one.
-    """
-
-    model: nn.Module
-    corrections: dict[str, Correction]
-    visible: tuple[str, ...] = ()
-    new_biases: tuple[str, ...] = ()
-
-
-# ----------------------------------------------------------------------------------------------------- what to correct
-
-
-def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
-    """Names of the nodes to correct, in order of execution.
-
-    Args:
-        net: the traced network.
-        targets: any of "conv" (outputs of every convolution), "linear" (outputs of hidden linear layers), "block"
-            (outputs of residual blocks, after their final activation), "classifier" (the last convolution or linear
-            layer), or names of nodes.
-
-    A node that carries a `ChannelAffine` from an earlier REPAIR stands for what leaves that module.
-
-    Raises:
-        KeyError: a name that is neither, with the nearest node names.
-        ValueError: a linear layer on (n, tokens, features), whose units are not on axis 1.
-    """
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    net.check_names([t for t in targets if t not in (*TARGETS, "classifier")])
-    last = [node for node in net.nodes if net.kinds[node.name] in ("conv", "linear")][-1:]
-    chosen = []
-    for node in net.nodes:
-        name, kind, users = node.name, net.kinds[node.name], list(node.users)
-        if node in last:
-            kind = "classifier"
-        if kind in ("conv", "linear", "classifier"):
-            wanted = kind in targets
-        elif kind == "add" and "block" in targets and len(node.all_input_nodes) > 1:
-            wanted = True
-            if len(users) == 1 and net.kinds[users[0].name] == "activation":
-                name = users[0].name
-        else:
-            wanted = False
-        if wanted or name in targets:
-            if net.kinds[name] == "linear" and len(net.shapes[name]) != 2:
-                raise ValueError(f"node {name!r}: the units of a linear layer on {net.shapes[name]} are not on axis 1")
-            chosen.append(net.corrected(name))
-    order = {node.name: i for i, node in enumerate(net.nodes)}
-    return sorted(set(chosen), key=order.__getitem__)
+Statistics = Mapping[str, tuple[Tensor, Tensor]]  # by node: mean and std of its channels, (units,) each
+Rule = Callable[[Moments | BatchMeanMoments], Correction]  # what a target's present statistics ask for
 
 
 # -------------------------------------------------------------------------------------------- how gain and shift follow
 
 
-def _correction(mean: Tensor, std: Tensor, goal_mean: Tensor, goal_std: Tensor, dead: Tensor) -> Correction:
-    """Gain and shift that take (mean, std) to the goal; a dead channel can be shifted, not scaled."""
-    gain = torch.where(dead, 1.0, goal_std / std.masked_fill(dead, 1.0))
-    return Correction(gain, goal_mean - gain * mean)
+def correction(
+    mean: Units,
+    var: Units,
+    dead: Shaped[Tensor, " units"],
+    goal_mean: Units,
+    goal_std: Units,
+    correct: str = "repair",
+    eps: float = 0.0,
+) -> Correction:
+    """Gain and shift that take (mean, var) to the goal, wholly or in part (Qu & Horvath 2024, Sec. 4.1).
+
+    * repair: ``x -> (x - mean) / std * goal_std + goal_mean`` (Jordan et al. 2022, Sec. 4.2; Qu & Horvath's text swaps
+      the names of the two goals);
+    * rescale: ``x -> x / std * goal_std``, about zero, so that a bias is scaled as well;
+    * reshift: ``x -> x - mean + goal_mean``.
+
+    with ``std = sqrt(var + eps)``. A `dead` (constant) channel can be shifted; it is scaled only if eps is added.
+    """
+    if eps:
+        dead = torch.zeros_like(dead)
+    std = (var + eps).sqrt().masked_fill(dead, 1.0)
+    gain = torch.ones_like(std) if correct == "reshift" else torch.where(dead, 1.0, goal_std / std)
+    return Correction(gain, torch.zeros_like(gain) if correct == "rescale" else goal_mean - gain * mean)
 
 
-def _goal(ends: Moments | BatchMeanMoments, alpha: float) -> tuple[Tensor, Tensor]:
-    """``E = (1-alpha) E_1 + alpha E_2`` and ``std = (1-alpha) std_1 + alpha std_2`` (Jordan et al. 2022, Eqs. 3, 4)."""
-    return (1 - alpha) * ends.mean(0) + alpha * ends.mean(1), (1 - alpha) * ends.std(0) + alpha * ends.std(1)
+def _correct(now: Moments | BatchMeanMoments, **goal) -> Correction:
+    return correction(now.mean(), now.var(), now.dead(), **goal)
 
 
-def predicted_variance(ends: Moments, alpha: float = 0.5) -> Tensor:
+def predicted_variance(ends: Moments | Sequence[Moments], alpha: float | Sequence[float] = 0.5) -> Units:
     """Variance of each unit of the interpolated network, exact in the first layer (Jordan et al. 2022, Eq. 5).
 
-    ``Var = (1-alpha)^2 Var_1 + alpha^2 Var_2 + 2 alpha (1-alpha) Cov(X_1, X_2)``
+    ``Var(sum_i w_i X_i) = sum_i w_i^2 Var_i + 2 sum_{i<j} w_i w_j Cov(X_i, X_j)``, for two networks
+    ``(1-alpha)^2 Var_1 + alpha^2 Var_2 + 2 alpha (1-alpha) Cov(X_1, X_2)``.
 
     Args:
-        ends: moments of both aligned endpoints with ``cross="paired"``, or "full".
-        alpha: interpolation coefficient.
+        ends: moments of both aligned endpoints with ``cross="paired"``, or "full". Of n networks, a list: the moments
+            of networks i to n-1 at place i, without the last, as `gather` makes them.
+        alpha: interpolation coefficient, or one weight a network.
     """
-    cov = ends.cov()
-    cov = cov.diagonal() if cov.ndim == 2 else cov
-    return ((1 - alpha) ** 2 * ends.var(0) + alpha**2 * ends.var(1) + 2 * alpha * (1 - alpha) * cov).clamp_min(0)
+    ends = [ends] if isinstance(ends, Moments) else ends
+    w = _weights(alpha, len(ends) + 1)
+    total = w[0] ** 2 * ends[0].var()
+    for i, first in enumerate(ends):
+        total = total + w[i + 1] ** 2 * first.var(1)
+        for j in range(1, len(ends) + 1 - i):
+            cov = first.cov(j)
+            total = total + 2 * w[i + j] * w[i] * (cov.diagonal() if cov.ndim == 2 else cov)
+    return total.clamp_min(0)
 
 
-def _closed_form(ends: Moments, alpha: float) -> Correction:
-    """``beta = std_goal / sqrt(Var of Eq. 5)``, about the mean that the first layer already has (Sec. 4.1)."""
-    mean, std = _goal(ends, alpha)
-    predicted = predicted_variance(ends, alpha).sqrt()
-    return _correction(mean, predicted, mean, std, dead=predicted <= 1e-6 * mean.abs())
+def _weights(point: float | Sequence[float] | None, n: int) -> tuple[float, ...]:
+    """One weight a network: of two, ``(1 - alpha, alpha)``; None weighs all alike."""
+    if point is None:
+        return (1 / n,) * n
+    weights = tuple(point) if isinstance(point, Sequence) else (1 - point, point)
+    if len(weights) != n or not abs(sum(weights) - 1) < 1e-6:
+        raise ValueError(f"{n} networks need {n} weights that sum to 1, not {weights}")
+    return weights
 
 
 def _moments_of(chunks: Iterable[Tensor]) -> Moments:
@@ -141,22 +104,13 @@ def _set_statistics(module: nn.Module, moments) -> None:
         module.running_var.copy_(moments.var())
 
 
-def _batchnorms(net: TracedNet) -> dict[str, fx.Node]:
-    """Nodes of BatchNorm layers with running statistics, by name."""
-    return {
-        node.name: node
-        for node in net.nodes
-        if net.kinds[node.name] == "batchnorm" and net.modules[node.target].running_mean is not None
-    }
-
-
-def _sequential(net: TracedNet, batches: Batches, goals: dict, reset: bool) -> dict[str, Correction]:
+def _sequential(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool) -> dict[str, Correction]:
     """Exact statistics in one pass: every node is computed for the whole set before the next one.
 
     A target's statistics are measured with all corrections before it in place, which a procedure that repairs one
     layer at a time reaches with one pass a layer. All activations of the set are held at the nodes in flight.
     """
-    norms = _batchnorms(net) if reset else {}
+    norms = batchnorms(net) if reset else {}
     left = len(goals) + len(norms)
     values: list[dict] = [{} for _ in batches]
     corrections = {}
@@ -173,25 +127,27 @@ def _sequential(net: TracedNet, batches: Batches, goals: dict, reset: bool) -> d
                 chunk[node] = net.compute(node, chunk, iter((x,)))
                 net.forget(node, chunk)
             if node.name in goals:
-                now = _moments_of(chunk[node] for chunk in values)
-                fix = corrections[node.name] = _correction(now.mean(), now.std(), *goals[node.name], now.dead())
+                fix = corrections[node.name] = goals[node.name](_moments_of(chunk[node] for chunk in values))
                 for chunk in values:
                     chunk[node] = fix.apply(chunk[node])
                 left -= 1
     return corrections
 
 
-def _simultaneous(net: TracedNet, batches: Batches, goals: dict, reset: bool, pooling: str) -> dict[str, Correction]:
+def _simultaneous(
+    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool, pooling: str
+) -> dict[str, Correction]:
     """The paper's procedure: targets normalise each batch by its own statistics while these are being recorded."""
     new = BatchMeanMoments if pooling == "batch-mean" else Moments
-    norms = _batchnorms(net) if reset else {}
+    norms = batchnorms(net) if reset else {}
+    if both := norms.keys() & goals.keys():
+        raise ValueError(f"node {min(both)!r} cannot be reset and corrected at once; use method='sequential'")
     seen: dict[str, Moments] = {name: new() for name in (*goals, *norms)}
 
     def target(name):
         def edit(x):
             seen[name].update(x)
-            batch = _moments_of([x])
-            return _correction(batch.mean(), batch.std(), *goals[name], batch.dead()).apply(x)
+            return goals[name](_moments_of([x])).apply(x)
 
         return edit
 
@@ -235,14 +191,189 @@ def _simultaneous(net: TracedNet, batches: Batches, goals: dict, reset: bool, po
                 pass
     for name, node in norms.items():
         _set_statistics(net.modules[node.target], seen[name])
-    return {name: _correction(m.mean(), m.std(), *goals[name], m.dead()) for name, m in seen.items() if name in goals}
+    return {name: goals[name](seen[name]) for name in goals}
+
+
+def _measure(
+    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], method: str, reset_bn: bool, pooling: str
+) -> dict[str, Correction]:
+    """Corrections of the targets, each with the others in place; BatchNorm statistics are reset on the way."""
+    if method == "sequential":
+        return _sequential(net, batches, goals, reset_bn)
+    return _simultaneous(net, batches, goals, reset_bn, pooling)
 
 
 # ------------------------------------------------------------------------------------------------------------- public
 
 
-class Repair:
-    """REPAIR of every network between two aligned endpoints (Jordan et al. 2022, Sec. 4).
+@dataclass(frozen=True)
+class Options:
+    """What is corrected, and from which statistics: the options of every renormalisation here.
+
+    Attributes:
+        correct: "repair" (mean and std), "rescale" (std, about zero) or "reshift" (mean), see `correction`.
+        average: replace the goal std of a layer by its mean over channels, ``mean(w) 1``; goal means stay as they are
+            (RESCALE (average), Qu & Horvath 2024, Table 1).
+        eps: added to the variance that is divided by; 1e-5 in Qu & Horvath's released code.
+        method: "sequential" (statistics exact for the resulting network; one pass), "simultaneous" (Jordan et al.'s
+            procedure: one pass in batch-statistics mode), "closed-form" (Eq. 5, no pass through the network, which must
+            be the weighted average of its references) or "batch" (nothing is measured: every batch that is evaluated
+            is normalised by its own statistics, `BatchNormTo`; data-independent, Qu & Horvath 2024, App. F.2).
+        targets: see `target_nodes`. Recorded references themselves say where they belong.
+        bn: existing BatchNorm layers stay "frozen" (the paper) or are "reset", also of the references (released code).
+        pooling: how "simultaneous" pools batches, "exact" or "batch-mean" (released code, references included).
+        limit: use the first so many examples of the data, None for all. "sequential" holds all their activations at the
+            nodes in flight: 5,000 images of CIFAR-10 at 64 channels are 1.3 GB a node, two or three nodes at a time.
+
+    Raises:
+        ValueError: an unknown option, with the nearest, or two that exclude each other.
+    """
+
+    correct: str = "repair"
+    average: bool = False
+    eps: float = 0.0
+    method: str = "sequential"
+    targets: str | Sequence[str] = TARGETS
+    bn: str = "frozen"
+    pooling: str = "exact"
+    limit: int | None = 5000
+
+    def __post_init__(self):
+        check(self.correct, CORRECT, "correct")
+        check(self.method, METHODS, "method")
+        check(self.bn, ("frozen", "reset"), "bn")
+        _check_pooling(self.pooling, self.method)
+        if self.bn == "reset" and self.method in ("closed-form", "batch"):
+            raise ValueError(
+                f"method={self.method!r} makes no pass through the network, so it cannot reset BatchNorm layers"
+            )
+        if self.correct == "reshift" and self.method == "closed-form":
+            raise ValueError("method='closed-form' takes the means to be right already: there is nothing to reshift")
+        if self.correct == "reshift" and self.average:
+            raise ValueError("average=True averages the goal std, which correct='reshift' does not use")
+
+
+class Goals:
+    """Statistics of reference networks, measured once, to renormalise any number of networks towards.
+
+    ``mean = sum_i w_i mean_i`` and ``std = sum_i w_i std_i`` for each channel of the targets (Jordan et al. 2022, Eqs.
+    3, 4, for any number of networks).
+
+    Args:
+        references: networks of one architecture, untouched, or recorded statistics (node -> mean and std, as `Recorder`
+            keeps them); one or a sequence of either.
+        data: one batch, or any iterable of batches x or (x, y); 5,000 examples suffice (Sec. 4.2).
+        **options: see `Options`.
+
+    Raises:
+        ValueError: bad option, different architectures, non-finite weights, empty data, nothing to correct.
+    """
+
+    def __init__(self, references: nn.Module | Statistics | Sequence, data: Iterable, **options):
+        self.options = how = Options(**options)
+        self.data = _as_batches(data)
+        self.references = [references] if isinstance(references, (nn.Module, Mapping)) else list(references)
+        if not self.references:
+            raise ValueError("renormalising needs at least one reference")
+        recorded = isinstance(self.references[0], Mapping)
+        if how.method == "closed-form" and (recorded or len(self.references) < 2):
+            raise ValueError("method='closed-form' needs two or more networks as references")
+        if recorded:
+            self.statistics: list[Statistics] = self.references
+            self.targets = list(self.statistics[0])
+            if not self.targets or any(s.keys() != self.statistics[0].keys() for s in self.statistics):
+                raise ValueError("recorded statistics must be of one or more nodes, the same in every reference")
+            return
+        check_compatible(*(model.state_dict() for model in self.references))
+        self.batches = Batches(self.data, self.references[0], how.limit)
+        self.example = self.batches.example()
+        if how.bn == "reset":
+            self.references = [reset(m, self.batches, method=how.method, pooling=how.pooling) for m in self.references]
+        nets = [trace(model, self.example) for model in self.references]
+        self.targets = target_nodes(nets[0], how.targets)
+        if not self.targets:
+            wanted = [how.targets] if isinstance(how.targets, str) else how.targets
+            raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node")
+        # Of n networks, `Moments` keeps the covariances with the first: one pass each for the first, second, ...
+        pairs = how.method == "closed-form"
+        self._passes = [
+            gather(nets[i:], self.batches, self.targets, "paired" if pairs else "none", how.pooling)
+            for i in range(len(nets) - 1 if pairs else 1)
+        ]
+        self.ends = self._passes[0]
+        self.statistics = [{name: (m.mean(k), m.std(k)) for name, m in self.ends.items()} for k in range(len(nets))]
+
+    def at(self, weights: float | Sequence[float] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Goal mean and std (units,) at every target.
+
+        Args:
+            weights: one a reference, 1 in all; of two references also ``alpha``. Default: equal.
+        """
+        weights = _weights(weights, len(self.statistics))
+        goals = {}
+        for name in self.statistics[0]:
+            mean, std = (sum(w * s[name][i] for w, s in zip(weights, self.statistics, strict=True)) for i in (0, 1))
+            goals[name] = mean.double(), (std.mean().expand_as(std) if self.options.average else std).double()
+        return goals
+
+    def renormalize(self, model: nn.Module, weights: float | Sequence[float] | None = None) -> Repaired:
+        """Copy of a network of the references' architecture, brought to the goals.
+
+        Args:
+            model: the network, on any device. Untouched.
+            weights: see `at`.
+
+        Raises:
+            KeyError: a target is no node of this network.
+            ValueError: it is not finite, has other channels, or ``method="closed-form"`` and it is not the references'
+                average.
+        """
+        check_compatible(model.state_dict(), names=["the network to renormalise"])
+        if self.options.method == "closed-form":
+            average = self._average(weights)
+            check_compatible(average, model.state_dict())
+            for name, value in model.state_dict().items():
+                if value.is_floating_point() and not torch.allclose(value, average[name].to(value), 1e-2, 1e-4):
+                    raise ValueError(f"method='closed-form' is for the weighted average of the references; {name!r} is "
+                                     "something else: measure with method='sequential'")  # fmt: skip
+        return self._renormalize(model, weights)
+
+    def _average(self, weights: float | Sequence[float] | None) -> dict[str, Tensor]:
+        states = [model.state_dict() for model in self.references]
+        return mix_states(states, _weights(weights, len(states)))
+
+    def _renormalize(self, model: nn.Module, weights: float | Sequence[float] | None) -> Repaired:
+        how = self.options
+        batches = Batches(self.data, model, how.limit)
+        example = batches.example()
+        model = copy.deepcopy(model) if how.bn == "reset" else model
+        net = trace(model, example)
+        goals: dict[str, dict] = {}
+        for name, (mean, std) in self.at(weights).items():
+            net.check_names([name])
+            name, units = net.corrected(name), net.shapes[name][1]
+            if units != len(mean):
+                raise ValueError(f"node {name!r} has {units} channels, its goals are of {len(mean)}")
+            goals[name] = {
+                "goal_mean": mean.to(batches.device), "goal_std": std.to(batches.device),
+                "correct": how.correct, "eps": how.eps,
+            }  # fmt: skip
+        if how.method == "batch":
+            modules = {name: BatchNormTo(**goal) for name, goal in goals.items()}
+            return Repaired(attach(model, modules, example), {}, tuple(modules))
+        if how.method == "closed-form":
+            corrections = {}
+            for (name, goal), *ends in zip(goals.items(), *(found.values() for found in self._passes), strict=True):
+                var, mean = predicted_variance(ends, weights), goal["goal_mean"]  # which the first layer has already
+                corrections[name] = correction(mean, var, var.sqrt() <= 1e-6 * mean.abs(), **goal)
+        else:
+            rules = {name: partial(_correct, **goal) for name, goal in goals.items()}
+            corrections = _measure(net, batches, rules, how.method, how.bn == "reset", how.pooling)
+        return fold(model, corrections, example)
+
+
+class Repair(Goals):
+    """REPAIR of every network between aligned endpoints (Jordan et al. 2022, Sec. 4).
 
     ``E[X_alpha] = (1-alpha) E[X_1] + alpha E[X_2]`` and ``std(X_alpha) = (1-alpha) std(X_1) + alpha std(X_2)`` for each
     channel of the targets. Statistics of the endpoints are measured once, here; calling the object with an alpha makes
@@ -251,66 +382,60 @@ class Repair:
     Args:
         model_a, model_b: endpoints, aligned (see `repairlib.align`). Untouched.
         data: any iterable of batches x or (x, y); 5,000 examples suffice (Sec. 4.2).
-        method: "closed-form" (Eq. 5, no pass through interpolated networks), "simultaneous" (the paper's exact method:
-            one pass in batch-statistics mode) or "sequential" (statistics exact for the resulting network; one pass).
-        targets: see `target_nodes`.
-        bn: existing BatchNorm layers stay "frozen" (the paper) or are "reset", also of the endpoints (released code).
-        pooling: how "simultaneous" pools batches, "exact" or "batch-mean" (the released code, endpoints included).
-        limit: use the first so many examples of the data, None for all. "sequential" holds all their activations at the
-            nodes in flight: 5,000 images of CIFAR-10 at 64 channels are 1.3 GB a node, two or three nodes at a time.
+        others: further endpoints, aligned as well; a network is then asked for by one weight an endpoint.
+        **options: see `Options`; RESCALE is ``correct="rescale"``.
 
     Raises:
         ValueError: unknown option, different architectures, non-finite weights, empty data, nothing to correct.
     """
 
     def __init__(
-        self,
-        model_a: nn.Module,
-        model_b: nn.Module,
-        data: Iterable,
-        *,
-        method: str = "sequential",
-        targets: Sequence[str] = TARGETS,
-        bn: str = "frozen",
-        pooling: str = "exact",
-        limit: int | None = 5000,
+        self, model_a: nn.Module, model_b: nn.Module, data: Iterable, *, others: Sequence[nn.Module] = (), **options
     ):
-        _check_option("method", method, METHODS)
-        _check_option("bn", bn, ("frozen", "reset"))
-        _check_option("pooling", pooling, ("exact", "batch-mean"))
-        _check_pooling(pooling, method)
-        if method == "closed-form" and bn == "reset":
-            raise ValueError(
-                "method='closed-form' makes no pass through the network, so it cannot reset BatchNorm layers"
-            )
-        check_compatible(model_a.state_dict(), model_b.state_dict())
-        self.method, self.bn, self.pooling = method, bn, pooling
-        self.batches = Batches(data, model_a, limit)
-        self.example = self.batches.example()
-        if bn == "reset":
-            how = "sequential" if method == "sequential" else "simultaneous"
-            model_a, model_b = (reset(model, self.batches, method=how, pooling=pooling) for model in (model_a, model_b))
-        self.model_a, self.model_b = model_a, model_b
-        nets = [trace(model, self.example) for model in (model_a, model_b)]
-        self.targets = target_nodes(nets[0], targets)
-        if not self.targets:
-            raise ValueError(f"nothing to correct: the network has no {' or '.join(targets)} node")
-        cross = "paired" if method == "closed-form" else "none"
-        self.ends = gather(nets, self.batches, self.targets, cross, pooling)
+        super().__init__([model_a, model_b, *others], data, **options)
 
-    def __call__(self, alpha: float = 0.5) -> Repaired:
-        """The repaired network at `alpha`; 0 and 1 give the endpoints bit for bit (the reset ones with bn="reset")."""
-        model = interpolate_models(self.model_a, self.model_b, alpha)
-        if alpha in (0, 1):
-            return Repaired(model, {})
-        if self.method == "closed-form":
-            corrections = {name: _closed_form(ends, alpha) for name, ends in self.ends.items()}
-        else:
-            goals = {name: _goal(ends, alpha) for name, ends in self.ends.items()}
-            corrections = _measure(
-                model, self.batches, self.example, goals, self.method, self.bn == "reset", self.pooling
-            )
-        return fold(model, corrections, self.example)
+    def __call__(self, alpha: float | Sequence[float] = 0.5) -> Repaired:
+        """The repaired network at `alpha`, or at one weight an endpoint.
+
+        Alpha 0 and 1, and the weight 1, give an endpoint bit for bit (the reset one with ``bn="reset"``).
+        """
+        weights = _weights(alpha, len(self.references))
+        model = with_state(self.references[0], self._average(weights))
+        return Repaired(model, {}) if weights.count(0) == len(weights) - 1 else self._renormalize(model, weights)
+
+
+def renormalize(
+    model: nn.Module,
+    references: nn.Module | Statistics | Sequence,
+    data: Iterable,
+    *,
+    weights: Sequence[float] | None = None,
+    **options,
+) -> Repaired:
+    """Give a network's channels the mean and std that they have in reference networks.
+
+    ``x -> (x - mean) / std * sum_i w_i std_i + sum_i w_i mean_i``, or a part of it (see `correction`). The reference of
+    a pruned network is the dense one (Qu & Horvath 2024, Sec. 5), that of an average may even be an independent
+    solution (Table 8).
+
+    Args:
+        model: any network. Untouched.
+        references: one network or several of the same architecture, or recorded statistics; see `Goals`.
+        data: one batch x (n, ...), which often is enough, or any iterable of batches x or (x, y).
+        weights: one a reference, 1 in all; default equal.
+        **options: see `Options`.
+
+    Raises:
+        ValueError: see `Goals`.
+
+    >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> pruned = copy.deepcopy(dense)
+    >>> _ = pruned[0].weight.data.mul_(torch.rand(8, 4) > 0.3)
+    >>> repaired = renormalize(pruned, dense, [torch.randn(100, 4)])
+    >>> list(repaired.corrections), repaired.visible
+    (['_0'], ())
+    """
+    return Goals(references, data, **options).renormalize(model, weights)
 
 
 def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooling: str = "exact") -> nn.Module:
@@ -318,7 +443,7 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooli
 
     Args:
         model: any network with BatchNorm layers. Untouched.
-        data: any iterable of batches.
+        data: one batch, or any iterable of batches.
         method: "sequential" measures each layer's input over all data with the layers before it already reset;
             "simultaneous" lets layers normalise by batch statistics while measuring, as BatchNorm's train mode does.
         pooling: see `Repair`.
@@ -326,101 +451,126 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooli
     Raises:
         ValueError: the model has no BatchNorm statistics, or the data is empty.
     """
-    _check_option("method", method, ("simultaneous", "sequential"))
+    check(method, ("simultaneous", "sequential"), "method")
     _check_pooling(pooling, method)
     out = copy.deepcopy(model)
-    batches = Batches(data, out)
-    example = batches.example()
-    if not _batchnorms(trace(out, example)):
+    batches = Batches(_as_batches(data), out)
+    net = trace(out, batches.example())
+    if not batchnorms(net):
         raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to reset; use Repair instead")
-    _measure(out, batches, example, {}, method, True, pooling)
+    _measure(net, batches, {}, method, True, pooling)
     return out
 
 
-def _measure(model, batches, example, goals, method, reset_bn, pooling) -> dict[str, Correction]:
-    net = trace(model, example)
-    if method == "sequential":
-        return _sequential(net, batches, goals, reset_bn)
-    return _simultaneous(net, batches, goals, reset_bn, pooling)
+def batch_statistics(model: nn.Module) -> nn.Module:
+    """Copy of a model whose BatchNorms use the statistics of every batch, also in evaluation mode.
 
-
-def attach(model: nn.Module, corrections: dict[str, Correction], example: Tensor) -> nn.Module:
-    """Copy of a model with every correction as a visible `ChannelAffine` after its node.
+    Data-independent RESET (Qu & Horvath 2024, App. F.2); evaluate it on batches of some size (theirs: 256).
 
     Args:
-        model: the network. Untouched.
-        corrections: by node name, see `target_nodes`.
+        model: any network with BatchNorm layers. Untouched.
+
+    Raises:
+        ValueError: the model has no BatchNorm statistics.
+    """
+    out = copy.deepcopy(model)
+    norms = [m for m in out.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to leave out")
+    for norm in norms:
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    return out
+
+
+class BatchNormTo(ChannelAffine):
+    """Give each batch's channels the goal statistics, from their own: REPAIR that measures nothing beforehand.
+
+    ``y_c = (x_c - mean(x_c)) / std(x_c) * goal_std_c + goal_mean_c``, or a part of it, see `correction` (Qu & Horvath
+    2024, App. F.2).
+
+    Args:
+        goal_mean, goal_std: (units,).
+        correct, eps: see `Options`.
+    """
+
+    def __init__(self, goal_mean: Tensor, goal_std: Tensor, correct: str = "repair", eps: float = 0.0):
+        super().__init__(goal_std, goal_mean)
+        self.correct, self.eps = correct, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        goals = {"goal_mean": self.bias.double(), "goal_std": self.weight.double()}
+        return _correct(_moments_of([x]), **goals, correct=self.correct, eps=self.eps).apply(x)
+
+
+class Recorder:
+    """Running mean and std of a network's targets while it trains: goals that need no data afterwards.
+
+    ``running = (1 - momentum) running + momentum batch`` for mean and variance, as BatchNorm keeps them, in train mode
+    only (Qu & Horvath 2024, App. F.2). Forward hooks do it: the module and its state dict stay as they are.
+
+    Args:
+        model: any network.
         example: inputs (n, ...), to trace with.
+        targets: see `target_nodes`; outputs of modules that are called once.
+        momentum: weight of the newest batch; None weighs all batches alike.
+
+    Raises:
+        ValueError: a target is no output of a module, or of one that is called twice.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> with Recorder(net, torch.zeros(2, 4)) as recorder:
+    ...     _ = net(torch.randn(100, 4))
+    >>> {node: tuple(mean.shape) for node, (mean, std) in recorder.statistics.items()}
+    {'_0': (8,)}
     """
-    out = copy.deepcopy(model)
-    net = trace(out, example)
-    like = next(out.parameters())
-    for name, fix in corrections.items():
-        node = net.node(name)
-        module = f"{name}_affine"
-        out.add_module(module, ChannelAffine(fix.gain.to(like.dtype), fix.shift.to(like.dtype)))
-        with net.graph.inserting_after(node):
-            affine = net.graph.call_module(module)
-        node.replace_all_uses_with(affine)
-        affine.args = (node,)
-    graph_module = fx.GraphModule(out, net.graph, class_name=type(model).__name__)
-    graph_module.training = model.training  # submodules keep the flags that they have
-    return graph_module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        targets: str | Sequence[str] = ("conv", "linear"),
+        momentum: float | None = 0.1,
+    ):
+        net = trace(model, example)
+        self.momentum, self._seen = momentum, {}
+        calls = [node.target for node in net.nodes if node.op == "call_module"]
+        self._modules = {}
+        for name in target_nodes(net, targets):
+            node = net.node(net.corrected(name))
+            if calls.count(node.target) != 1:
+                raise ValueError(f"node {name!r} is not the output of one module that is called once: cannot record it")
+            self._modules[name] = net.modules[node.target]
+
+    def __enter__(self) -> "Recorder":
+        self._hooks = [
+            module.register_forward_hook(partial(self._update, name)) for name, module in self._modules.items()
+        ]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _update(self, name: str, module: nn.Module, args: tuple, value: Tensor) -> None:
+        if module.training:
+            batch = _moments_of([value])
+            count, mean, var = self._seen.get(name, (0, 0, 0))
+            new = 1 / (count + 1) if self.momentum is None or not count else self.momentum
+            self._seen[name] = count + 1, mean + new * (batch.mean() - mean), var + new * (batch.var() - var)
+
+    @property
+    def statistics(self) -> Statistics:
+        """By node, running mean and std (units,), float64; what `Goals` and `renormalize` take as a reference."""
+        return {name: (mean, var.sqrt()) for name, (_, mean, var) in self._seen.items()}
 
 
-def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) -> Repaired:
-    """Copy of a model with the corrections in its ordinary weights (Jordan et al. 2022, Sec. 4.2; Markus 2018).
-
-    ``W' = gain W``, ``b' = gain b + shift``; without a bias, a BatchNorm that follows takes the shift,
-    ``running_mean' = running_mean - shift``, else the layer receives a bias. A node that is no convolution or linear
-    layer, a layer called twice, or one whose weight is shared or computed (pruning, weight norm) keeps a visible
-    `ChannelAffine`; the result says which. A node's mean may be right only behind a BatchNorm that took the shift.
-    """
-    out = copy.deepcopy(model)
-    net = trace(out, example)
-    calls = [node.target for node in net.nodes if node.op == "call_module"]
-    norms = _batchnorms(net)
-    read = {node.target for node in net.nodes if node.op == "get_attr"}
-    parameters = list(out.named_parameters(remove_duplicate=False))
-
-    def own(module: nn.Module) -> bool:
-        """Whether nobody else reads a layer's weight and bias, and nothing overwrites them before its forward."""
-        tensors = [p for p in (module._parameters.get("weight"), module._parameters.get("bias")) if p is not None]
-        names = [name for name, p in parameters if any(p is tensor for tensor in tensors)]
-        plain = "weight" in module._parameters and not module._forward_pre_hooks
-        return plain and len(names) == len(tensors) and not read.intersection(names)
-
-    visible, new_biases = {}, []
-    with torch.no_grad():
-        for name, fix in corrections.items():
-            node = net.node(name)
-            module, users = net.modules.get(str(node.target)), list(node.users)
-            if net.kinds[name] == "affine":  # of an earlier REPAIR
-                module.weight.mul_(fix.gain)
-                module.bias.copy_(module.bias.double() * fix.gain + fix.shift)
-                continue
-            if net.kinds[name] not in ("conv", "linear") or calls.count(node.target) > 1 or not own(module):
-                visible[name] = fix
-                continue
-            gain = fix.gain.to(module.weight.device)
-            module.weight.copy_(module.weight.double() * gain.view((-1,) + (1,) * (module.weight.ndim - 1)))
-            if module.bias is not None:
-                module.bias.copy_(module.bias.double() * gain + fix.shift)
-            elif len(users) == 1 and users[0].name in norms and calls.count(users[0].target) == 1:
-                net.modules[users[0].target].running_mean.sub_(fix.shift)
-            else:
-                module.bias = nn.Parameter(fix.shift.to(module.weight.dtype))
-                new_biases.append(node.target)
-    if visible:
-        out = attach(out, visible, example)
-    return Repaired(out, corrections, tuple(visible), tuple(new_biases))
+def _as_batches(data: Iterable) -> Iterable:
+    """What can be iterated over several times: a tensor is one batch, not its rows, and an iterator is kept."""
+    return [data] if isinstance(data, Tensor) else list(data) if isinstance(data, Iterator) else data
 
 
 def _check_pooling(pooling: str, method: str) -> None:
+    check(pooling, ("exact", "batch-mean"), "pooling")
     if pooling == "batch-mean" and method != "simultaneous":
         raise ValueError(f"pooling='batch-mean' is of method='simultaneous'; {method!r} pools exactly")
-
-
-def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

@@ -1,5 +1,7 @@
 """The public names on a user's own modules: not ours, not named like ours, any iterable of batches."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +69,39 @@ def test_barrier_falls_from_direct_to_aligned_repaired(endpoints):
     repaired = repairlib.barrier(a, aligned, data, points=5, repaired=repairlib.Repair(a, aligned, data))
     assert 0 <= repaired < direct
     assert repairlib.barrier(a, a, data, points=3, metric="accuracy") == 0
+
+
+def test_renormalize_a_pruned_network_with_one_batch(endpoints):
+    a, _, data = endpoints
+    pruned = copy.deepcopy(a)
+    with torch.no_grad():
+        for layer in (pruned.stem, pruned.left, pruned.right):
+            layer.weight[layer.weight.abs() < layer.weight.abs().median()] = 0
+    x = data[0][0]
+    repaired = repairlib.renormalize(pruned, a, x, targets="conv")
+    from_loader = repairlib.renormalize(pruned, a, [data[0]], targets="conv")
+    with torch.no_grad():
+        assert type(repaired.model) is Mine and torch.equal(repaired.model(x), from_loader.model(x))
+        goal, before, after = (net.stem(x).std((0, 2, 3)) for net in (a, pruned, repaired.model))
+        torch.testing.assert_close(after, goal, rtol=1e-4, atol=0)
+        assert not torch.allclose(before, goal, rtol=1e-2)
+    goals = repairlib.Goals(a, x)  # measured once, for any number of networks
+    assert len(goals.renormalize(pruned).visible) == 1  # the end of the block
+
+
+def test_data_independent_renormalisation(endpoints):
+    a, b, data = endpoints
+    x = data[0][0]
+    merged = repairlib.interpolate_models(a, b)
+    with torch.no_grad():
+        assert not torch.equal(repairlib.batch_statistics(merged)(x), merged(x))
+    recorded = []
+    for net in (a, b):
+        with repairlib.Recorder(net, x) as recorder:
+            net.train()(x)
+        recorded.append(recorder.statistics)
+    result = repairlib.renormalize(merged, recorded, x, method="batch", correct="rescale")
+    assert set(result.visible) == set(recorded[0]) and result.model(x).isfinite().all()
 
 
 def test_public_names_are_there():

@@ -6,8 +6,8 @@ import torch.nn.utils.prune
 from cases import CASES, batches, inputs, make
 from torch import nn
 
-from repairlib import diagnostics, graph, renorm
-from repairlib.interpolate import interpolate_models
+from repairlib import corrections, diagnostics, graph, models, renorm
+from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.moments import gather
 
 BN_CASES = [name for name in CASES if "-bn-" in name]
@@ -43,10 +43,9 @@ def goal_errors(models, repaired, data, targets, alpha):
     return worst
 
 
-@pytest.mark.parametrize("alpha", [0.3, 0.5])
 @pytest.mark.parametrize("name", CASES)
-def test_sequential_repair_hits_its_goals_exactly(name, alpha):
-    a, b, data = pair(name)
+def test_sequential_repair_hits_its_goals_exactly(name):
+    (a, b, data), alpha = pair(name), 0.3
     repair = renorm.Repair(a, b, data, method="sequential")
     # Dead channels of these random nets cannot be given a variance; they are left out by comparing living ones only.
     result = repair(alpha)
@@ -55,7 +54,7 @@ def test_sequential_repair_hits_its_goals_exactly(name, alpha):
     nets = [graph.trace(m, data[0][:2]) for m in (a, b, unfolded)]
     for node, m in gather(nets, data, repair.targets).items():
         alive = ~m.dead(2) & ~m.dead(0) & ~m.dead(1)
-        goal_mean, goal_std = renorm._goal(m, alpha)
+        goal_mean, goal_std = repair.at(alpha)[node]
         torch.testing.assert_close(m.mean(2), goal_mean, rtol=1e-7, atol=1e-7, msg=node)
         torch.testing.assert_close(m.std(2)[alive], goal_std[alive], rtol=1e-7, atol=1e-9, msg=node)
 
@@ -148,11 +147,16 @@ def test_folding_changes_nothing(name):
     result = repair(0.5)
     unfolded = renorm.attach(interpolate_models(a, b, 0.5), result.corrections, repair.example)
     assert relative(output(result.model, x), output(unfolded, x)) < 1e-5
+    net = graph.trace(a, x)
+    layers = {net.node(node).target: net.kinds[node] for node in repair.targets}
+    bare = {name for name, kind in layers.items() if kind in ("conv", "linear") and net.modules[name].bias is None}
+    assert set(result.new_biases) == (set() if "-bn-" in name else bare)  # a BatchNorm takes the shift, a LayerNorm not
     if "resnet" in name:
         assert result.visible and isinstance(result.model, torch.fx.GraphModule)
     else:
-        assert not result.visible and not result.new_biases
-        assert type(result.model) is type(a) and result.model.state_dict().keys() == a.state_dict().keys()
+        assert not result.visible and type(result.model) is type(a)
+        added = {f"{layer}.bias" for layer in result.new_biases}
+        assert result.model.state_dict().keys() == a.state_dict().keys() | added
 
 
 @pytest.mark.parametrize("name", ["resnet8-bn-w0.5", "resnet8-plain-w0.5"])
@@ -195,7 +199,7 @@ def test_reset_gives_every_batchnorm_the_statistics_of_its_input():
     model = interpolate_models(*pair(name)[:2], 0.5)
     out = renorm.reset(model, data)
     net = graph.trace(out, data[0][:2])
-    norms = renorm._batchnorms(net)
+    norms = corrections.batchnorms(net)
     moments = gather([net], data, {node.args[0].name for node in norms.values()})
     for node in norms.values():
         module, m = net.modules[node.target], moments[node.args[0].name]
@@ -261,8 +265,8 @@ def test_inputs_are_untouched_and_one_shot_data_works():
 
 def test_bad_options_and_data():
     a, b, data = pair("mlp1-plain-w6")
-    with pytest.raises(ValueError, match="method must be one of 'closed-form'"):
-        renorm.Repair(a, b, data, method="exact")
+    with pytest.raises(ValueError, match="unknown method 'sequence'; the nearest is 'sequential'"):
+        renorm.Repair(a, b, data, method="sequence")
     with pytest.raises(ValueError, match="calibration data is empty"):
         renorm.Repair(a, b, [])
     with pytest.raises(ValueError, match="no BatchNorm statistics to reset"):
@@ -373,3 +377,373 @@ def test_every_module_keeps_its_own_training_flag():
     a.bn1.eval()
     model = renorm.Repair(a, b, data)(0.5).model
     assert model.training and not model.bn1.training and model.stages.get_submodule("0.0.bn1").training
+
+
+# ------------------------------------------------------------------------------- RESCALE, RESHIFT, averages, references
+
+
+def moments_at(model, data, targets):
+    return gather([graph.trace(model, data[0][:2])], data, targets)
+
+
+def assert_statistics(model, goals, data, mean=True, std=True):
+    """Every channel that is not constant has its goal mean and std, whichever is asked for."""
+    for node, m in moments_at(model, data, goals).items():
+        goal_mean, goal_std = goals[node]
+        alive = ~m.dead()
+        assert alive.any()
+        if mean:
+            torch.testing.assert_close(m.mean()[alive], goal_mean[alive], rtol=1e-7, atol=1e-7, msg=node)
+        if std:
+            torch.testing.assert_close(m.std()[alive], goal_std[alive], rtol=1e-7, atol=1e-9, msg=node)
+
+
+# One of each kind where no BatchNorm takes a shift up, so that a folded network hits its goals.
+NO_BATCHNORM = [
+    name for name in CASES
+    if name.startswith(("mlp2", "vgg11", "tiny10", "resnet8")) and "-bn-" not in name
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("correct", renorm.CORRECT)
+@pytest.mark.parametrize("name", NO_BATCHNORM)
+def test_every_correction_hits_its_part_of_the_goals_of_three_networks(name, correct):
+    models, data = [make(name, seed, torch.float64) for seed in range(3)], batches(name, dtype=torch.float64)
+    weights = (0.2, 0.5, 0.3)
+    repair = renorm.Repair(*models[:2], data, others=models[2:], correct=correct)
+    result, goals = repair(weights), repair.at(weights)
+    for node, (mean, std) in goals.items():
+        alone = [moments_at(model, data, [node])[node] for model in models] if node == repair.targets[-1] else []
+        for w, m in zip(weights, alone, strict=False):
+            mean, std = mean - w * m.mean(), std - w * m.std()
+        assert not alone or max(mean.abs().max(), std.abs().max()) < 1e-9
+    assert_statistics(result.model, goals, data, mean=correct != "rescale", std=correct != "reshift")
+    for fix in result.corrections.values():
+        assert correct != "rescale" or (not fix.shift.any() and (fix.gain >= 0).all())  # zero and signs stay
+        assert correct != "reshift" or (fix.gain == 1).all()
+    assert correct != "rescale" or not result.new_biases  # nothing to add where there is no bias
+
+
+def test_vertices_and_edges_of_three_networks():
+    name = "vgg11-bn-w0.125"
+    models, data = [make(name, seed) for seed in range(3)], batches(name)
+    for method in renorm.METHODS:
+        repair = renorm.Repair(*models[:2], data, others=models[2:], method=method)
+        for k, model in enumerate(models):
+            vertex = repair([float(i == k) for i in range(3)])
+            assert not vertex.corrections and not vertex.visible
+            assert all(torch.equal(v, vertex.model.state_dict()[n]) for n, v in model.state_dict().items())
+        edge, two = repair((0.7, 0.3, 0.0)).model, renorm.Repair(*models[:2], data, method=method)(0.3).model
+        assert relative(output(edge, inputs(name)), output(two, inputs(name))) < 1e-5
+    for weights in ((0.5, 0.5), 0.5, (0.5, 0.5, 0.5)):
+        with pytest.raises(ValueError, match="3 networks need 3 weights that sum to 1"):
+            repair(weights)
+
+
+def test_closed_form_of_three_networks_is_exact_in_the_first_layer():
+    name, weights = "mlp3-plain-w8", (0.2, 0.5, 0.3)
+    models, data = [make(name, seed, torch.float64) for seed in range(3)], batches(name, dtype=torch.float64)
+    repair = renorm.Repair(*models[:2], data, others=models[2:], method="closed-form")
+    first = repair.targets[0]
+    assert_statistics(repair(weights).model, {first: repair.at(weights)[first]}, data)
+    mixed = with_state(models[0], mix_states([m.state_dict() for m in models], weights))
+    by_hand = renorm.renormalize(mixed, models, data, weights=weights, method="closed-form")
+    assert torch.equal(output(by_hand.model, data[0]), output(repair(weights).model, data[0]))
+    with pytest.raises(ValueError, match="'fc1.weight' is something else"):
+        renorm.renormalize(models[0], models, data, weights=weights, method="closed-form")
+    with pytest.raises(ValueError, match="two or more networks"):
+        renorm.renormalize(mixed, models[0], data, method="closed-form")
+
+
+@pytest.mark.parametrize("correct", renorm.CORRECT)
+def test_a_network_towards_itself_is_unchanged(correct):
+    for name in ("mlp3-plain-w8", "resnet8-fixup-w0.5", "vgg11-ln-w0.125", "resnet8-bn-w0.5"):
+        model, data = make(name, 0, torch.float64), batches(name, dtype=torch.float64)
+        x = inputs(name, dtype=torch.float64)
+        for method in ("sequential", "simultaneous"):
+            # Simultaneous REPAIR normalises by batches, and only one batch has the goal's statistics.
+            calibration = data if method == "sequential" else [torch.cat(data)]
+            result = renorm.renormalize(model, model, calibration, correct=correct, method=method)
+            assert relative(output(result.model, x), output(model, x)) < 1e-9
+
+
+def test_repair_is_rescale_then_reshift():
+    """(x / std * goal_std) moved to the goal mean: at one node, the two halves make the whole."""
+    name = "vgg11-plain-w0.125"
+    model, reference, data = pair(name)
+    x = inputs(name, dtype=torch.float64)
+    for target in ("stem", "classifier"):
+        half = renorm.renormalize(model, reference, data, targets=target, correct="rescale").model
+        both = renorm.renormalize(half, reference, data, targets=target, correct="reshift").model
+        whole = renorm.renormalize(model, reference, data, targets=target).model
+        assert relative(output(both, x), output(whole, x)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["mlp2-plain-w8-nobias", "vgg11-plain-w0.125", "vgg11-plain-w0.125-nobias"])
+def test_rescale_undoes_every_positive_rescaling_of_units(name):
+    """A unit's weights and bias times s > 0: RESCALE divides by s, so that the network it came from is back."""
+    model, data = make(name, 0, torch.float64), batches(name, dtype=torch.float64)
+    scaled, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    layers = [m for m in scaled.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for layer in layers[:-1]:
+        s = torch.rand(len(layer.weight), generator=generator, dtype=torch.float64) + 0.1
+        for parameter in layer.parameters():
+            parameter.data.mul_(s.view(-1, *[1] * (parameter.ndim - 1)))
+    result = renorm.renormalize(scaled, model, data, correct="rescale")
+    assert result.model.state_dict().keys() == model.state_dict().keys()
+    dead = sum(int((fix.gain == 1).sum()) for fix in result.corrections.values())
+    x = inputs(name, dtype=torch.float64)
+    assert dead or relative(output(result.model, x), output(model, x)) < 1e-9
+    assert_statistics(result.model, renorm.Goals(model, data).at(), data)
+
+
+def test_average_gives_a_layer_one_std():
+    """Qu & Horvath 2024, Table 1: the goal std is its mean over channels; the goal mean stays each channel's own."""
+    a, b, data = pair("mlp3-plain-w8")
+    goals = renorm.Repair(a, b, data).at(0.3)
+    for correct in ("rescale", "repair"):
+        repair = renorm.Repair(a, b, data, correct=correct, average=True)
+        for node, (mean, std) in repair.at(0.3).items():
+            assert torch.equal(mean, goals[node][0])
+            torch.testing.assert_close(std, goals[node][1].mean().expand(8))
+        assert_statistics(repair(0.3).model, repair.at(0.3), data, mean=correct == "repair")
+
+
+def test_eps_is_added_to_the_variance():
+    a, b, data = pair("mlp1-plain-w6")
+    plain, eps = (renorm.Repair(a, b, data, correct="rescale", eps=e)(0.5).corrections["fc1"].gain for e in (0, 0.1))
+    var = moments_at(interpolate_models(a, b, 0.5), data, ["fc1"])["fc1"].var()
+    torch.testing.assert_close(eps, plain * (var / (var + 0.1)).sqrt())
+    assert (renorm.Repair(a, a, data, eps=1e-5)(0.5).corrections["fc1"].gain < 1).all()
+
+
+def test_an_independent_network_as_the_reference():
+    """Qu & Horvath 2024, Table 8."""
+    name = "vgg11-plain-w0.125"
+    a, b, data = pair(name)
+    other = make(name, 2, torch.float64)
+    result = renorm.renormalize(interpolate_models(a, b, 0.5), other, data)
+    assert_statistics(result.model, renorm.Goals(other, data).at(), data)
+    with pytest.raises(ValueError, match="node 'conv1' has 8 channels, its goals are of 16"):
+        renorm.renormalize(a, make_wide(name), data)
+    with pytest.raises(ValueError, match="the network to renormalise: .conv1.bias. holds NaN"):
+        broken = copy.deepcopy(a)
+        broken.conv1.bias.data[0] = float("nan")
+        renorm.renormalize(broken, a, data)
+    with pytest.raises(KeyError, match="no node 'conv1' in the graph"):
+        renorm.renormalize(
+            make("mlp1-plain-w6", 0, torch.float64), renorm.Goals(a, data).statistics, [torch.ones(2, 1, 8, 8)]
+        )
+
+
+def make_wide(name):
+    return models.build(name.replace("0.125", "0.25"), shape=CASES[name], classes=5).double()
+
+
+@pytest.mark.parametrize("name", ["vgg11-plain-w0.125", "vgg11-ln-w0.125"])
+def test_a_pruned_network_gets_the_dense_ones_statistics(name):
+    """Qu & Horvath 2024, Sec. 5, with one batch and the smallest 80% of all weights at zero."""
+    dense, data = make(name, 0, torch.float64), batches(name, dtype=torch.float64)[:1]
+    pruned = copy.deepcopy(dense)
+    weights = [m.weight for m in pruned.modules() if isinstance(m, nn.Conv2d)]
+    threshold = torch.cat([w.detach().abs().flatten() for w in weights]).quantile(0.8)
+    with torch.no_grad():
+        for w in weights:
+            w[w.abs() < threshold] = 0
+    goals = renorm.Goals(dense, data)
+    result = goals.renormalize(pruned)
+    assert_statistics(result.model, goals.at(), data)
+    masks = [m.weight != 0 for m in result.model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(torch.equal(mask, w != 0) for mask, w in zip(masks, weights, strict=True))  # as sparse as before
+
+
+# --------------------------------------------------------------------------------------------------- data-independent
+
+
+def test_batch_statistics_is_batchnorm_in_train_mode_and_reset_on_one_batch():
+    name = "resnet8-bn-w0.5"
+    model, data = make(name, 0, torch.float64), [torch.cat(batches(name, dtype=torch.float64))]
+    out = renorm.batch_statistics(model)
+    assert relative(output(out, data[0]), output(renorm.reset(model, data), data[0])) < 1e-9
+    train = copy.deepcopy(model).train()
+    with torch.no_grad():
+        assert relative(output(out, data[0]), train(data[0])) < 1e-12
+    assert model.bn1.running_mean is not None
+    with pytest.raises(ValueError, match="no BatchNorm statistics"):
+        renorm.batch_statistics(out)
+
+
+@pytest.mark.parametrize("correct", renorm.CORRECT)
+def test_batch_method_corrects_every_batch_as_sequential_does_the_whole_set(correct):
+    for name in ("vgg11-ln-w0.125", "resnet8-fixup-w0.5"):
+        a, b, data = pair(name)
+        one = [torch.cat(data)]
+        batch = renorm.Repair(a, b, one, correct=correct, method="batch")(0.5)
+        measured = renorm.Repair(a, b, one, correct=correct)(0.5)
+        assert set(batch.visible) == set(measured.corrections) and not batch.corrections
+        assert relative(output(batch.model, one[0]), output(measured.model, one[0])) < 1e-9
+        again = renorm.renormalize(batch.model, batch.model, data)  # corrections on top of corrections
+        assert relative(output(again.model, one[0]), output(batch.model, one[0])) < 1e-6
+
+
+def test_recorder_keeps_running_statistics_without_touching_the_network():
+    name = "vgg11-ln-w0.125"
+    model, data = make(name), batches(name)
+    keys = list(model.state_dict())
+    model.train()
+    with renorm.Recorder(model, data[0], "conv", momentum=0.25) as recorder:
+        with torch.no_grad():
+            for x in data:
+                model(x)
+        model.eval()
+        output(model, 5 * data[0])  # evaluation is not recorded
+    model.train()(7 * data[0])
+    assert list(model.state_dict()) == keys and len(recorder.statistics) == 8
+    mean = var = None
+    for x in data:
+        m = moments_at(model, [x], ["conv3"])["conv3"]
+        mean = m.mean() if mean is None else 0.75 * mean + 0.25 * m.mean()
+        var = m.var() if var is None else 0.75 * var + 0.25 * m.var()
+    torch.testing.assert_close(recorder.statistics["conv3"][0], mean, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(recorder.statistics["conv3"][1], var.sqrt(), rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="not the output of one module"):
+        renorm.Recorder(make("resnet8-bn-w0.5"), inputs("resnet8-bn-w0.5"), "block")
+
+
+def test_recorded_goals_need_no_data_of_the_references():
+    name = "vgg11-ln-w0.125"
+    a, b, data = pair(name)
+    one = [torch.cat(data)]
+    recorded = []
+    for model in (a, b):
+        with renorm.Recorder(model, one[0], momentum=None) as recorder:
+            model.train()(one[0])
+        recorded.append(recorder.statistics)
+    for method in ("sequential", "batch"):
+        mid = interpolate_models(a, b, 0.3).eval()
+        ours = renorm.renormalize(mid, recorded, one, weights=(0.7, 0.3), method=method).model
+        theirs = renorm.renormalize(mid, [a, b], one, weights=(0.7, 0.3), method=method, targets="conv").model
+        assert relative(output(ours, one[0]), output(theirs, one[0])) < 1e-9
+    for wrong in ([], [{}], [recorded[0], {}]):
+        with pytest.raises(ValueError, match="at least one reference|one or more nodes"):
+            renorm.renormalize(mid, wrong, one)
+
+
+# ------------------------------------------------------------------------------------------------ targets, types, flags
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("resnet")])
+def test_roles_of_residual_networks(name):
+    """stem, inner and shortcut share the convolutions out, and the modules' names say which is which."""
+    net = graph.trace(make(name), inputs(name, 2))
+    where = {
+        role: {net.node(n).target for n in renorm.target_nodes(net, role)} for role in ("stem", "inner", "shortcut")
+    }
+    convs = {n for n, m in net.modules.items() if isinstance(m, nn.Conv2d)}
+    assert where["stem"] == {"conv1"}
+    assert where["shortcut"] == {n for n in convs if "shortcut" in n} and where["shortcut"]
+    assert where["inner"] == convs - where["stem"] - where["shortcut"]
+    assert len(renorm.target_nodes(net, "block")) == len(where["inner"]) // 2
+    norms = renorm.target_nodes(net, "norm")
+    assert len(norms) == (len(convs) if "-bn-" in name or "-ln-" in name else 0)
+    assert all(
+        net.shapes[n][1] == net.shapes[net.node(n).all_input_nodes[0].name][1 if "-bn-" in name else -1] for n in norms
+    )
+
+
+@pytest.mark.parametrize("name, inner, shortcut", [("resnet18", 16, 3), ("resnet50", 48, 4)])
+def test_roles_of_torchvisions_resnets(name, inner, shortcut):
+    from torchvision.models import get_model
+
+    net = graph.trace(get_model(name), torch.zeros(1, 3, 32, 32))
+    where = {role: {net.node(n).target for n in renorm.target_nodes(net, role)} for role in corrections.ROLES}
+    assert where["stem"] == {"conv1"} and where["classifier"] == {"fc"} and len(where["inner"]) == inner
+    assert len(where["shortcut"]) == shortcut and all(n.endswith("downsample.0") for n in where["shortcut"])
+    assert len(where["norm"]) == 1 + inner + shortcut and len(renorm.target_nodes(net, "block")) == inner // (
+        2 if name == "resnet18" else 3
+    )
+
+
+@pytest.mark.parametrize("name", ["mlp2-ln-w8", "mlp2-bn-w8", "vgg11-bn-w0.125", "vgg11-ln-w0.125"])
+def test_outputs_of_normalisation_layers_as_targets(name):
+    """Folded into the layer's own weight and bias, visible where a LayerNorm's channels are moved afterwards."""
+    a, b, data = pair(name)
+    repair = renorm.Repair(a, b, data, targets="norm")
+    result = repair(0.3)
+    assert bool(result.visible) == (name == "vgg11-ln-w0.125") and not result.new_biases
+    assert_statistics(result.model, repair.at(0.3), data)
+    if "-bn-" in name:
+        with pytest.raises(ValueError, match="cannot be reset and corrected at once"):
+            renorm.Repair(a, b, data, targets="norm", bn="reset", method="simultaneous")(0.5)
+
+
+def test_functional_layers_and_norms_without_bias_stay_visible():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.norm, self.last = nn.Parameter(torch.randn(5, 4)), nn.RMSNorm(5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.norm(nn.functional.linear(x, self.weight))))
+
+    torch.manual_seed(0)
+    a, b, data = Functional().double(), Functional().double(), [torch.randn(50, 4, dtype=torch.float64)]
+    repair = renorm.Repair(a, b, data, targets=("linear", "norm", "classifier"))
+    result = repair(0.3)
+    assert result.visible == ("linear", "norm") and list(result.corrections) == ["linear", "norm", "last"]
+    assert_statistics(result.model, repair.at(0.3), data)
+
+
+def test_a_repaired_network_renormalised_towards_a_plain_one_and_back():
+    name = "resnet8-plain-w0.5"
+    a, b, data = pair(name)
+    merged = renorm.Repair(a, b, data)(0.5).model
+    for model, reference in ((merged, a), (a, merged)):
+        goals = renorm.Goals(reference, data)
+        assert_statistics(goals.renormalize(model).model, goals.at(), data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_networks_have_float64_statistics_and_half_results(dtype):
+    name = "vgg11-bn-w0.125"
+    a, b, data = make(name, 0, dtype), make(name, 1, dtype), batches(name)
+    expected = renorm.Repair(a.float(), b.float(), data, targets=("conv",))(0.5).model
+    a, b = a.to(dtype), b.to(dtype)
+    x = inputs(name)
+    for options in ({}, {"bn": "reset"}, {"method": "simultaneous"}, {"method": "closed-form"}, {"method": "batch"}):
+        repair = renorm.Repair(a, b, data, targets=("conv",), **options)
+        result = repair(0.5)
+        assert all(t.dtype == torch.float64 for goal in repair.at(0.5).values() for t in goal)
+        assert all(p.dtype == dtype for p in result.model.state_dict().values() if p.is_floating_point())
+        assert output(result.model, x.to(dtype)).dtype == dtype
+        if not options:
+            assert relative(output(result.model, x.to(dtype)).float(), output(expected, x)) < 0.1
+
+
+def test_renormalize_leaves_its_inputs_alone_and_keeps_flags():
+    name = "resnet8-bn-w0.5"
+    model, reference, data = pair(name)
+    model.train()
+    model.bn1.eval()
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model, reference)]
+    for options in ({}, {"bn": "reset"}, {"correct": "rescale", "targets": "inner"}, {"method": "batch"}):
+        result = renorm.renormalize(model, reference, iter(data), **options).model
+        assert result.training and not result.bn1.training and result.stages.get_submodule("0.0.bn1").training
+    for m, state in zip((model, reference), before, strict=True):
+        assert all(torch.equal(state[k], v) for k, v in m.state_dict().items())
+
+
+def test_options_that_exclude_each_other():
+    a, b, data = pair("mlp1-plain-w6")
+    for options, message in (
+        ({"correct": "scale"}, "unknown correct 'scale'; the nearest is 'rescale'"),
+        ({"pooling": "mean"}, "unknown pooling 'mean'; the nearest is 'batch-mean'"),
+        ({"bn": "freeze"}, "unknown bn 'freeze'; the nearest is 'frozen'"),
+        ({"correct": "reshift", "average": True}, "which correct='reshift' does not use"),
+        ({"correct": "reshift", "method": "closed-form"}, "nothing to reshift"),
+        ({"method": "batch", "bn": "reset"}, "cannot reset BatchNorm"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            renorm.Repair(a, b, data, **options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'target'"):
+        renorm.Repair(a, b, data, target="conv")
