@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repairlib.graph import trace
-from repairlib.moments import Moments, gather
+from repairlib.moments import BatchMeanMoments, Moments, gather
 
 
 def split(x: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
@@ -95,3 +95,34 @@ def test_empty_data_and_missing_covariances_are_errors():
         gather([net, net], batches(name), [tap])[tap].cov()
     with pytest.raises(ValueError, match="cross must be"):
         Moments("all")
+
+
+def test_batch_mean_moments_are_the_released_formulas():
+    """Each batch's moments with equal weight, unbiased stds averaged; as a reader of the released code writes them."""
+    a, b = torch.randn(2, 50, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    full, paired = BatchMeanMoments("full"), BatchMeanMoments("paired")
+    parts = list(zip(a.split(20), b.split(20), strict=True))
+    for xs in parts:
+        full.update(*xs)
+        paired.update(*xs)
+    rows = [[x.transpose(0, 1).flatten(1) for x in xs] for xs in parts]
+    mean, std = (
+        [torch.stack([f(pair[k]) for pair in rows]).mean(0) for k in (0, 1)]
+        for f in (lambda r: r.mean(1), lambda r: r.std(1))
+    )
+    outer = torch.stack([x @ y.T / x.shape[1] for x, y in rows]).mean(0)
+    corr = (outer - torch.outer(*mean)) / (torch.outer(*std) + 1e-4)
+    torch.testing.assert_close(full.corr(eps=1e-4), corr)
+    torch.testing.assert_close(paired.corr(eps=1e-4), corr.diagonal())
+    torch.testing.assert_close(full.inner(), outer)
+    torch.testing.assert_close(full.var(1), torch.stack([y.var(1) for _, y in rows]).mean(0))
+    with pytest.raises(ValueError, match="products were not gathered"):
+        BatchMeanMoments().corr()
+
+
+def test_mean_products():
+    a, b = torch.randn(2, 90, 4, generator=torch.Generator().manual_seed(0)) + 2
+    m = Moments("full")
+    for xs in zip(a.split(40), b.split(40), strict=True):
+        m.update(*xs)
+    torch.testing.assert_close(m.inner(), (a.double().T @ b.double()) / 90, rtol=1e-5, atol=1e-5)
