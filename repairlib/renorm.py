@@ -46,7 +46,13 @@ def correction(
     * rescale: ``x -> x / std * goal_std``, about zero, so that a bias is scaled as well;
     * reshift: ``x -> x - mean + goal_mean``.
 
-    with ``std = sqrt(var + eps)``. A `dead` (constant) channel can be shifted; it is scaled only if eps is added.
+    with ``std = sqrt(var + eps)``.
+
+    Args:
+        mean, var: of the channels now (units,).
+        dead: which of them are constant (units,), bool; they are shifted, and scaled only if eps is added.
+        goal_mean, goal_std: what they shall be (units,).
+        correct, eps: see `Options`.
     """
     if eps:
         dead = torch.zeros_like(dead)

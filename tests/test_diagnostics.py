@@ -5,6 +5,7 @@ from cases import batches, make
 from repairlib import diagnostics, graph
 from repairlib.interpolate import interpolate_models
 from repairlib.moments import Moments
+from repairlib.renorm import Repair
 
 
 def test_variance_ratio_is_the_papers():
@@ -64,3 +65,18 @@ def test_std_never_exceeds_root_variance():
     ratios = diagnostics.std_over_root_variance(a, b, data)
     assert len(ratios) == 8 and all(0.5 < ratio < 1 for ratio in ratios.values())
     assert all(ratio == pytest.approx(1) for ratio in diagnostics.std_over_root_variance(a, a, data).values())
+
+
+def test_channel_statistics_of_a_network_with_visible_corrections():
+    """Its node names are those of the network it came from, whichever of the two is named first."""
+    name = "resnet8-plain-w0.5"
+    a, b, data = make(name, 0), make(name, 1), batches(name)
+    repair = Repair(a, b, data)
+    merged, block = repair(0.5).model, repair.targets[-1]
+    for models in ({"a": a, "merged": merged}, {"merged": merged, "a": a}):
+        rows = diagnostics.channel_statistics(models, data, block)
+        found = {key: [row["variance"] for row in rows if row["network"] == key] for key in models}
+        found = {key: torch.tensor(values, dtype=torch.float64) for key, values in found.items()}
+        torch.testing.assert_close(found["a"], repair.ends[block].var(0), rtol=1e-5, atol=0)
+        goal = repair.at(0.5)[block][1] ** 2
+        torch.testing.assert_close(found["merged"][goal > 0], goal[goal > 0], rtol=1e-3, atol=0)
