@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -92,11 +93,11 @@ class Batches:
 class ChannelAffine(nn.Module):
     """Visible correction of a node: ``y_c = weight_c x_c + bias_c`` for inputs (n, c, ...)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    def __init__(self, weight: Float[Tensor, " channels"], bias: Float[Tensor, " channels"]):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "n channels ..."]) -> Float[Tensor, "n channels ..."]:
         shape = (-1,) + (1,) * (x.ndim - 2)
         return x * self.weight.view(shape) + self.bias.view(shape)
 
@@ -130,7 +131,7 @@ _POINTWISE = (
     "relu relu_ relu6 leaky_relu leaky_relu_ prelu elu elu_ selu selu_ celu celu_ gelu silu mish sigmoid sigmoid_ "
     "logsigmoid log_sigmoid tanh tanh_ hardswish hardsigmoid hardtanh hardtanh_ hardshrink softplus softsign "
     "softshrink tanhshrink threshold abs neg negative exp expm1 log log1p sqrt rsqrt square reciprocal sin cos erf "
-    "clamp clamp_ clamp_min clamp_max clip sign nan_to_num pow pos"
+    "clamp clamp_ clamp_min clamp_max clip sign nan_to_num pow pos gt lt ge le eq ne"
 )
 # Names of functions in torch, torch.nn.functional and operator, and of tensor methods: what they say, they do.
 _KIND_OF_NAME: dict[str, str] = {
@@ -321,7 +322,7 @@ class Axis:
 
     tensor: str
     axis: int
-    positions: Tensor  # (units, occurrences) int64
+    positions: Int[Tensor, "units occurrences"]
 
 
 @dataclass(frozen=True)

@@ -111,14 +111,17 @@ class Labels:
     def fix(self, x: Tensor) -> None:
         self.identify(x, torch.tensor(FIXED))
 
-    def mark(self, tensor: str, axis: int, units: Tensor) -> None:
-        """Say that an axis of a parameter or buffer indexes `units`; a shared module says it more than once."""
+    def check(self, tensor: str) -> None:
         if tensor not in self.aliases:
             what = repr(tensor) if isinstance(tensor, str) else "a weight"
             raise UnsupportedNode(
                 f"{what} is no parameter but computed from others (weight norm, a parametrization, pruning); "
                 "make it permanent first, with torch.nn.utils.parametrize or prune's remove function"
             )
+
+    def mark(self, tensor: str, axis: int, units: Tensor) -> None:
+        """Say that an axis of a parameter or buffer indexes `units`; a shared module says it more than once."""
+        self.check(tensor)
         for name in self.aliases[tensor]:
             known = self.axes.get((name, axis))
             if known is None:
@@ -137,6 +140,7 @@ class Labels:
 
     def parameter(self, name: str) -> Tensor:
         """Labels of a parameter's elements; which of its axes holds units is settled when the graph has been walked."""
+        self.check(name)
         tensor = self.state[name]
         if (known := self.leaves.get(self.aliases[name][0])) is None:
             known = self.leaves[self.aliases[name][0]] = self.fresh(tensor.numel()).view(tensor.shape)
@@ -250,7 +254,7 @@ class Labels:
         self.together(x, range(-len(normalized_shape), 0))
         for name in (weight, bias):
             if name is not None:
-                x = self.combine(x, self.parameter(name))
+                x = self.combine(x, self.labels(name))
         return x
 
     def groupnorm(self, node, x, num_groups, weight=None, bias=None, **_):
@@ -314,10 +318,12 @@ class Labels:
         return self.product(self.units(a), self.units(b))
 
     def einsum(self, node):
-        inputs, output = node.args[0].replace(" ", "").split("->")
+        equation, *sources = node.args
+        sources = sources[0] if isinstance(sources[0], tuple | list) else sources
+        inputs, output = equation.replace(" ", "").split("->")
         letters = sorted(set(inputs) - {","})
         aligned = []
-        for names, source in zip(inputs.split(","), node.all_input_nodes, strict=True):
+        for names, source in zip(inputs.split(","), sources, strict=True):
             x = self.units(source).permute([names.index(i) for i in letters if i in names])
             aligned.append(x[tuple(slice(None) if i in names else None for i in letters)])
         summed = [axis for axis, i in enumerate(letters) if i not in output]
