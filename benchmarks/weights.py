@@ -18,7 +18,7 @@ def permuted(tensor: Tensor, places: list, permutation: dict, but: int | None) -
 
 
 def transcription(state_a: dict, state_b: dict, spec: PermutationSpec, seed: int, sweeps: int = 100) -> tuple:
-    """Ainsworth et al. 2022, Algorithm 1: for every group and sweep, permute, reshape and multiply each tensor whole."""
+    """Ainsworth et al. 2022, Algorithm 1: each tensor permuted, reshaped and multiplied whole, every sweep."""
     generator = torch.Generator().manual_seed(seed)
     permutation = {g.name: torch.arange(g.size) for g in spec.groups}
     axes = {g.name: [(a.tensor, a.axis) for a in g.axes if a.tensor in state_a] for g in spec.groups}

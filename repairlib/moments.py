@@ -104,7 +104,8 @@ class BatchMeanMoments:
     """Moments as the released code of Jordan et al. 2022 pools them: of each batch, averaged with equal weight.
 
     Variances are unbiased. What varies between batches is missing from them, and a small last batch counts as much as
-    a full one. Correlations divide by the average of the batches' standard deviations.
+    a full one. Correlations divide by the average of the batches' standard deviations, and exceed 1 for units that are
+    active in a few batches only.
     """
 
     def __init__(self, cross: str = "none"):

@@ -177,7 +177,7 @@ class Store:
         facts = ("shape", "classes", "device", "threads", "seconds")
         info = {
             "run": str(run),
-            "recipe": dataclasses.asdict(find_recipe(run.recipe, run.model.family, run.data)),
+            "recipe": dataclasses.asdict(find_recipe(run.recipe, run.model.kind, run.data)),
             **{key: metrics[key] for key in facts},
             "metrics": {key: value for key, value in metrics.items() if key not in facts},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -203,7 +203,7 @@ class Store:
 
     def _check_recipe(self, run: RunName, info: dict) -> None:
         """Compare the recipe a run was trained with to today's; a field it does not have counts as its default."""
-        today = dataclasses.asdict(find_recipe(run.recipe, run.model.family, run.data))
+        today = dataclasses.asdict(find_recipe(run.recipe, run.model.kind, run.data))
         defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
         for field in today | info["recipe"]:
             then, now = info["recipe"].get(field, defaults.get(field)), today.get(field)

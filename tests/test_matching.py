@@ -107,7 +107,7 @@ def test_float32_one_pass_gives_the_assignment_of_float64_two_passes(trained_pai
             assert alive.sum() > len(alive) / 2
             assert torch.equal(found.permutation[group.name][alive], best[alive]), (name, group.name)
             at = torch.arange(len(best))
-            torch.testing.assert_close(found.correlation[group.name], corr[at, best], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.correlation[group.name], corr[at, best], rtol=0, atol=1e-3)
 
 
 def test_inner_products_are_what_similarity_inner_maximises():
@@ -143,9 +143,13 @@ def test_options_change_what_they_say(trained_pairs):
     greedy = matching.match_activations(a, b, data, solver="greedy", spec=exact.spec)
     assert all(greedy.objective[g] <= exact.objective[g] + 1e-9 for g in exact.objective)
     assert sum(greedy.objective.values()) < sum(exact.objective.values())
-    released = matching.match_activations(a, b, data, pooling="batch-mean", eps=1e-4, spec=exact.spec)
-    assert all(released.objective[g] == pytest.approx(exact.objective[g], rel=0.05) for g in exact.objective)
-    assert released.objective != exact.objective
+    bias = []
+    for size in (100, 400):  # the smaller the batches, the more do stds of batches miss
+        batch_mean = matching.match_activations(a, b, x.split(size), pooling="batch-mean", spec=exact.spec)
+        bias.append([batch_mean.objective[g] - exact.objective[g] for g in exact.objective])
+    assert all(small > large > 0 for small, large in zip(*bias, strict=True))
+    with_eps = matching.match_activations(a, b, data, eps=1e-4, spec=exact.spec)
+    assert all(0 < with_eps.objective[g] < exact.objective[g] for g in exact.objective)
     for option in ("tap", "similarity", "pooling", "solver"):
         with pytest.raises(ValueError, match=f"{option} must be .*, not 'other'"):
             matching.match_activations(a, b, data, **{option: "other"})
