@@ -253,7 +253,7 @@ class Labels:
     def layernorm(self, node, x, normalized_shape, weight=None, bias=None, **_):
         self.together(x, range(-len(normalized_shape), 0))
         for name in (weight, bias):
-            if name is not None:
+            if isinstance(name, str | Tensor):  # of rms_norm, the third is a number
                 x = self.combine(x, self.labels(name))
         return x
 
@@ -451,16 +451,20 @@ class Labels:
     def settle(self) -> Tensor:
         """Choose the axis of each parameter that took part like an activation; representatives after that."""
         root = self.resolve()
+        marked = [units for units in self.axes.values() if units is not None] + [units for units, _ in self.apart]
+        uses = torch.bincount(torch.cat([root, *(root[units].flatten() for units in marked)]))
         for name, elements in self.leaves.items():
-            units = _compact(root[elements])
-            varying = [axis for axis in range(units.ndim) if varies(units, axis)]
-            if len(varying) == 1:
-                self.mark(
-                    name, varying[0], units.movedim(varying[0], -1).flatten(0, -2)[0] if units.ndim > 1 else units
-                )
-            else:
+            units = torch.where(uses[root[elements]] > 1, root[elements], FREE)  # positions beyond the input's length
+            chosen = None
+            for axis in range(units.ndim):
+                rows = units.movedim(axis, -1).reshape(-1, units.shape[axis])
+                on_axis = rows.amax(0)
+                if ((rows == on_axis) | (rows == FREE)).all() and len(on_axis.unique()) > 1:
+                    chosen = axis
+                    self.mark(name, axis, torch.where(on_axis == FREE, FIXED, on_axis))
+            if chosen is None:
                 self.fix(elements)
             for axis in range(units.ndim):
-                if [axis] != varying and self.axes.get((name, axis)) is not None:
+                if axis != chosen and self.axes.get((name, axis)) is not None:
                     self.fix(self.axes[name, axis])
         return self.resolve()

@@ -607,6 +607,39 @@ def test_embedded_tokens():
     assert [(g.size, g.axes[0].tensor) for g in spec.groups] == [(6, "words.weight"), (6, "matrix")]
 
 
+class Positions(nn.Module):
+    """Position embeddings, of which the input is too short to use all."""
+
+    def __init__(self, mixed):
+        super().__init__()
+        self.first, self.last, self.mixed = nn.Linear(3, 8), nn.Linear(8, 2), mixed
+        self.register_buffer("positions", torch.randn(1, 9, 8))
+
+    def forward(self, x):
+        y = self.first(x) + self.positions[:, : x.size(1)]
+        return self.last(F.rms_norm(y, (8,))) + self.last(self.positions[:, 8:] if self.mixed else y)
+
+
+def test_positions_beyond_the_input_move_along():
+    (group,) = graph.permutation_spec(Positions(mixed=False), torch.zeros(2, 4, 3)).groups
+    assert ("positions", 2) in {(axis.tensor, axis.axis) for axis in group.axes}
+    graph.permutation_spec(Positions(mixed=True), torch.zeros(2, 4, 3))  # what is read elsewhere is no such position
+
+
+def test_a_use_without_a_rule_says_which():
+    class PerHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.attention(x, x, x, average_attn_weights=False)
+
+    with pytest.raises(graph.UnsupportedNode, match="'attention'.*MultiheadAttention in this use: the weights of each"):
+        graph.permutation_spec(PerHead(), torch.zeros(2, 4, 3))
+
+
 TRANSFORMERS = {
     "vit": (lambda: torchvision.models.VisionTransformer(32, 16, 2, 4, 16, 24, num_classes=5), 32),
     "swin": (lambda: torchvision.models.SwinTransformer([4, 4], 8, [1, 2], [2, 4], [4, 4], num_classes=5), 40),
