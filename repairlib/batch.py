@@ -30,7 +30,8 @@ import filelock
 
 from repairlib import report
 from repairlib.data import project_root
-from repairlib.store import atomic_write
+from repairlib.files import atomic_write
+from repairlib.names import check
 
 PAPERS = {
     "repair": "REPAIR (Jordan et al. 2022)",
@@ -55,7 +56,7 @@ def find_notebooks(names: str = "") -> list[str]:
     found = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py"))
     found = [name for name in found if "/." not in f"/{name}"]  # not .ipynb_checkpoints
     asked = [re.sub(r"^notebooks/|\.(py|ipynb)$", "", name) for name in re.split(r"[\s,]+", names) if name]
-    return [report.check(name, found, "notebook") for name in asked] or found
+    return [check(name, found, "notebook") for name in asked] or found
 
 
 def find_items(names: str) -> list[str]:
@@ -64,8 +65,7 @@ def find_items(names: str) -> list[str]:
     asked = [name for name in re.split(r"[\s,]+", names) if name]
     matches = [[item for item in index if name in (item, item.partition("/")[2])] for name in asked]
     return [
-        match[0] if len(match) == 1 else report.check(name, index, "item")
-        for name, match in zip(asked, matches, strict=True)
+        match[0] if len(match) == 1 else check(name, index, "item") for name, match in zip(asked, matches, strict=True)
     ]
 
 

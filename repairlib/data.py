@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
+
+from repairlib.names import nearest
 
 # name -> (class in torchvision.datasets, images in train and test, the files that class reads under the root)
 ARCHIVES = {
@@ -75,15 +76,6 @@ class Dataset:
         """Return the same data on another device."""
         halves = (Split(half.images.to(device), half.labels.to(device)) for half in (self.train, self.test))
         return replace(self, train=next(halves), test=next(halves))
-
-
-def nearest(word: str, options: Sequence[str]) -> str:
-    """Return the option most like `word`, for error messages.
-
-    >>> nearest("minst", ["digits", "mnist", "svhn"])
-    'mnist'
-    """
-    return max(options, key=lambda option: SequenceMatcher(None, word.lower(), option.lower()).ratio())
 
 
 def project_root() -> Path:

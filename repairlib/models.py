@@ -24,7 +24,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repairlib.data import nearest
+from repairlib.names import nearest
 
 GRAMMAR = (
     "names are mlp<hidden layers>-<norm>-w<units>, vgg{11,13,16,19}-<norm>-w<multiplier>, tiny10-<norm>-w<multiplier>, "

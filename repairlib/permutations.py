@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from repairlib.files import atomic_write
 from repairlib.graph import Permutation, PermutationSpec, compose, invert, permute, random_permutation
 from repairlib.matching import Matching
-from repairlib.store import atomic_write
 
 
 def agreement(first: Permutation, second: Permutation) -> dict[str, float]:

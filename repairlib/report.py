@@ -15,14 +15,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from repairlib.data import nearest, project_root
-from repairlib.store import atomic_write
+from repairlib.data import project_root
+from repairlib.files import atomic_write
+from repairlib.names import check
 
 SCALES = ("smoke", "quick", "fast", "paper")
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "safetensors")
@@ -41,20 +42,6 @@ def by_scale(scale: str, *, smoke: Any, quick: Any, fast: Any, paper: Any) -> An
 def check_scale(scale: str) -> str:
     """Return `scale` if it is one of the four; ValueError otherwise."""
     return check(scale, SCALES, "scale")
-
-
-def check(name: str, valid: Iterable[str], kind: str) -> str:
-    """Return `name` if it is valid; ValueError that names the nearest otherwise.
-
-    >>> check("quik", SCALES, "scale")
-    Traceback (most recent call last):
-    ValueError: unknown scale 'quik'; the nearest is 'quick' (known: smoke, quick, fast, paper)
-    """
-    valid = list(valid)
-    if name not in valid:
-        hint = f"the nearest is {nearest(str(name), valid)!r} (known: {', '.join(valid)})" if valid else "there is none"
-        raise ValueError(f"unknown {kind} {name!r}; {hint}")
-    return name
 
 
 def wanted(item: str, items: str) -> bool:

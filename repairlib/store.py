@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sys
 import uuid
 from collections.abc import Mapping
@@ -29,10 +28,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from repairlib import models
-from repairlib.data import DataMissing, nearest, project_root
+from repairlib.data import DataMissing, project_root
+from repairlib.files import write_folder
+from repairlib.names import nearest
 from repairlib.train import DivergedError, Recipe, RunName, find_recipe, parse_run, train
 
-__all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "atomic_write", "get", "parse_run", "write_folder"]
+__all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "get", "parse_run"]
 WEIGHTS, SIDECAR = "model.safetensors", "run.json"
 
 
@@ -224,83 +225,6 @@ class Store:
 def get(name: str, device: str | torch.device = "cpu", progress: bool = True) -> nn.Module:
     """Return a network by run name from the default store, trained first if need be (see Store.get)."""
     return Store().get(name, device, progress=progress)
-
-
-def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
-    """Write a file so that it is there whole or as it was before, whatever happens meanwhile."""
-    path = Path(path)
-    content = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{socket.gethostname()}-{os.getpid()}"
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if _is_dead(leftover.name.removesuffix(".tmp").removeprefix(f".{path.name}.")):
-            leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    try:
-        _write(temporary, content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def write_folder(folder: str | os.PathLike, files: Mapping[str, bytes]) -> None:
-    """Write a new folder of files that is there whole or not at all; FileExistsError if it exists.
-
-    Leftovers of killed writers of the same folder are removed, so hold a lock if there may be two.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists and is not overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(leftover)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.mkdir()
-        for name, content in files.items():
-            _write(temporary / name, content)
-        _sync(temporary)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(folder.parent)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file down to the disk; an OSError names it."""
-    try:
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} while writing", str(path)) from error
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename within the folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _is_dead(writer: str) -> bool:
-    """Say whether `<host>-<pid>` is a process of this machine that no longer runs."""
-    host, _, pid = writer.rpartition("-")
-    if host != socket.gethostname() or not pid.isdecimal():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # it runs, under another user
-    return False
 
 
 def _non_finite(model: nn.Module) -> str | None:

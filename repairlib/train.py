@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from repairlib import models
-from repairlib.data import Dataset, check_name, iterate, load, nearest
+from repairlib.data import Dataset, check_name, iterate, load
 from repairlib.graph import eval_mode
+from repairlib.names import nearest
 
 
 class DivergedError(RuntimeError):

@@ -76,7 +76,12 @@ def trained_pairs():
     """Pairs of small networks trained on digits, with calibration images, by model name."""
     dataset = load("digits")
     pairs = {}
-    for name, epochs in {"mlp4-plain-w64": 6, "vgg11-bn-w0.125": 5, "resnet8-bn-w0.5": 4, "resnet8-ln-w0.5": 12}.items():
+    for name, epochs in (
+        ("mlp4-plain-w64", 6),
+        ("vgg11-bn-w0.125", 5),
+        ("resnet8-bn-w0.5", 4),
+        ("resnet8-ln-w0.5", 12),
+    ):
         recipe = Recipe("test", epochs, batch_size=100, lr=0.1, schedule="cosine", warmup_epochs=1)
         nets = [
             train(f"digits/{name}/quick/s{seed}", recipe=recipe, dataset=dataset, progress=False) for seed in (1, 2)
