@@ -462,7 +462,7 @@ def _groups(net: TracedNet, labels: Labels) -> PermutationSpec:
     units_of = [movable[group_of == g] for g in range(len(first))]
 
     def members(on_axis: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Number of every group all of whose units are on an axis, equally often, and positions (units, occurrences)."""
+        """Of every group whose units are all on an axis, equally often: its number, positions (units, occurrences)."""
         here = place[on_axis]
         for g in np.unique(group_of[here[here >= 0]]):
             positions = np.flatnonzero((here >= 0) & (group_of[here] == g))
