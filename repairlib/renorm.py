@@ -18,7 +18,7 @@ from repairlib.corrections import TARGETS, Correction, Repaired, Units, attach, 
 from repairlib.graph import Batches, ChannelAffine, TracedNet, eval_mode, trace
 from repairlib.interpolate import check_compatible, mix_states, with_state
 from repairlib.moments import BatchMeanMoments, Moments, gather
-from repairlib.report import check
+from repairlib.names import check
 
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
