@@ -49,7 +49,7 @@ class _Product:
         if not torch.equal(at, torch.arange(len(x))):
             x = x[at.to(x.device)]
         x = x.reshape(len(axis.positions), axis.positions.shape[1], *x.shape[1 : 1 + len(self.others)], -1)
-        return x.movedim(1, -2).flatten(-2)
+        return x.movedim(1, -2).flatten(-2).contiguous()
 
     def update(self, index: list[Tensor]) -> bool:
         """Bring `value` up to date with the places that the other axes' entries now come from; say if it changed."""
