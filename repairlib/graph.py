@@ -386,8 +386,8 @@ class PermutationSpec:
             lanes += [[]] * (lane_of[k] == len(lanes))
             lanes[lane_of[k]].append((top, bottom))
         if ax is None:
-            size = (2.6 + 0.3 * len(lanes), 0.6 + 0.2 * len(rows))
-            ax = plt.subplots(figsize=size, layout="constrained")[1]
+            width = max(3.3, 1 + 0.07 * max(map(len, rows), default=0) + 0.3 * len(lanes))
+            ax = plt.subplots(figsize=(width, 0.6 + 0.2 * len(rows)), layout="constrained")[1]
         sizes: dict[int, list[str]] = {}
         for top, bottom, k in shown:
             sizes.setdefault(top, []).append(str(self.groups[k].size))
