@@ -8,27 +8,43 @@ from collections.abc import Iterable
 from torch import nn
 
 from repairlib import train as _train
+from repairlib.combine import evaluate_many
 from repairlib.corrections import Repaired
+from repairlib.fusion import match_transport
 from repairlib.graph import permutation_spec, permute, trace
 from repairlib.interpolate import Path, barrier_of, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
+from repairlib.names import check as _check
 from repairlib.renorm import Goals, Recorder, Repair, batch_statistics, renormalize, reset
+from repairlib.several import match_several
+from repairlib.weight_matching import match_straight_through, match_weights
 
 __version__ = "0.1.0"
 __all__ = [
-    "Goals", "Matching", "Path", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of",
-    "batch_statistics", "interpolate_models", "match_activations", "merge", "permutation_spec", "permute",
-    "renormalize", "repair", "reset", "trace", "walk_path",
+    "Goals", "Matching", "Path", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of", "batch_statistics",
+    "evaluate_many", "interpolate_models", "match_activations", "match_several", "match_straight_through",
+    "match_transport", "match_weights", "merge", "permutation_spec", "permute", "renormalize", "repair", "reset",
+    "trace", "walk_path",
 ]  # fmt: skip
+MATCH = {
+    "activations": match_activations, "weights": match_weights,
+    "straight-through": match_straight_through, "transport": match_transport,
+}  # fmt: skip
 
 
-def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> nn.Module:
+def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, method: str = "activations", **options) -> nn.Module:
     """Copy of B with its hidden units reordered to match A's; it computes the same function as B.
 
     Args:
         model_a, model_b: two networks of one architecture. Untouched.
-        data: any iterable of batches x or (x, y).
-        **options: of `match_activations`, whose result holds the permutation and how good it is.
+        data: any iterable of batches x or (x, y); "straight-through" needs labels, "weights" only one batch's shape.
+        method: "activations", "weights", "straight-through", or "transport", whose result is a permuted B only where
+            no regularisation mixes units.
+        **options: of `match_activations`, `match_weights`, `match_straight_through` or `match_transport`, whose result
+            holds the permutation and how good it is.
+
+    Raises:
+        ValueError: unknown method, or networks that do not fit together.
 
     >>> import torch
     >>> a, b = (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
@@ -36,7 +52,7 @@ def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> 
     >>> torch.allclose(align(a, b, [x])(x), b(x), atol=1e-6)
     True
     """
-    return match_activations(model_a, model_b, data, **options).apply(model_b)
+    return MATCH[_check(method, MATCH, "method")](model_a, model_b, data, **options).apply(model_b)
 
 
 def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> nn.Module:

@@ -106,3 +106,29 @@ def test_data_independent_renormalisation(endpoints):
 
 def test_public_names_are_there():
     assert all(hasattr(repairlib, name) for name in repairlib.__all__)
+
+
+def test_every_way_of_aligning_keeps_the_function(endpoints):
+    a, b, data = endpoints
+    x = data[0][0]
+    results = []
+    for method in ("activations", "weights", "straight-through", "transport"):
+        aligned = repairlib.align(a, b, data, method=method)
+        torch.testing.assert_close(aligned(x), b(x), rtol=1e-4, atol=1e-4)
+        results.append(torch.cat([p.detach().flatten() for p in aligned.parameters()]))
+    mine = torch.cat([p.detach().flatten() for p in a.parameters()])
+    assert mine @ results[1] == max(mine @ r for r in results)  # that is what matching by weights maximises
+    with pytest.raises(ValueError, match="unknown method 'weigths'; the nearest is 'weights'"):
+        repairlib.align(a, b, data, method="weigths")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_networks_merge(endpoints, dtype):
+    a, b, data = endpoints
+    single = repairlib.merge(a, b, data)
+    half = repairlib.merge(copy.deepcopy(a).to(dtype), copy.deepcopy(b).to(dtype), data)
+    assert all(p.dtype == dtype for p in half.parameters())
+    x = data[0][0]
+    with torch.no_grad():
+        close = (half(x.to(dtype)).argmax(1) == single(x).argmax(1)).float().mean()
+    assert close > 0.9
