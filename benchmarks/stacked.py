@@ -6,7 +6,7 @@ import torch
 from common import arguments, save, timed
 
 from repairlib import models
-from repairlib.combine import CPU_STACK, _largest_activation, evaluate_many
+from repairlib.stacked import CPU_STACK, _largest_activation, evaluate_many
 
 NETWORKS, REPEATS = 11, 3
 CASES = (  # name, shape of an image, images in a batch

@@ -26,8 +26,9 @@ def transcription(state_a: dict, state_b: dict, spec: PermutationSpec, seed: int
     for group, its in axes.items():
         for tensor, axis in its:
             places.setdefault(tensor, []).append((group, axis))
-    names, done = list(axes), 0
-    for done in range(1, sweeps + 1):
+    names, sweep = list(axes), 0
+    while sweep < sweeps:
+        sweep += 1
         progress = False
         for i in torch.randperm(len(names), generator=generator).tolist():
             name = names[i]
@@ -48,7 +49,7 @@ def transcription(state_a: dict, state_b: dict, spec: PermutationSpec, seed: int
         float((state_a[t].double() * permuted(state_b[t], p, permutation, None).double()).sum())
         for t, p in places.items()
     )
-    return permutation, objective, done
+    return permutation, objective, sweep
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from torch import nn
 
 from repairlib import train as _train
-from repairlib.combine import evaluate_many
 from repairlib.corrections import Repaired
 from repairlib.fusion import match_transport
 from repairlib.graph import permutation_spec, permute, trace
@@ -17,6 +16,7 @@ from repairlib.matching import Matching, match_activations
 from repairlib.names import check as _check
 from repairlib.renorm import Goals, Recorder, Repair, batch_statistics, renormalize, reset
 from repairlib.several import match_several
+from repairlib.stacked import evaluate_many
 from repairlib.weight_matching import match_straight_through, match_weights
 
 __version__ = "0.1.0"

@@ -258,7 +258,7 @@ def empirical_barrier(
     The endpoints are no part of the sample: the barrier is negative if all of it is better than they are.
 
     Args:
-        sample: (loss, accuracy) of every combination, for instance of `combine.evaluate_many`.
+        sample: (loss, accuracy) of every combination, for instance of `stacked.evaluate_many`.
         end_a, end_b: (loss, accuracy) of the endpoints.
         metric: "loss" or "accuracy".
 

@@ -1,0 +1,124 @@
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, CLASSES, inputs, make
+from test_combine import same_bits
+from torch import nn
+
+from repairlib import interpolate, stacked
+from repairlib.stacked import evaluate_many
+from repairlib.train import evaluate
+
+
+def labelled(name, n=30, size=12, dtype=torch.float32):
+    y = torch.randint(CLASSES, (n,), generator=torch.Generator().manual_seed(1))
+    return list(zip(inputs(name, n, dtype=dtype).split(size), y.split(size), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_many_at_once_agree_with_one_after_the_other(name):
+    model, other = make(name, 0), make(name, 1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    states = [interpolate.interpolate_states(before, other.state_dict(), alpha) for alpha in (0.0, 0.4, 1.0)]
+    data = labelled(name)
+    expected = [evaluate(interpolate.with_state(model, state), data) for state in states]
+    model.train()
+    together = evaluate_many(model, states, data, chunk=2, stacked=True)
+    assert all(module.training for module in model.modules()) and same_bits(before, model.state_dict())
+    np.testing.assert_allclose(together, expected, rtol=1e-5, atol=1e-5)
+    assert evaluate_many(model, states, data, stacked=False) == expected
+
+
+def test_states_and_batches_may_be_generators_and_no_more_than_a_chunk_is_alive(capsys):
+    name = "mlp2-bn-w8"
+    model, data, alive, most = make(name), labelled(name), weakref.WeakSet(), []
+
+    def states():
+        for seed in range(7):
+            state = {k: v.clone() for k, v in make(name, seed).state_dict().items()}
+            alive.update(state.values())
+            most.append(len(alive) / len(state))
+            yield state
+            del state
+
+    expected = [evaluate(make(name, seed), data) for seed in range(7)]
+    for how in (True, False, None):
+        out = evaluate_many(model, states(), iter(data), chunk=3, stacked=how)
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert max(most) <= 3
+    assert evaluate_many(model, [], data) == []
+    assert capsys.readouterr().out == ""  # no terminal, no bar
+
+
+def test_a_stack_holds_what_memory_allows(monkeypatch):
+    name, sizes = "mlp2-bn-w8", []
+    run = stacked._evaluate_stack
+    monkeypatch.setattr(stacked, "_evaluate_stack", lambda n, g, b: sizes.append(len(g["bn1.bias"])) or run(n, g, b))
+    model, data = make(name), labelled(name, 12, 12)
+    weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+    states = [model.state_dict()] * 5
+    for memory, expected in ((2 * (weights + 4 * 4 * 12 * 64), [2, 2, 1]), (1, [1] * 5), (2e9, [5])):
+        sizes.clear()
+        evaluate_many(model, states, data, memory=memory, stacked=True)
+        assert sizes == expected
+
+
+class Branching(nn.Module):
+    """vmap cannot run it: what it does depends on a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, CLASSES)
+        self.again = self.linear  # and a tied layer
+
+    def forward(self, x):
+        y = self.again(x.flatten(1))
+        return y if y.sum().item() > 0 else 2 * y
+
+
+def test_what_vmap_cannot_run_is_evaluated_one_by_one():
+    data = labelled("mlp1-plain-w6")
+    nets = [Branching() for _ in range(3)]
+    states = [net.state_dict() for net in nets]
+    expected = [evaluate(net, data) for net in nets]
+    assert evaluate_many(nets[0], states, data) == expected
+    with pytest.raises(RuntimeError, match="vmap"):
+        evaluate_many(nets[0], states, data, stacked=True)
+
+
+def test_large_activations_are_evaluated_one_by_one_on_a_cpu(monkeypatch):
+    data = labelled("mlp1-plain-w6")  # 64 inputs, the largest
+    model = make("mlp1-plain-w6")
+    monkeypatch.setattr(stacked, "_evaluate_stack", lambda *_: [(-1.0, 0.0)])
+    assert evaluate_many(model, [model.state_dict()], data) == [(-1.0, 0.0)]
+    monkeypatch.setattr(stacked, "CPU_STACK", 4 * 12 * 64 - 1)  # no four of them fit
+    assert evaluate_many(model, [model.state_dict()], data) == [evaluate(model, data)]
+
+
+def test_tied_weights_and_precision():
+    name = "mlp1-plain-w6"
+    model = make(name, dtype=torch.float64)
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, CLASSES)).double()
+    tied[3].weight = tied[1].weight
+    data = labelled(name)  # float32: goes to the precision of the model
+    for net in (model, tied):
+        state = {k: v.float() for k, v in net.state_dict().items()}
+        out = evaluate_many(net, [state], data, stacked=True)
+        assert out[0] == pytest.approx(evaluate(interpolate.with_state(net, state), data), rel=1e-12)
+
+
+def test_evaluation_refuses_what_does_not_fit():
+    model, data = make("mlp1-plain-w6"), labelled("mlp1-plain-w6")
+    other, broken = make("mlp3-plain-w8").state_dict(), dict(model.state_dict())
+    broken["fc1.bias"] = broken["fc1.bias"] * math.nan
+    with pytest.raises(ValueError, match="is .6, 64. in the model, .8, 64. in state 1|is in state 1 only"):
+        evaluate_many(model, [model.state_dict(), other], data)
+    with pytest.raises(ValueError, match="^state 1: 'fc1.bias' holds NaN"):
+        evaluate_many(model, [model.state_dict(), broken], data)
+    with pytest.raises(ValueError, match="no batches"):
+        evaluate_many(model, [model.state_dict()], [])
+    with pytest.raises(ValueError, match="at least 1"):
+        evaluate_many(model, [], data, chunk=0)
