@@ -57,7 +57,7 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
 
     Args:
         net: the traced network.
-        targets: any of these, or names of nodes:
+        targets: any of these, or names of nodes that are called otherwise:
 
             * "conv", "linear": outputs of every convolution, of every hidden linear layer;
             * "block": outputs of residual blocks, after their final activation;
@@ -74,12 +74,13 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
         ValueError: a linear layer or LayerNorm on (n, tokens, features), whose units are not on axis 1.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
-    net.check_names([t for t in targets if t not in ROLES])
+    names = [t for t in targets if t not in ROLES]  # a node may be called like a role: the role is meant
+    net.check_names(names)
     roles = _roles(net)
     chosen = {}
     for node in net.nodes:
         name = node.name
-        if name in targets or roles.get(name, set()).intersection(targets):
+        if name in names or roles.get(name, set()).intersection(targets):
             if net.kinds[name].endswith(("linear", "layernorm")) and len(net.shapes[name]) != 2:
                 raise ValueError(
                     f"node {name!r}: the units of a {net.kinds[name]} node on {net.shapes[name]} are not on axis 1"

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import repairlib
 from repairlib import graph, matching
 from repairlib.data import iterate, load
+from repairlib.fusion import match_transport
 from repairlib.train import Recipe, train
+from repairlib.weight_matching import match_weights
 
 
 def noisy_copy(model: nn.Module, noise: float, seed: int = 5) -> nn.Module:
@@ -87,7 +90,7 @@ def trained_pairs():
             train(f"digits/{name}/quick/s{seed}", recipe=recipe, dataset=dataset, progress=False) for seed in (1, 2)
         ]
         assert min(metrics["test_accuracy"] for _, metrics in nets) > 0.5, name
-        pairs[name] = (nets[0][0], nets[1][0], torch.cat([x for x, _ in iterate(dataset, "train", 500)]))
+        pairs[name] = (nets[0][0], nets[1][0], next(iter(iterate(dataset, "train", 600)))[0])
     return pairs
 
 
@@ -179,3 +182,19 @@ def test_endpoints_must_fit():
         matching.match_activations(a, a, [])
     with pytest.raises(TypeError, match="batch must be a tensor"):
         matching.match_activations(a, a, ["text"])
+
+
+def test_networks_without_groups_and_groups_of_one_unit():
+    x = torch.randn(50, 4)
+    line, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    thin = [nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 3)) for _ in range(2)]
+    for a, b, groups in ((line, other, []), (*thin, [1])):
+        for match in (matching.match_activations, match_weights, match_transport):
+            found = match(a, b, [x])
+            assert [g.size for g in found.spec.groups] == groups
+            torch.testing.assert_close(found.apply(b)(x), b(x))
+        assert [p.tolist() for p in matching.match_activations(a, b, [x]).permutation.values()] == [[0]] * len(groups)
+        merged = repairlib.merge(*thin, [x])
+        assert merged(x).isfinite().all()
+    with pytest.raises(ValueError, match="nothing to correct"):
+        repairlib.merge(line, other, [x])

@@ -747,3 +747,16 @@ def test_options_that_exclude_each_other():
             renorm.Repair(a, b, data, **options)
     with pytest.raises(TypeError, match="unexpected keyword argument 'target'"):
         renorm.Repair(a, b, data, target="conv")
+
+
+def test_a_layer_that_is_called_like_a_role_has_its_own_role():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.linear = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.linear(torch.relu(self.stem(x)))
+
+    net = graph.trace(Named(), torch.zeros(2, 4))
+    assert renorm.target_nodes(net, "linear") == ["stem"] and renorm.target_nodes(net, "classifier") == ["linear"]
