@@ -28,7 +28,7 @@ figures: $(INSTALLED)  ## make every figure that is missing or out of date, at S
 	$(RUN) snakemake --cores $(CORES) --resources gpu=$(GPU_JOBS) --keep-going --rerun-incomplete --nolock \
 	    --rerun-triggers mtime --scheduler greedy --quiet $(QUIET) \
 	    --config scale="$(SCALE)" $(if $(NOTEBOOKS),notebooks="$(NOTEBOOKS)") $(if $(ITEMS),items="$(ITEMS)") || status=$$?; \
-	$(RUN) repairlib.batch summary --scale "$(SCALE)" --since $$began; \
+	$(VENV)/bin/python workflow/batch.py summary --scale "$(SCALE)" --since $$began; \
 	[ $$status = 0 ] || echo "Not everything could be made; if nothing above says why, try: make figures QUIET=progress"; \
 	exit $$status
 # --nolock: nothing is left to unlock after a kill. Two calls at once are safe, as jobs lock what they write.
@@ -38,7 +38,7 @@ test: $(INSTALLED)  ## lint, unit tests, doctests, and every notebook at smoke s
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; \
 	REPAIRLIB_RUNS="$$scratch/runs" REPAIRLIB_FIGURES="$$scratch/figures" OMP_NUM_THREADS=1 \
 	$(RUN) pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-	    --ignore-glob '*/notebooks/*.py' notebooks tests repairlib docs/guide.md || status=1; \
+	    --ignore-glob '*/notebooks/*.py' notebooks tests repairlib workflow docs/guide.md || status=1; \
 	exit $$status
 # Empty folders for runs and figures, so that nothing made earlier hides a fault.
 
@@ -46,7 +46,7 @@ lab: $(INSTALLED)  ## open JupyterLab
 	$(RUN) jupyterlab notebooks/00_quickstart.ipynb
 
 sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer wins) and strip outputs
-	@$(RUN) repairlib.batch sync
+	@$(VENV)/bin/python workflow/batch.py sync
 
 readme: figures  ## copy the pictures that README.md shows
 	@mkdir -p figures/readme && cp figures/quick/repair/fig2_left.png figures/quick/repair/fig3_middle.png figures/readme/

@@ -5,15 +5,17 @@
 # items, as of `make figures`.
 #
 # Snakemake deletes the outputs of jobs that fail or are killed, so the outputs it knows are stamps in build/, and never
-# checkpoints or figures: these are written whole or not at all by repairlib.store and repairlib.batch.
+# checkpoints or figures: these are written whole or not at all by repairlib.store and workflow/batch.py.
 import shutil
 import sys
 import types
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, workflow.basedir)
-from repairlib import batch, report
+sys.path[:0] = [workflow.basedir, f"{workflow.basedir}/workflow"]
+import batch
+
+from repairlib import report
 
 if sys.version_info < (3, 11):
     # Snakemake 7 finds the rule that makes a file with a datrie.Trie, a C extension without wheels for Python 3.10.
@@ -41,7 +43,7 @@ except Exception as error:
 # A run for some items has a stamp of its own, since it does not complete the notebook.
 SOME = f"+{zlib.crc32(repr(ITEMS).encode()):08x}" if ITEMS else ""
 STAMP = f"build/{SCALE}/{{notebook}}{SOME}.done"
-LIBRARY = [path.as_posix() for path in Path("repairlib").glob("*.py") if path.name not in ("batch.py", "store.py")]
+LIBRARY = [path.as_posix() for path in Path("repairlib").glob("*.py") if path.name != "store.py"]
 GPU = 1 if shutil.which("nvidia-smi") else 0
 
 for name in NOTEBOOKS:
@@ -76,7 +78,7 @@ rule notebook:
     resources:
         gpu=GPU,
     shell:
-        "{sys.executable:q} -m repairlib.batch {input.notebook:q} --scale {SCALE} --items={params.only:q}"
+        "{sys.executable:q} workflow/batch.py {input.notebook:q} --scale {SCALE} --items={params.only:q}"
 
 
 onstart:

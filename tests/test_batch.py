@@ -8,10 +8,11 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import batch
 import matplotlib.pyplot as plt
 import pytest
 
-from repairlib import batch, report
+from repairlib import report
 from repairlib.data import project_root
 
 NOTEBOOK = """\
@@ -204,7 +205,7 @@ def test_sync_takes_the_newer_and_strips_outputs(project):
 
 
 def test_the_batch_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
-    for name in ("repairlib", "figures/index.yml", "Snakefile", "pyproject.toml"):
+    for name in ("repairlib", "workflow", "figures/index.yml", "Snakefile", "pyproject.toml"):
         source, target = project_root() / name, tmp_path / name
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)

@@ -1,9 +1,9 @@
 """Execute notebooks from the command line, and show what came out.
 
-    python -m repairlib.batch notebooks/repair/04_repair.py --scale quick [--items repair/fig3-left,repair/samples]
-    python -m repairlib.batch gallery
-    python -m repairlib.batch summary --scale quick
-    python -m repairlib.batch sync
+    python workflow/batch.py notebooks/repair/04_repair.py --scale quick [--items repair/fig3-left,repair/samples]
+    python workflow/batch.py gallery
+    python workflow/batch.py summary --scale quick
+    python workflow/batch.py sync
 
 A notebook saves its items into a staging folder, which is moved over `figures/<scale>` only once all its cells have
 passed: a run that fails or is killed leaves earlier results as they were. The Snakefile is the graph of these jobs.
@@ -393,7 +393,7 @@ CONTENT
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code is 1 if a cell failed and 2 if the question was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m repairlib.batch", description="Execute notebooks, show results.")
+    parser = argparse.ArgumentParser(prog="python workflow/batch.py", description="Execute notebooks, show results.")
     parser.add_argument("what", help="path of a notebook's .py, or `gallery`, or `summary`, or `sync`")
     parser.add_argument("--scale", default="quick", help="smoke, quick (default), fast or paper")
     parser.add_argument("--items", default="", help="comma-separated items to make, by default all of the notebook's")
