@@ -39,8 +39,8 @@ def row(name: str) -> str:
     """Line of the table for one model."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
     size = weights.transforms().crop_size[0]
-    options = {"image_size": size} if name.startswith("vit") else OPTIONS.get(name, {})
-    model = torchvision.models.get_model(name, weights=None, **options)
+    model = torchvision.models.get_model(name, weights=None, **OPTIONS.get(name, {}))
+    size = getattr(model, "image_size", size)  # vit_h_14 is built for 224, unless with its weights for 518
     example = torch.zeros(1, 3, size, size)
     start = time.perf_counter()
     try:
