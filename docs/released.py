@@ -21,8 +21,8 @@ HEADER = """# What the released codes' ways change
 Written by `docs/released.py` at commit {commit}, on {device}: digits, recipe `quick`, seeds 1 and 2.
 Test accuracy of the midpoint of two networks that are matched by activations and REPAIRed (`sequential`, all
 convolutions and block outputs) unless the row says otherwise. *Same units*: how many of all hidden units are matched
-as by default. The last two rows are barriers in the loss (nats) along the path that is aligned but not renormalised, over 11
-points.
+as by default. The last two rows are barriers in the loss (nats) along the path that is aligned but not renormalised,
+over 11 points.
 
 | what | option | {models} |
 |---|---|{lines}|
