@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from repairlib.graph import Axis, Batches, PermutationSpec, permutation_spec, trace
+from repairlib.graph import Axis, Batches, PermutationSpec, UnsupportedNode, permutation_spec, trace
 from repairlib.interpolate import check_compatible
+from repairlib.matching import check_taps, solve_assignment
 from repairlib.moments import gather
+from repairlib.names import check
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,22 @@ def match_transport(
         tap: where activations are read, see `match_activations`.
 
     Raises:
-        ImportError: the POT library is missing.
-        ValueError: different architectures, non-finite weights, unknown cost.
+        ImportError: regularisation needs the POT library, which is missing.
+        ValueError: different architectures, non-finite weights or activations, an unknown option.
+        UnsupportedNode: a group can be read at no node, or (cost="weights") has no incoming weights on a first axis.
     """
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError("optimal transport needs the POT library: pip install 'repairlib[fusion]'") from error
-    if cost not in ("activations", "weights"):
-        raise ValueError(f"cost must be 'activations' or 'weights', not {cost!r}")
+    check(cost, ("activations", "weights"), "cost")
+    if not regularization >= 0:
+        raise ValueError(f"regularization is 0 or more, not {regularization}")
     states = [model.state_dict() for model in (model_a, model_b)]
     check_compatible(*states)
     batches = Batches(data, model_a)
     example = batches.example()
     if spec is None:
         spec = permutation_spec(model_a, example)
+    moved = dict(states[1])
     if cost == "activations":
+        check_taps(spec, tap)
         nets = [trace(model, example) for model in (model_a, model_b)]
         moments = gather(nets, batches, [group.taps[tap] for group in spec.groups], cross="full")
     parameters = dict(model_a.named_parameters())
@@ -82,18 +84,41 @@ def match_transport(
             distance = square[0][:, None] + square[1] - 2 * moment.inner()
             distance = sum(distance[channels][:, channels] for channels in blocks)
         else:
-            moved = _transported(states[1], spec, plan)
             axes = [axis for axis in group.axes if axis.axis == 0 and axis.tensor in parameters]
+            if not any(parameters[axis.tensor].ndim > 1 for axis in axes) or _is_transposed(model_a, axes):
+                raise UnsupportedNode(f"group {group.name!r} has no incoming weights along a first axis to compare; "
+                                      "use cost='activations', or match_weights")  # fmt: skip
             rows = [torch.cat([_rows(s[axis.tensor], axis).flatten(1) for axis in axes], 1) for s in (states[0], moved)]
             distance = torch.cdist(*rows) ** 2
-        c = distance.clamp_min(0).cpu().numpy()
-        uniform = ot.unif(group.size)
-        if regularization and c.any():
-            found = ot.sinkhorn(uniform, uniform, c, regularization * c.mean(), "sinkhorn_log", 5000)
-        else:
-            found = ot.emd(uniform, uniform, c)
-        plan[group.name] = group.size * torch.from_numpy(found)
+        if not distance.isfinite().all():
+            raise ValueError(
+                f"group {group.name!r}: the distances of units are not finite; look at the data, or convert the "
+                "networks to a wider type"
+            )
+        plan[group.name] = _plan(distance.clamp_min(0).cpu(), regularization)
+        if cost == "weights":
+            moved = _transported(moved, spec, {group.name: plan[group.name]})
     return SoftMatching(spec, plan)
+
+
+def _plan(distance: Tensor, regularization: float) -> Tensor:
+    """Plan of least cost, its rows and columns of sum 1; without regularisation a permutation is among the best."""
+    n = len(distance)
+    if not regularization or not distance.any():
+        return torch.eye(n, dtype=torch.float64)[solve_assignment(-distance)]
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError("regularised transport needs the POT library: pip install 'repairlib[fusion]'") from error
+    uniform = ot.unif(n)
+    blur = regularization * float(distance.mean())
+    return n * torch.from_numpy(ot.sinkhorn(uniform, uniform, distance.numpy(), blur, "sinkhorn_log", 5000))
+
+
+def _is_transposed(model: nn.Module, axes: list[Axis]) -> bool:
+    """Whether one of the weights is of a transposed convolution, whose first axis is of the units it reads."""
+    owners = (model.get_submodule(axis.tensor.rpartition(".")[0]) for axis in axes)
+    return any(isinstance(owner, nn.modules.conv._ConvTransposeNd) for owner in owners)
 
 
 def _rows(x: Tensor, axis: Axis) -> Float64[Tensor, "units ..."]:

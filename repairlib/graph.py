@@ -44,11 +44,17 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def as_batches(data: Iterable) -> Iterable:
+    """What can be iterated over several times: a tensor is one batch, not its rows, and an iterator is kept."""
+    return [data] if isinstance(data, Tensor) else list(data) if isinstance(data, Iterator) else data
+
+
 class Batches:
     """Inputs of any iterable of batches, re-iterable, on a model's device and in its floating type.
 
     Args:
-        data: batches x or (x, y, ...); a one-shot iterator is kept in memory because statistics need several passes.
+        data: batches x or (x, y, ...); a tensor is one batch; a one-shot iterator is kept in memory because statistics
+            need several passes. Empty batches are skipped.
         model: whose device and precision the inputs take.
         limit: stop after so many examples; a loader that shuffles then gives other ones in each pass.
 
@@ -57,7 +63,7 @@ class Batches:
     """
 
     def __init__(self, data: Iterable, model: nn.Module, limit: int | None = None):
-        self.data = list(data) if isinstance(data, Iterator) else data
+        self.data = as_batches(data)
         self.limit = limit
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         self.device, self.dtype = like.device, like.dtype
@@ -73,7 +79,8 @@ class Batches:
             if left is not None:
                 x = x[:left]
                 left -= len(x)
-            yield x.to(self.device, self.dtype if x.is_floating_point() else None)
+            if len(x):
+                yield x.to(self.device, self.dtype if x.is_floating_point() else None)
 
     def example(self) -> Tensor:
         """The first two inputs of the first batch.
@@ -82,8 +89,7 @@ class Batches:
             ValueError: the data is empty.
         """
         for x in self:
-            if len(x):
-                return x[:2]
+            return x[:2]
         raise ValueError("the calibration data is empty: it has no batch to measure statistics on")
 
 
@@ -169,7 +175,9 @@ _KIND_OF_NAME: dict[str, str] = {
     }.items()
     for name in names.split()
 }
-_TAPPED = ("conv", "linear", "batchnorm", "groupnorm", "add", "multiply", "activation", "permute")
+_TAPPED = (
+    "conv", "conv-transpose", "linear", "batchnorm", "groupnorm", "add", "multiply", "activation", "permute",
+)  # fmt: skip
 _OWN = ("torch", "operator", "_operator", "torchvision")  # modules whose functions are known by name
 
 
@@ -221,7 +229,7 @@ class TracedNet:
             value = next(inputs, *node.args, _NO_INPUT)
             if value is _NO_INPUT:
                 raise UntraceableModel(f"forward needs a second input, {node.target!r}; wrap it to take one tensor")
-            return value
+            return value.clone() if isinstance(value, Tensor) else value  # the first operation may be in place
         if node.op == "get_attr":
             return operator.attrgetter(node.target)(self.model)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -344,7 +352,10 @@ class PermutationSpec:
     layers: tuple[str, ...] = ()  # those with weight matrices, in order of execution
 
     def __getitem__(self, name: str) -> Group:
-        return next(group for group in self.groups if group.name == name)
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; there are: {', '.join(group.name for group in self.groups)}")
 
     def __str__(self) -> str:
         rows = [("group", "size", "tap", "parameters [axis]")]
@@ -487,7 +498,9 @@ def _groups(net: TracedNet, labels: Labels) -> PermutationSpec:
             continue
         for g, positions in members(root[label.movedim(1, -1).flatten(0, -2)[0].numpy()]):
             for tap in ("post",) if kind == "activation" else ("pre", "post"):
-                taps[g][tap], channels[g][tap] = node.name, positions
+                # Once a map is flattened, its units have as many channels as it had positions: read them before.
+                if tap not in channels[g] or positions.shape[1] <= channels[g][tap].shape[1]:
+                    taps[g][tap], channels[g][tap] = node.name, positions
     groups, seen = [], {}
     for g, units in enumerate(units_of):
         name = next((a.tensor.rpartition(".")[0] for a in found[g] if "." in a.tensor), found[g][0].tensor)

@@ -25,7 +25,7 @@ def check_compatible(*states: State, names: Sequence[str] = ()) -> None:
         names: what messages call them; default: model A, model B, ...
 
     Raises:
-        ValueError: names the first parameter that is missing, of another shape, or not finite.
+        ValueError: names the first parameter that is missing, of another shape or type, or not finite.
     """
     kind, names = ("", names) if names else ("model ", [*ascii_uppercase, *map(str, range(27, len(states) + 1))])
     first = names[0]
@@ -37,6 +37,9 @@ def check_compatible(*states: State, names: Sequence[str] = ()) -> None:
             if value.shape != states[0][name].shape:
                 shapes = f"{tuple(states[0][name].shape)} in {first}, {tuple(value.shape)} in {which}"
                 raise ValueError(f"different architectures: {name!r} is {shapes}")
+            if value.dtype != states[0][name].dtype:
+                kinds = f"{states[0][name].dtype} in {first}, {value.dtype} in {which}"
+                raise ValueError(f"{name!r} is {kinds}; convert one of the networks, for instance with .float()")
     for which, state in zip(names, states, strict=False):
         for name, value in state.items():
             # One pass for the extremes, which NaN carries into, is some 20 times as fast as isfinite().all().

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repairlib.graph import Batches, Permutation, PermutationSpec, UnsupportedNode, permutation_spec, permute, trace
 from repairlib.interpolate import check_compatible
 from repairlib.moments import BatchMeanMoments, Moments, gather
+from repairlib.names import check
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Matching:
     Attributes:
         spec: the permutation groups.
         permutation: unit i of A is matched with unit ``permutation[group][i]`` of B.
-        correlation: by activations: of the matched units (units,), in A's order, or their mean product with
-            similarity="inner"; 0 where one of the two is dead.
+        correlation: by activations: of the matched units (units,), in A's order, 0 where one of the two is dead; with
+            similarity="inner" their mean product.
         objective: what was maximised, group by group: by activations, the sum of the matched similarities (Jordan et
             al. 2022, Eq. 2); by weights, the inner product of the weights that the group indexes.
         dead: by activations: numbers of units of A and of B that are constant on the data, matched in whatever order
@@ -70,15 +71,18 @@ def greedy_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, "
     [0, 1]
     """
     n = len(similarity)
-    perm, free = torch.full((n,), -1), [True] * n
+    perm, free, left = [-1] * n, [True] * n, n
     for place in similarity.flatten().argsort(descending=True, stable=True).tolist():
         i, j = divmod(place, n)
         if perm[i] < 0 and free[j]:
-            perm[i], free[j] = j, False
-    return perm
+            perm[i], free[j], left = j, False, left - 1
+            if not left:
+                break
+    return torch.tensor(perm, dtype=torch.int64)
 
 
 SOLVERS = {"exact": solve_assignment, "greedy": greedy_assignment}
+SIMILARITIES = ("correlation", "inner")
 
 
 def match_moments(
@@ -93,17 +97,38 @@ def match_moments(
     matching = Matching(spec, {})
     for group in spec.groups:
         moment = moments[group.taps[tap]]
-        full = (moment.inner() if similarity == "inner" else moment.corr(eps=eps)).cpu()
+        full = (
+            moment.inner() if check(similarity, SIMILARITIES, "similarity") == "inner" else moment.corr(eps=eps)
+        ).cpu()
+        if not full.isfinite().all():
+            raise ValueError(
+                f"group {group.name!r}: the activations at node {group.taps[tap]!r} are not finite, or too large for "
+                "their squares; look at the data, or convert the networks to a wider type"
+            )
         # A unit of several channels (a group of a grouped convolution) is as similar as its channels are, in order.
         blocks = group.channels[tap].T
         similar = sum(full[channels][:, channels] for channels in blocks)
-        perm = SOLVERS[solver](similar)
+        # Among equals, such as dead units, a unit stays where it is: matching an aligned network moves nothing.
+        stay = 1e-9 * float(similar.abs().max()) * torch.eye(group.size, dtype=similar.dtype)
+        perm = SOLVERS[solver](similar + stay)
         matched = similar[torch.arange(group.size), perm]
         matching.permutation[group.name] = perm
         matching.correlation[group.name] = matched / len(blocks)
         matching.objective[group.name] = float(matched.sum())
-        matching.dead[group.name] = (int(moment.dead(0).sum()), int(moment.dead(1).sum()))
+        dead = [moment.dead(k).cpu()[group.channels[tap]].all(1) for k in (0, 1)]
+        matching.dead[group.name] = (int(dead[0].sum()), int(dead[1].sum()))
     return matching
+
+
+def check_taps(spec: PermutationSpec, tap: str) -> None:
+    """Refuse groups that cannot be read at a tap: an UnsupportedNode error names the first."""
+    check(tap, ("pre", "post"), "tap")
+    for group in spec.groups:
+        if tap not in group.taps:
+            other = f"use tap={next(iter(group.taps))!r}" if group.taps else "use match_weights"
+            raise UnsupportedNode(
+                f"group {group.name!r}: no node {tap}-activation holds its units along axis 1; {other}"
+            )
 
 
 def match_activations(
@@ -141,22 +166,14 @@ def match_activations(
     >>> match_activations(a, a, [torch.randn(64, 2)]).permutation["0"].tolist()
     [0, 1, 2]
     """
-    options = {
-        "tap": (tap, ("pre", "post")), "similarity": (similarity, ("correlation", "inner")),
-        "pooling": (pooling, ("exact", "batch-mean")), "solver": (solver, tuple(SOLVERS)),
-    }  # fmt: skip
-    for name, (value, allowed) in options.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+    check(similarity, SIMILARITIES, "similarity")
+    check(solver, SOLVERS, "solver")
     check_compatible(model_a.state_dict(), model_b.state_dict())
     batches = Batches(data, model_a)
     example = batches.example()
     if spec is None:
         spec = permutation_spec(model_a, example)
-    if unread := [group.name for group in spec.groups if tap not in group.taps]:
-        raise UnsupportedNode(
-            f"group {unread[0]!r}: no node holds its units along axis 1, to compare them there; use match_weights"
-        )
+    check_taps(spec, tap)
     nets = [trace(model, example) for model in (model_a, model_b)]
     moments = gather(nets, batches, [group.taps[tap] for group in spec.groups], "full", pooling)
     return match_moments(moments, spec, tap, eps, similarity, solver)

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from repairlib.graph import TracedNet, eval_mode
+from repairlib.names import check
+
+CROSS = ("none", "paired", "full")
 
 
 class Moments:
@@ -26,9 +29,7 @@ class Moments:
     """
 
     def __init__(self, cross: str = "none"):
-        if cross not in ("none", "paired", "full"):
-            raise ValueError(f"cross must be 'none', 'paired' or 'full', not {cross!r}")
-        self.cross = cross
+        self.cross = check(cross, CROSS, "cross")
         self.count = 0  # examples times positions
         self._mean: list[Tensor] = []
         self._m2: list[Tensor] = []
@@ -44,7 +45,10 @@ class Moments:
             self._mean, self._m2 = zeros, [z.clone() for z in zeros]
             if self.cross != "none":
                 self._cross = [z.new_zeros((units[0], len(z)) if self.cross == "full" else len(z)) for z in zeros[1:]]
-        centred, means = zip(*map(_centre, activations), strict=True)
+        with torch.autocast(activations[0].device.type, enabled=False):  # a caller's would halve the precision
+            self._add(*zip(*map(_centre, activations), strict=True))
+
+    def _add(self, centred: tuple[Tensor, ...], means: tuple[Tensor, ...]) -> None:
         m = centred[0].shape[1]
         total = self.count + m
         offsets = [r.sum(1).double() / m for r in centred]  # what rounding left of the batch mean
@@ -76,9 +80,9 @@ class Moments:
         return self.var(k).sqrt()
 
     def cov(self, k: int = 1) -> Tensor:
-        """Covariance of network 0 with network k: (units, units) when cross is "full", (units,) when "paired"."""
-        if not self._cross:
-            raise ValueError("covariances were not gathered; pass cross='full' or 'paired'")
+        """Covariance of network 0 with network k > 0: (units, units) when cross is "full", (units,) when "paired"."""
+        if not 0 < k <= len(self._cross):
+            raise ValueError(f"covariances with network {k} were not gathered; pass cross='full' or 'paired'")
         return self._cross[k - 1] / self.count
 
     def inner(self, k: int = 1) -> Tensor:
@@ -109,7 +113,7 @@ class BatchMeanMoments:
     """
 
     def __init__(self, cross: str = "none"):
-        self.cross = cross
+        self.cross = check(cross, CROSS, "cross")
         self.count = 0  # batches
         self._sums: dict[str, list[Tensor]] = {}
 
@@ -142,9 +146,9 @@ class BatchMeanMoments:
         return self.var(k).sqrt()
 
     def inner(self, k: int = 1) -> Tensor:
-        """Mean product of network 0 with network k, as `Moments.inner`."""
-        if "inner" not in self._sums:
-            raise ValueError("products were not gathered; pass cross='full' or 'paired'")
+        """Mean product of network 0 with network k > 0, as `Moments.inner`."""
+        if not 0 < k < len(self._sums.get("inner", ())):
+            raise ValueError(f"products with network {k} were not gathered; pass cross='full' or 'paired'")
         return self._sums["inner"][k] / self.count
 
     def cov(self, k: int = 1) -> Tensor:
@@ -205,6 +209,7 @@ def gather(
     Raises:
         ValueError: no batch at all.
     """
+    check(pooling, ("exact", "batch-mean"), "pooling")
     taps = list(dict.fromkeys(taps))
     moments = {tap: BatchMeanMoments(cross) if pooling == "batch-mean" else Moments(cross) for tap in taps}
     with eval_mode(*(net.model for net in nets)):

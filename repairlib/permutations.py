@@ -76,7 +76,7 @@ def derange(
         seed: of the derangement.
 
     Raises:
-        KeyError: no such group.
+        KeyError: no such group, or no correlations of it.
         ValueError: no derangement of k units exists.
     """
     if group not in permutation:
@@ -84,6 +84,10 @@ def derange(
     old = permutation[group]
     if k == 1 or not 0 <= k <= len(old):
         raise ValueError(f"{k} of {len(old)} pairs cannot be deranged: k is 0, or 2 to {len(old)}")
+    if group not in correlation:
+        raise KeyError(
+            f"no correlations of group {group!r}: a matching by weights has none, unit_agreement measures them"
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(k)
     while k and (order == torch.arange(k)).any():  # one in e = 2.7 permutations is a derangement
@@ -96,7 +100,7 @@ def derange(
 
 def save_permutation(path: str | os.PathLike, permutation: Permutation) -> None:
     """Write a permutation as safetensors, whole or not at all."""
-    atomic_write(path, to_bytes({name: perm.cpu().contiguous() for name, perm in permutation.items()}))
+    atomic_write(path, to_bytes({name: perm.cpu().long().clone() for name, perm in permutation.items()}))
 
 
 def load_permutation(path: str | os.PathLike, spec: PermutationSpec | None = None) -> Permutation:

@@ -6,7 +6,7 @@ puts them into ordinary weights.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from repairlib.corrections import TARGETS, Correction, Repaired, Units, attach, batchnorms, fold, target_nodes
-from repairlib.graph import Batches, ChannelAffine, TracedNet, eval_mode, trace
+from repairlib.graph import Batches, ChannelAffine, TracedNet, as_batches, eval_mode, trace
 from repairlib.interpolate import check_compatible, mix_states, with_state
 from repairlib.moments import BatchMeanMoments, Moments, gather
 from repairlib.names import check
@@ -277,7 +277,7 @@ class Goals:
 
     def __init__(self, references: nn.Module | Statistics | Sequence, data: Iterable, **options):
         self.options = how = Options(**options)
-        self.data = _as_batches(data)
+        self.data = as_batches(data)
         self.references = [references] if isinstance(references, (nn.Module, Mapping)) else list(references)
         if not self.references:
             raise ValueError("renormalising needs at least one reference")
@@ -460,7 +460,7 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooli
     check(method, ("simultaneous", "sequential"), "method")
     _check_pooling(pooling, method)
     out = copy.deepcopy(model)
-    batches = Batches(_as_batches(data), out)
+    batches = Batches(as_batches(data), out)
     net = trace(out, batches.example())
     if not batchnorms(net):
         raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to reset; use Repair instead")
@@ -569,11 +569,6 @@ class Recorder:
     def statistics(self) -> Statistics:
         """By node, running mean and std (units,), float64; what `Goals` and `renormalize` take as a reference."""
         return {name: (mean, var.sqrt()) for name, (_, mean, var) in self._seen.items()}
-
-
-def _as_batches(data: Iterable) -> Iterable:
-    """What can be iterated over several times: a tensor is one batch, not its rows, and an iterator is kept."""
-    return [data] if isinstance(data, Tensor) else list(data) if isinstance(data, Iterator) else data
 
 
 def _check_pooling(pooling: str, method: str) -> None:

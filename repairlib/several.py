@@ -1,5 +1,6 @@
 """Bring more than two networks into one order of units."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 from repairlib.graph import Permutation, compose
 from repairlib.interpolate import mix_states, with_state
 from repairlib.matching import Matching
+from repairlib.names import check
 
 REGIMES = ("reference", "sequential", "iterative")
 
@@ -51,10 +53,10 @@ def match_several(
     Args:
         models: networks of one architecture. Untouched.
         match: how to match the second network to the first, for instance
-            ``lambda a, b: match_weights(a, b, spec=spec)``; in the iterative regime A is a mean of networks, whose
-            activations may have collapsed.
+            ``lambda a, b: match_weights(a, b, spec=spec)``. In the iterative regime A is a mean of networks, whose
+            activations may have collapsed: by weights it is sure to converge, by activations it often does not.
         regime: one of the three.
-        rounds: most rounds of the iterative regime; the paper stops after 30.
+        rounds: most rounds of the iterative regime, at least 1; the paper stops after 30.
         seed: of the order in the iterative regime.
 
     Raises:
@@ -65,11 +67,10 @@ def match_several(
     >>> match_several(nets, lambda a, b: match_weights(a, b, torch.zeros(1, 2)), "iterative").converged
     True
     """
-    if regime not in REGIMES:
-        raise ValueError(f"regime must be one of {', '.join(map(repr, REGIMES))}, not {regime!r}")
-    if len(models) < 2:
-        raise ValueError(f"matching needs two networks or more, not {len(models)}")
-    aligned = list(models)
+    check(regime, REGIMES, "regime")
+    if len(models) < 2 or rounds < 1:
+        raise ValueError(f"matching needs two networks or more and a round, not {len(models)} and {rounds}")
+    aligned = [copy.deepcopy(models[0]), *models[1:]]
     if regime != "iterative":
         found: list[Permutation] = []
         for i in range(1, len(models)):

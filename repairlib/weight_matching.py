@@ -1,7 +1,8 @@
 """Match the hidden units of two networks by their weights, and by training through that matching."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from repairlib.graph import (
     Batches,
     Permutation,
     PermutationSpec,
+    as_batches,
     permutation_spec,
     permute_state,
     random_permutation,
@@ -27,6 +29,16 @@ def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9
         if len(places) != x.shape[axis] or not torch.equal(places, torch.arange(len(places))):
             x = x.index_select(axis, places.to(x.device))
     return x
+
+
+def complete(spec: PermutationSpec, some: Permutation | None) -> Permutation:
+    """Permutations of all groups, the identity where `some` has none; refuses what is no permutation."""
+    whole = {g.name: torch.arange(g.size) for g in spec.groups}
+    for name, perm in (some or {}).items():
+        if sorted(perm.tolist()) != list(range(spec[name].size)):
+            raise ValueError(f"group {name!r}: not a permutation of its {spec[name].size} units")
+        whole[name] = perm.cpu()
+    return whole
 
 
 class _Product:
@@ -85,6 +97,9 @@ class WeightCost:
         state_a, state_b: tensors of both networks by name, those to be compared.
         spec: the permutation groups.
         start: permutations to start at; a group that is missing starts at the identity.
+
+    Raises:
+        KeyError, ValueError: `start` has a group that does not exist, or something that is no permutation of its units.
     """
 
     def __init__(
@@ -95,7 +110,7 @@ class WeightCost:
         start: Permutation | None = None,
     ):
         self.a, self.b = state_a, state_b
-        self.permutation = {g.name: torch.arange(g.size) for g in spec.groups} | dict(start or {})
+        self.permutation = complete(spec, start)
         self.on: dict[str, dict[int, list[tuple[str, Axis]]]] = {}  # tensor -> axis -> groups that index it
         for group in spec.groups:
             for axis in group.axes:
@@ -219,18 +234,19 @@ def match_weights(
     if spec is None:
         spec = _derive(model_a, data)
     states = [_weights(model, buffers) for model in (model_a, model_b)]
-    found = []
+    cost, best, history = WeightCost(*states, spec, start), {}, [-math.inf]
     for restart in range(restarts):
-        first = start if restart == 0 else random_permutation(spec, seed + restart)
-        cost = WeightCost(*states, spec, first)
-        history = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart), tolerance)
-        found.append((history[-1], -restart, cost, history))
-    _, _, best, history = max(found, key=lambda entry: entry[:2])
+        if restart:
+            cost.permutation = random_permutation(spec, seed + restart)
+        found = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart), tolerance)
+        if found[-1] > history[-1]:
+            best, history = dict(cost.permutation), found
+    cost.permutation = best
     objective = {}
-    for group, perm in best.permutation.items():
-        similarity = best.similarity(group).cpu() if group in best.products else torch.zeros(len(perm), len(perm))
+    for group, perm in best.items():
+        similarity = cost.similarity(group).cpu() if group in cost.products else torch.zeros(len(perm), len(perm))
         objective[group] = float(similarity[torch.arange(len(perm)), perm].double().sum())
-    return Matching(spec, best.permutation, objective=objective, history=tuple(history))
+    return Matching(spec, best, objective=objective, history=tuple(history))
 
 
 def match_straight_through(
@@ -247,15 +263,15 @@ def match_straight_through(
 ) -> Matching:
     """Match by training: the permutation whose midpoint has the least loss (Ainsworth et al. 2022, Algorithm 2).
 
-    Weights ``theta`` start at A's. Each step projects them to ``P(theta_B)`` by weight matching, and moves them by SGD
-    along the gradient of the loss at ``(theta_A + P(theta_B)) / 2``, as if the projection were the identity. BatchNorms
-    of the midpoint use the statistics of the batch.
+    Weights ``theta`` start at A's. Each step projects them to ``P(theta_B)`` by one sweep of weight matching from the
+    last P, and moves them by SGD along the gradient of the loss at ``(theta_A + P(theta_B)) / 2``, as if the projection
+    were the identity. BatchNorms of the midpoint use the statistics of the batch, which needs two examples or more.
 
     Args:
         model_a, model_b: networks of one architecture. Untouched.
         data: re-iterable batches (x, y) with class labels y.
         spec: their permutation groups; derived from `model_a` when left out.
-        start: permutations to start at; those of `match_weights` when left out.
+        start: permutations to start at; those of `match_weights` when left out, the identity where groups are missing.
         seed: of the order of the groups.
         epochs: passes over the data.
         lr, momentum: of SGD.
@@ -267,16 +283,17 @@ def match_straight_through(
     Raises:
         ValueError: different architectures, non-finite weights, empty data, batches without labels.
     """
-    data = list(data) if iter(data) is data else data
-    if not all(isinstance(batch, (tuple, list)) and len(batch) > 1 for batch in data):
-        raise ValueError("straight-through matching trains on labels: batches must be (x, y)")
+    data = as_batches(data)
     check_compatible(model_a.state_dict(), model_b.state_dict())
     if spec is None:
         spec = _derive(model_a, data)
-    permutation = start or match_weights(model_a, model_b, spec=spec, seed=seed).permutation
+    if start is None:
+        start = match_weights(model_a, model_b, spec=spec, seed=seed).permutation
+    permutation = complete(spec, start)
     a, b = (_weights(model, buffers=False) for model in (model_a, model_b))
     whole_b = {name: value.detach() for name, value in model_b.state_dict().items()}
-    net = copy.deepcopy(model_a).float().eval()
+    dtype = torch.promote_types(torch.float32, next(iter(a.values())).dtype)
+    net = copy.deepcopy(model_a).to(dtype).eval()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
@@ -286,18 +303,24 @@ def match_straight_through(
         projected = permute_state(whole_b, spec, permutation)
         return {name: (a[name] + projected[name].to(a[name].dtype)) / 2 for name in a}
 
-    def loss_of(weights: dict[str, Tensor], batch: Sequence) -> Tensor:
+    def loss_of(weights: dict[str, Tensor], batch: object) -> Tensor:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise ValueError("straight-through matching trains on labels: batches must be (x, y)")
         x, y = (value.to(device) for value in batch[:2])
-        return F.cross_entropy(functional_call(net, weights, (x.float(),)), y)
+        x = x.to(dtype) if x.is_floating_point() else x
+        try:
+            return F.cross_entropy(functional_call(net, weights, (x,)), y)
+        except ValueError as error:
+            raise ValueError(f"a batch of {len(x)} cannot be trained on: {error}; drop the last one?") from error
 
     def mean_loss() -> float:
         weights = midpoint()
         with torch.no_grad():
             losses = [(float(loss_of(weights, batch)), len(batch[1])) for batch in data]
+        if not losses:
+            raise ValueError("the training data is empty")
         return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
-    if not any(len(batch[1]) for batch in data):
-        raise ValueError("the training data is empty")
     theta = {name: value.clone() for name, value in a.items()}
     velocity = {name: torch.zeros_like(value) for name, value in a.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -308,8 +331,10 @@ def match_straight_through(
             cost = WeightCost(theta, b, spec, permutation)
             cost.descend(1, generator)
             permutation = cost.permutation
-            weights = {name: value.requires_grad_() for name, value in midpoint().items()}
-            gradients = torch.autograd.grad(loss_of(weights, batch), list(weights.values()))
+            with torch.enable_grad():
+                weights = {name: value.requires_grad_() for name, value in midpoint().items()}
+                loss = loss_of(weights, batch)
+                gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True, allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
                 velocity[name].mul_(momentum).add_(gradient, alpha=0.5)  # half: d midpoint / d theta
                 theta[name].sub_(velocity[name], alpha=lr)
@@ -322,7 +347,8 @@ def match_straight_through(
 def _derive(model: nn.Module, data: Iterable | None) -> PermutationSpec:
     if data is None:
         raise ValueError("give `spec`, or data whose first batch shows the shape of an input")
-    return permutation_spec(model, Batches([data] if isinstance(data, Tensor) else data, model).example())
+    data = [next(data, ())] if isinstance(data, Iterator) else data  # its first batch shows the shape
+    return permutation_spec(model, Batches(data, model).example())
 
 
 def _weights(model: nn.Module, buffers: bool) -> dict[str, Tensor]:

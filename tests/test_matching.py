@@ -159,8 +159,77 @@ def test_options_change_what_they_say(trained_pairs):
     with_eps = matching.match_activations(a, b, data, eps=1e-4, spec=exact.spec)
     assert all(0 < with_eps.objective[g] < exact.objective[g] for g in exact.objective)
     for option in ("tap", "similarity", "pooling", "solver"):
-        with pytest.raises(ValueError, match=f"{option} must be .*, not 'other'"):
+        with pytest.raises(ValueError, match=f"unknown {option} 'other'"):
             matching.match_activations(a, b, data, **{option: "other"})
+
+
+def test_matching_an_aligned_network_moves_nothing_dead_units_included():
+    a, b = (nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)) for _ in range(2))
+    with torch.no_grad():
+        for model, first in ((a, 0), (b, 1)):
+            model[0].bias[first::3] = -100.0
+    data = [torch.randn(100, 4)]
+    for solver in matching.SOLVERS:
+        found = matching.match_activations(a, b, data, solver=solver)
+        assert found.dead["0"] == (6, 5)
+        again = matching.match_activations(a, found.apply(b), data, solver=solver)
+        assert again.permutation["0"].tolist() == list(range(16))
+
+
+class Joined(nn.Module):
+    """Two groups of units at one node, and in one of them units of several channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 6, 1)
+        self.grouped, self.last = nn.Conv2d(10, 10, 1, groups=5), nn.Conv2d(10, 3, 1)
+
+    def forward(self, x):
+        x = torch.relu(torch.cat([self.left(x), self.right(x)], 1))
+        return self.last(torch.relu(self.grouped(x)))
+
+
+def test_dead_units_are_counted_in_their_own_group():
+    a = Joined()
+    with torch.no_grad():
+        a.left.bias[:2] = -100.0
+    found = matching.match_activations(a, a, [torch.randn(50, 2, 3, 3)], tap="pre")
+    for group in found.spec.groups:
+        assert 0 <= found.dead[group.name][0] <= group.size
+    plain = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        plain[0].bias[:2] = -100.0  # one of the two blocks
+        plain[2].bias[:4] = -100.0
+    found = matching.match_activations(plain, plain, [torch.randn(50, 2, 3, 3)])
+    (group,) = (g for g in found.spec.groups if g.size == 2)
+    assert group.channels["post"].shape[1] == 2 or group.channels["post"].shape[1] == 4
+    assert found.dead[group.name] == (1, 1) and found.correlation[group.name].tolist() == pytest.approx(
+        [0, 1], abs=1e-5
+    )
+
+
+def test_a_flattened_map_is_read_where_it_was_a_map():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.ReLU(), nn.Linear(4 * 36, 5), nn.ReLU(), nn.Linear(5, 2))
+    group = graph.permutation_spec(net, torch.randn(2, 1, 8, 8)).groups[0]
+    assert group.taps["pre"] == "_0" and group.channels["pre"].shape == (4, 1)
+
+
+def test_activations_that_are_not_finite_are_named():
+    a = make("mlp1-plain-w6")
+    with pytest.raises(ValueError, match="group 'fc1': the activations at node 'relu1' are not finite"):
+        matching.match_activations(a, a, [x * 1e30 for x in batches("mlp1-plain-w6")])
+    with pytest.raises(ValueError, match="is torch.float32 in A, torch.float64 in B; convert"):
+        matching.match_activations(a, copy.deepcopy(a).double(), batches("mlp1-plain-w6"))
+
+
+def test_a_tensor_is_a_batch_and_inputs_survive_operations_in_place():
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    x = torch.randn(50, 4)
+    before = x.clone()
+    found = matching.match_activations(net, copy.deepcopy(net), x)
+    assert torch.equal(x, before)
+    same = matching.match_activations(net, copy.deepcopy(net), [x, x[:0]], spec=found.spec)  # an empty batch, too
+    assert torch.equal(found.correlation["1"], same.correlation["1"])
 
 
 def test_endpoints_must_fit():

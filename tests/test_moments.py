@@ -93,7 +93,7 @@ def test_empty_data_and_missing_covariances_are_errors():
         Moments().update(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="cross='full'"):
         gather([net, net], batches(name), [tap])[tap].cov()
-    with pytest.raises(ValueError, match="cross must be"):
+    with pytest.raises(ValueError, match="unknown cross 'all'"):
         Moments("all")
 
 
@@ -116,8 +116,19 @@ def test_batch_mean_moments_are_the_released_formulas():
     torch.testing.assert_close(paired.corr(eps=1e-4), corr.diagonal())
     torch.testing.assert_close(full.inner(), outer)
     torch.testing.assert_close(full.var(1), torch.stack([y.var(1) for _, y in rows]).mean(0))
-    with pytest.raises(ValueError, match="products were not gathered"):
+    with pytest.raises(ValueError, match="products with network 1 were not gathered"):
         BatchMeanMoments().corr()
+
+
+def test_autocast_of_the_caller_does_not_halve_the_precision():
+    x = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
+    m = Moments("full")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        m.update(x, x)
+    torch.testing.assert_close(m.corr().diagonal(), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
+    for k in (0, 2):
+        with pytest.raises(ValueError, match=f"covariances with network {k} were not gathered"):
+            m.cov(k)
 
 
 def test_mean_products():

@@ -67,6 +67,8 @@ def test_impossible_derangements(spec):
     for k in (1, -1, 9):
         with pytest.raises(ValueError, match=f"{k} of 8 pairs cannot be deranged"):
             permutations.derange(old, correlation, spec.groups[0].name, k)
+    with pytest.raises(KeyError, match="no correlations of group"):
+        permutations.derange(old, {}, spec.groups[0].name, 2)
     with pytest.raises(KeyError, match="no group 'fc'"):
         permutations.derange(old, correlation, "fc", 2)
 
@@ -74,7 +76,7 @@ def test_impossible_derangements(spec):
 def test_saved_permutations_come_back_and_damage_is_noticed(spec, tmp_path):
     path = tmp_path / "matching" / "b_to_a.safetensors"
     permutation = graph.random_permutation(spec, 3)
-    permutations.save_permutation(path, permutation)
+    permutations.save_permutation(path, {name: perm.int() for name, perm in permutation.items()})
     loaded = permutations.load_permutation(path, spec)
     assert loaded.keys() == permutation.keys() and all(torch.equal(p, loaded[n]) for n, p in permutation.items())
     with pytest.raises(ValueError, match="another architecture: group"):

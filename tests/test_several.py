@@ -55,10 +55,17 @@ def test_sequential_matches_to_the_one_before_as_permuted():
         return match(a, b)
 
     found = several.match_several(models[:3], spy, "sequential")
-    assert asked[0] == (models[0], models[1]) and asked[1] == (found.models[1], models[2])
+    assert asked[0] == (found.models[0], models[1]) and asked[1] == (found.models[1], models[2])
+    assert found.models[0] is not models[0]  # nothing of the result is an input
     asked.clear()
-    several.match_several(models[:3], spy, "reference")
-    assert [a for a, _ in asked] == [models[0], models[0]]
+    found = several.match_several(models[:3], spy, "reference")
+    assert [a for a, _ in asked] == [found.models[0], found.models[0]]
+    asked.clear()
+    several.match_several(models[:3], spy, "iterative", rounds=1, seed=3)
+    first = next(i for i in range(3) if asked[0][1] is models[i])
+    others = [m.state_dict() for i, m in enumerate(models[:3]) if i != first]
+    for name, value in asked[0][0].state_dict().items():  # the centre of the others, not of all
+        torch.testing.assert_close(value, (others[0][name] + others[1][name]) / 2)
 
 
 def test_iterative_matching_stops_at_its_cap_and_raises_the_similarity():
@@ -82,7 +89,9 @@ def test_iterative_matching_stops_at_its_cap_and_raises_the_similarity():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="regime must be one of 'reference'"):
+    with pytest.raises(ValueError, match="unknown regime 'star'"):
         several.match_several([make(NAME)] * 2, match_weights, "star")
-    with pytest.raises(ValueError, match="two networks or more, not 1"):
+    with pytest.raises(ValueError, match="two networks or more and a round, not 1 and 30"):
         several.match_several([make(NAME)], match_weights)
+    with pytest.raises(ValueError, match="two networks or more and a round, not 2 and 0"):
+        several.match_several([make(NAME)] * 2, match_weights, rounds=0)

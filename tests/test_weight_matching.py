@@ -77,6 +77,12 @@ def test_objective_never_decreases_and_is_the_inner_product(name):
     a, b = make(name, 0), make(name, 1)
     found = match_weights(a, b, inputs(name, 2), seed=4)
     assert len(found.history) > 2 and all(x <= y for x, y in itertools.pairwise(found.history))
+    sweeps = range(1, len(found.history))
+    partly = [match_weights(a, b, spec=found.spec, seed=4, sweeps=n).permutation for n in sweeps]
+    states = parameters(a), parameters(b)
+    assert [WeightCost(*states, found.spec, p).objective() for p in partly] == pytest.approx(
+        found.history[1:], rel=1e-6
+    )
     aligned = parameters(found.apply(b))
     indexed = {axis.tensor for g in found.spec.groups for axis in g.axes}
     direct = sum(float((p.double() * aligned[n].double()).sum()) for n, p in parameters(a).items() if n in indexed)
@@ -107,6 +113,8 @@ def test_seeds_fix_the_result_and_restarts_do_not_lose():
     assert once.history == again.history
     many = match_weights(a, b, spec=spec, seed=1, restarts=6)
     assert many.history[-1] >= once.history[-1]
+    starts = {match_weights(a, b, spec=spec, seed=1, restarts=r, sweeps=1).history[0] for r in range(1, 8)}
+    assert len(starts) > 1  # the best of 7 single sweeps is not always the one from the identity
     started = match_weights(a, b, spec=spec, seed=7, start=many.permutation)
     assert started.history[0] == pytest.approx(many.history[-1])
 
@@ -173,6 +181,10 @@ def test_bad_arguments():
         match_weights(a, b, inputs("mlp1-plain-w6", 2), restarts=0)
     with pytest.raises(ValueError, match="different architectures"):
         match_weights(a, make("mlp3-plain-w8"), inputs("mlp1-plain-w6", 2))
+    with pytest.raises(KeyError, match="no group 'zz'; there are: fc1"):
+        match_weights(a, b, inputs("mlp1-plain-w6", 2), start={"zz": torch.arange(6)})
+    with pytest.raises(ValueError, match="group 'fc1': not a permutation"):
+        match_weights(a, b, inputs("mlp1-plain-w6", 2), start={"fc1": torch.zeros(6, dtype=torch.int64)})
     with pytest.raises(ValueError, match="batches must be"):
         match_straight_through(a, b, [inputs("mlp1-plain-w6", 2)])
 
@@ -211,8 +223,35 @@ def test_straight_through_lowers_the_loss_of_the_midpoint():
     assert min(found.history) == pytest.approx(loss, rel=1e-5)
     for model, state in zip((a, b), before, strict=True):
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-        assert all(p.grad is None or p.requires_grad for p in model.parameters())
+    still = match_straight_through(a, b, data, spec=spec, start=start, epochs=4, momentum=0.0)
+    assert still.history[0] == found.history[0] and still.history != found.history
     # a start that nothing improves on is kept
     same = match_straight_through(a, a, data, epochs=1)
     assert same.history[0] <= same.history[1]
     assert all(torch.equal(p, torch.arange(len(p))) for p in same.permutation.values())
+
+
+class Tokens(nn.Module):
+    """Integer inputs, and a head that evaluation does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.unused = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden(self.embed(x).mean(1))))
+
+
+def test_straight_through_takes_any_type_of_weights_and_inputs():
+    x, y = torch.randint(0, 9, (40, 5)), torch.randint(0, 3, (40,))
+    for dtype in (torch.float32, torch.float64):
+        a, b = Tokens().to(dtype), Tokens().to(dtype)
+        spec = graph.permutation_spec(a, x[:2])
+        with torch.no_grad():
+            found = match_straight_through(a, b, [(x, y)], spec=spec, start={}, epochs=2)
+        assert set(found.permutation) == {group.name for group in spec.groups} and len(found.history) == 3
+        assert all(p.grad is None for p in a.parameters())
+    a = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="a batch of 1 cannot be trained on"):
+        match_straight_through(a, copy.deepcopy(a), [(torch.randn(1, 4), torch.zeros(1, dtype=torch.int64))])
