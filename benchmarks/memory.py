@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, nargs=2, default=[5000, 50000])
-    parser.add_argument("--repeats", type=int, default=3, help="processes each; the allocator alone varies by tens of MB")
+    parser.add_argument("--repeats", type=int, default=3, help="processes each: the allocator varies")
     parser.add_argument("--one", type=int, help="only this many images, result on stdout")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -61,7 +61,8 @@ def main() -> None:
         row = {key: [round(one[key], 1) for one in found] for key in found[0]}
         middle = statistics.median(one["peak (MB)"] for one in found)
         rows.append({"network": NAME, "images": n, **row, "median peak (MB)": middle})
-    rows.append({"network": NAME, "growth of the median (MB)": rows[1]["median peak (MB)"] - rows[0]["median peak (MB)"]})
+    growth = rows[1]["median peak (MB)"] - rows[0]["median peak (MB)"]
+    rows.append({"network": NAME, "growth of the median (MB)": growth})
     save(__file__, args, rows)
 
 
