@@ -17,12 +17,13 @@ from repairlib.graph import TracedNet, trace
 State = Mapping[str, Tensor]
 
 
-def check_compatible(*states: State, names: Sequence[str] = ()) -> None:
+def check_compatible(*states: State, names: Sequence[str] = (), types: bool = True) -> None:
     """Refuse state dicts that are no endpoints of one path: each is compared with the first.
 
     Args:
         states: at least one.
         names: what messages call them; default: model A, model B, ...
+        types: whether their precision must be the same.
 
     Raises:
         ValueError: names the first parameter that is missing, of another shape or type, or not finite.
@@ -37,7 +38,7 @@ def check_compatible(*states: State, names: Sequence[str] = ()) -> None:
             if value.shape != states[0][name].shape:
                 shapes = f"{tuple(states[0][name].shape)} in {first}, {tuple(value.shape)} in {which}"
                 raise ValueError(f"different architectures: {name!r} is {shapes}")
-            if value.dtype != states[0][name].dtype:
+            if types and value.dtype != states[0][name].dtype:
                 kinds = f"{states[0][name].dtype} in {first}, {value.dtype} in {which}"
                 raise ValueError(f"{name!r} is {kinds}; convert one of the networks, for instance with .float()")
     for which, state in zip(names, states, strict=False):

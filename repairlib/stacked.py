@@ -87,7 +87,7 @@ def _stack(own: State, states: Iterator[State], chunk: int, before: int) -> dict
     out: dict[str, Tensor] = {}
     n = 0
     for n, state in enumerate(itertools.islice(states, chunk), 1):
-        check_compatible(own, state, names=("the model", f"state {before + n - 1}"))
+        check_compatible(own, state, names=("the model", f"state {before + n - 1}"), types=False)
         out = out or {name: value.new_empty((chunk, *value.shape)) for name, value in own.items()}
         for name, values in out.items():
             values[n - 1].copy_(state[name])
