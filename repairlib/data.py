@@ -1,8 +1,9 @@
 """Named data sets as tensors resident on the device, with batched augmentation there.
 
-`load("digits")` needs nothing but scikit-learn; MNIST, FashionMNIST, SVHN and CIFAR come through torchvision; any
-other name is an image folder `<root>/<name>/{train,test}/<class>/*`. The root is the argument, else $REPAIRLIB_DATA,
-else the checkout's `data/`. Pixels stay uint8 until a batch is drawn, so CIFAR-10 takes 184 MB of device memory.
+`load("digits")` and `load("digits-hard")` need nothing but scikit-learn; MNIST, FashionMNIST, SVHN and CIFAR come
+through torchvision; any other name is an image folder `<root>/<name>/{train,test}/<class>/*`. The root is the argument,
+else $REPAIRLIB_DATA, else the checkout's `data/`. Pixels stay uint8 until a batch is drawn, so CIFAR-10 takes 184 MB of
+device memory.
 """
 
 import math
@@ -93,7 +94,7 @@ def check_name(name: str, root: str | Path | None = None) -> str:
     """Return `name` if it names a known data set or an image folder under the root; ValueError otherwise."""
     root = data_root(root)
     folders = [path.name for path in root.iterdir() if _is_image_folder(path)] if root.is_dir() else []
-    known = list(dict.fromkeys(["digits", *ARCHIVES, *sorted(folders)]))
+    known = list(dict.fromkeys(["digits", "digits-hard", *ARCHIVES, *sorted(folders)]))
     if name not in known or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(
             f"unknown data set {name!r}; the nearest is {nearest(name, known)!r} (known: {', '.join(known)}); your own "
@@ -108,8 +109,8 @@ def load(
     """Load a data set by name onto a device.
 
     Args:
-        name: digits, mnist, fashionmnist, svhn, cifar10, cifar100, or the name of an image folder under the root;
-            an image folder of that name wins over torchvision's archive.
+        name: digits, digits-hard (the same in disorder, see `clutter`), mnist, fashionmnist, svhn, cifar10, cifar100,
+            or the name of an image folder under the root; an image folder of that name wins over torchvision's archive.
         root: where data sets are; default $REPAIRLIB_DATA, else `data` in the checkout. It may be read-only.
         device: where the tensors go.
         download: fetch what torchvision knows and is not there (checksums verified).
@@ -128,6 +129,8 @@ def load(
         train, test = _read_folder(root / name)
     elif name == "digits":
         train, test = _read_digits()
+    elif name == "digits-hard":
+        train, test = (clutter(half, seed) for seed, half in enumerate(_read_digits()))
     else:
         train, test = _read_archive(name, root, download)
     mean, std = _pixel_statistics(train.images)
@@ -317,6 +320,45 @@ def _read_digits() -> tuple[Split, Split]:
     labels = torch.from_numpy(digits.target).long()
     test, train = order[:DIGITS_TEST].sort().values, order[DIGITS_TEST:].sort().values
     return Split(images[train], labels[train]), Split(images[test], labels[test])
+
+
+def clutter(split: Split, seed: int) -> Split:
+    """Return one harder version of every image of a half, in the same order and under the same label.
+
+    Each image gets draws of its own:
+
+    1. it is reduced to 75 to 100 % of its side, turned by up to 15 degrees either way and put at a random place where
+       its frame, before turning, fits;
+    2. another image of the same half, reduced and turned likewise, looks in from the left or the right: its middle lies
+       1.1 to 1.5 half sides from the canvas's, and up to 0.3 above or below. Where both have ink, the stronger counts;
+    3. paper becomes a grey value of 0 to 20 % and ink one of 70 to 100 %;
+    4. normal noise of 5 % is added, and the result is cut to 0 to 100 % and rounded.
+
+    `digits-hard` is this of both halves of `digits`, train with seed 0 and test with seed 1. Since the neighbours of 2.
+    come from the same half, no part of a test image is trained on. The draws are of numpy's legacy RandomState(seed),
+    whose stream is frozen for all versions, and all is float64 until it is rounded: the result is always the same.
+    """
+    random, n = np.random.RandomState(seed), len(split)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.from_numpy(random.uniform(low, high, n))
+
+    def place(images: Tensor, size: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Images of `size` sides of the canvas, turned, with their middles at (x, y) half sides from the canvas's."""
+        angle = uniform(-15, 15).deg2rad()
+        cos, sin = angle.cos(), angle.sin()
+        return _look(images, 1 / size, 1 / size, (y * sin - x * cos) / size, -(x * sin + y * cos) / size, angle)
+
+    ink = split.images.double() / 255
+    size = uniform(0.75, 1)
+    own = place(ink, size, (1 - size) * uniform(-1, 1), (1 - size) * uniform(-1, 1))
+    side = torch.from_numpy(random.choice([-1.0, 1.0], n))
+    other = ink[torch.from_numpy((np.arange(n) + random.randint(1, n, n)) % n)]
+    beside = place(other, uniform(0.75, 1), side * uniform(1.1, 1.5), uniform(-0.3, 0.3))
+    paper, black = (v.view(-1, 1, 1, 1) for v in (uniform(0, 0.2), uniform(0.7, 1)))
+    images = paper + (black - paper) * torch.maximum(own, beside)
+    images = images + torch.from_numpy(random.normal(0, 0.05, images.shape))
+    return Split((images.clamp(0, 1) * 255).round().to(torch.uint8), split.labels)
 
 
 def _is_image_folder(folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """Two trained runs and the data to compare them on: what every experiment on a pair of networks starts from."""
 
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -106,3 +107,83 @@ def load_pair(runs: Sequence[str], calibration: int = 5000, device: str | None =
     dataset = load(names[0].data, device=device)
     calibration_batches = iterate(dataset, "train", batch_size=500, limit=calibration)
     return Pair(tuple(runs), a, b, dataset, calibration_batches, iterate(dataset, "test", batch_size=1000))
+
+
+def path_rows(pair: Pair, alphas: Iterable[float], *, splits: Sequence[str] = ("test",), **options) -> list[dict]:
+    """Tidy rows of the path between the aligned endpoints of a pair, before REPAIR and after.
+
+    Args:
+        alphas: the points.
+        splits: "test", "train" (without augmentation) or both. Each network is made once and evaluated on each.
+        **options: of REPAIR, see `renorm.Options`. Without any, REPAIR changes nothing at alpha 0 and 1, and the
+            results there are those of the other path.
+
+    Returns:
+        One row a split, network and point, in this order: {split, network: "aligned" or "repaired", alpha, loss (nats),
+        accuracy (in [0, 1])}. `plots.path` draws those of one split.
+    """
+    repair = pair.repair(**options)
+    makers = {"aligned": pair.midpoint, "repaired": lambda alpha: repair(alpha).model}
+    data = {split: iterate(pair.dataset, split, batch_size=1000) for split in splits}
+    found: dict[tuple, list] = {}
+    for (network, make), alpha in itertools.product(makers.items(), list(alphas)):
+        if network == "repaired" and alpha in (0, 1) and not options:
+            found[network, alpha] = found["aligned", alpha]
+        else:
+            model = make(alpha)
+            found[network, alpha] = [train.evaluate(model, data[split]) for split in splits]
+    return [
+        {"split": split, "network": network, "alpha": alpha, "loss": results[i][0], "accuracy": results[i][1]}
+        for i, split in enumerate(splits)
+        for (network, alpha), results in found.items()
+    ]
+
+
+def barrier_rows(
+    configurations: Iterable[Mapping],
+    seeds: Sequence[int],
+    alphas: Sequence[float] = (0.0, 0.5, 1.0),
+    *,
+    splits: Sequence[str] = ("test",),
+    calibration: int = 5000,
+    device: str | None = None,
+    **options,
+) -> list[dict]:
+    """Barriers before REPAIR and after, of every pair of seeds of some configurations: a row for each pair and split.
+
+    Each pair is aligned once and each network on its path made once, see `path_rows`.
+
+    Args:
+        configurations: each {"run": a run name without its seed, such as "digits/resnet20-ln-w1/quick", and any other
+            columns, such as "series": "ln", "width": 1}, which its rows repeat.
+        seeds: (1, 2, 3) gives the pairs 1-2, 1-3 and 2-3.
+        alphas: points of the path, among them 0, 0.5 and 1; the barrier is the greatest rise at one of them (Jordan et
+            al. 2022, Eq. 1).
+        splits, options: see `path_rows`.
+        calibration, device: see `load_pair`.
+
+    Returns:
+        Rows {**configuration, pair: "1-2", split,
+        loss_before, loss_after: barriers in nats,
+        accuracy_before, accuracy_after: barriers in accuracy, as a fraction (0.1 is ten points),
+        midpoint_before, midpoint_after: accuracy at alpha 0.5, in [0, 1],
+        endpoint_loss, endpoint_accuracy: means of the two endpoints}. `plots.barriers` draws them.
+    """
+    table = []
+    for configuration in configurations:
+        for a, b in itertools.combinations(seeds, 2):
+            pair = load_pair([f"{configuration['run']}/s{seed}" for seed in (a, b)], calibration, device)
+            points = path_rows(pair, alphas, splits=splits, **options)
+            for split in splits:
+                row = {**configuration, "pair": f"{a}-{b}", "split": split}
+                for when, network in {"before": "aligned", "after": "repaired"}.items():
+                    here = [point for point in points if (point["split"], point["network"]) == (split, network)]
+                    path = Path(*(tuple(point[name] for point in here) for name in ("alpha", "loss", "accuracy")))
+                    row |= {f"{metric}_{when}": path.barrier(metric) for metric in ("loss", "accuracy")}
+                    row[f"midpoint_{when}"] = path.midpoint()
+                    if when == "before":  # the endpoints as trained; options may re-estimate their BatchNorms
+                        for metric in ("loss", "accuracy"):
+                            at = dict(zip(path.alpha, getattr(path, metric), strict=True))
+                            row[f"endpoint_{metric}"] = (at[0] + at[1]) / 2
+                table.append(row)
+    return table

@@ -1,9 +1,10 @@
 """One style, one function per kind of figure. Colours are Okabe and Ito's, safe for colour-blind readers."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,6 +52,19 @@ LOOKS = {
     "endpoint a": {"color": "#000000", "linestyle": "-", "marker": "", "label": "endpoint A"},
     "endpoint b": {"color": "#777777", "linestyle": "-", "marker": "", "label": "endpoint B"},
 }
+# Lines that are told apart by something else than the network (norms, data sets), each before and after REPAIR.
+SERIES = {
+    "bn": {"color": "#E69F00", "marker": "o", "label": "BatchNorm"},
+    "ln": {"color": "#0072B2", "marker": "s", "label": "LayerNorm"},
+    "fixup": {"color": "#009E73", "marker": "^", "label": "Fixup"},
+    "digits": {"color": "#000000", "marker": "v", "label": "digits"},
+    "digits-hard": {"color": "#D55E00", "marker": "P", "label": "digits-hard"},
+    "mnist": {"color": "#009E73", "marker": "^", "label": "MNIST"},
+    "fashionmnist": {"color": "#CC79A7", "marker": "D", "label": "FashionMNIST"},
+    "svhn": {"color": "#E69F00", "marker": "o", "label": "SVHN"},
+    "cifar10": {"color": "#0072B2", "marker": "s", "label": "CIFAR-10"},
+}
+OTHERS = ("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#000000", "v"), ("#D55E00", "P")
 
 
 @contextlib.contextmanager
@@ -76,23 +90,25 @@ def curves(
     legend: str = "below",
     ax: Axes | None = None,
     labels: dict[str, str] | None = None,
+    looks: Mapping[str, dict] = LOOKS,
 ) -> Figure:
     """Mean of `y` against `x`, one line per value of `by`, with a band from least to greatest over repetitions (seeds).
 
     Args:
         table: tidy rows.
-        x, y, by: columns; values of `by` found in `LOOKS` are drawn the same everywhere.
+        x, y, by: columns; values of `by` found in `looks` are drawn so.
         percent: show `y` times 100.
         log_x: base of a logarithmic x axis; 0 for a linear one.
         legend: "below" the axes (never over data) or "none".
         labels: other names for the legend.
+        looks: colour, line, marker and label by value of `by`; those of `LOOKS` are the same in every figure.
     """
     frame = pd.DataFrame(table)
     with style():
         ax = ax or plt.subplots()[1]
         for name, rows in frame.groupby(by, sort=False):
             spread = rows.groupby(x)[y].agg(["mean", "min", "max"]) * (100 if percent else 1)
-            look = {"label": str(name), **LOOKS.get(name, {"marker": "o"})}
+            look = {"label": str(name), **looks.get(name, {"marker": "o"})}
             look["label"] = (labels or {}).get(name, look["label"])
             many = len(spread) > 24  # markers would merge into a thick line
             (line,) = ax.plot(spread.index, spread["mean"], **(look | {"marker": ""} if many else look))
@@ -132,11 +148,31 @@ def variance_profile(
     return figure
 
 
-def path(table: Sequence[dict] | pd.DataFrame, *, metric: str = "accuracy", title: str = "") -> Figure:
-    """Test accuracy (%) or loss (nats) against alpha, the ends labelled with the networks they are."""
+def path(
+    table: Sequence[dict] | pd.DataFrame,
+    *,
+    metric: str = "accuracy",
+    title: str = "",
+    lines: tuple[str, str] = ("-", "-."),
+) -> Figure:
+    """Test accuracy (%) or loss (nats) against alpha, the ends labelled with the networks they are.
+
+    Args:
+        table: rows of `Path.table` or `pairs.path_rows`. With a column `series`, each series has the colour and marker
+            that it has in `barriers`, and its networks "aligned" and "repaired" are told apart as there.
+        lines: with a column `series`, line styles before REPAIR and after.
+    """
     percent = metric == "accuracy"
     ylabel = "test accuracy (%)" if percent else "test loss (nats)"
-    figure = curves(table, "alpha", metric, "network", xlabel=r"$\alpha$", ylabel=ylabel, title=title, percent=percent)
+    frame, looks = pd.DataFrame(table), LOOKS
+    if "series" in frame:
+        series = list(frame["series"].unique())
+        frame = frame.assign(network=frame["series"] + " " + frame["network"])
+        looks = {f"{name} {network}": _series_look(name, series, when, lines)
+                 for when, network in (("before", "aligned"), ("after", "repaired")) for name in series}  # fmt: skip
+        frame = frame.sort_values("network", key=lambda c: c.map(list(looks).index), kind="stable")
+    figure = curves(frame, "alpha", metric, "network", xlabel=r"$\alpha$", ylabel=ylabel, title=title, percent=percent,
+                    looks=looks)  # fmt: skip
     (ax,) = figure.axes
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nmodel A", "0.25", "0.5", "0.75", "1\nmodel B"])
     return figure
@@ -224,3 +260,95 @@ def samples(table: Sequence[dict] | pd.DataFrame, *, before: float, title: str =
     )
     ax.set_ylim(bottom=0)
     return figure
+
+
+def _series_look(name: str, series: Sequence[str], when: str, lines: tuple[str, str]) -> dict:
+    """Colour and marker of one of several series; before REPAIR open markers, after it filled ones."""
+    color, marker = OTHERS[series.index(name) % len(OTHERS)]
+    look = {"color": color, "marker": marker, "label": name} | SERIES.get(name, {})
+    face = look["color"] if when == "after" else "white"
+    label = f"{look['label']}, {when} REPAIR".removeprefix(", ")
+    return look | {"linestyle": lines[when == "after"], "markerfacecolor": face, "label": label}
+
+
+def _shifted(x: pd.Index | pd.Series, by: float, log: int) -> np.ndarray:
+    """Positions moved to the right, on an axis that is logarithmic to this base, or linear (0)."""
+    x = np.asarray(x, dtype=float)
+    return x * log**by if log else x + by
+
+
+def barriers(
+    table: Sequence[dict] | pd.DataFrame,
+    x: str,
+    *,
+    metric: str = "loss",
+    show: Mapping[str, Sequence[str]] | None = None,
+    lines: tuple[str, str] = ("-", "-."),
+    published: Mapping[float, float] | None = None,
+    published_label: str = "published",
+    log_x: int = 2,
+    xlabel: str = "width multiplier",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Figure:
+    """Barrier against `x` before and after REPAIR: means over pairs, bars from least to greatest, a dot for each pair.
+
+    Before REPAIR markers are open, after it filled (Jordan et al. 2022, Figs. 4, 6, 8, 10, 12).
+
+    Args:
+        table: rows of `pairs.barrier_rows`, of one split. Its column `series`, if there is one, tells lines apart:
+            those that `SERIES` knows look as there, others are called what they are.
+        x: column of the horizontal axis, such as "width". Each of its values gets a tick.
+        metric: "loss" (nats) or "accuracy" (points).
+        show: by series, which of "before" and "after" are drawn; both, if a series is not in it.
+        lines: line styles before and after.
+        published: other numbers to draw as crosses, by x, called `published_label` in the legend.
+        log_x: base of the logarithmic x axis; 0 for a linear one.
+        ax: where to draw; a new figure by default.
+    """
+    if metric not in ("loss", "accuracy"):
+        raise ValueError(f"metric must be 'loss' or 'accuracy', not {metric!r}")
+    frame = pd.DataFrame(table)
+    frame = frame if "series" in frame else frame.assign(series="")
+    series = list(frame["series"].unique())
+    drawn = [
+        (when, name)
+        for when in ("before", "after")
+        for name in series
+        if when in (show or {}).get(name, ("before", "after"))
+    ]
+    places = np.log(frame[x]) / np.log(log_x) if log_x else frame[x]
+    reach = places.max() - places.min()
+    with style():
+        ax = ax or plt.subplots()[1]
+        for place, (when, name) in enumerate(drawn):
+            rows = frame[frame["series"] == name]
+            values = rows[f"{metric}_{when}"] * (100 if metric == "accuracy" else 1)
+            spread = values.groupby(rows[x]).agg(["mean", "min", "max"])
+            repeated = len(rows) > len(spread)
+            # Bars at one x stand side by side; and a mean of equal numbers may round away from them.
+            shift = 0.015 * reach * (place - (len(drawn) - 1) / 2) if repeated else 0.0
+            ends = [(spread["mean"] - spread["min"]).clip(0), (spread["max"] - spread["mean"]).clip(0)]
+            look = _series_look(name, series, when, lines)
+            at = _shifted(spread.index, shift, log_x)
+            ax.errorbar(at, spread["mean"], ends if repeated else None, elinewidth=0.8, zorder=3, **look)
+            if repeated:
+                at = _shifted(rows[x], shift, log_x)
+                ax.plot(at, values, ".", color=look["color"], ms=4, alpha=0.6, zorder=2)
+        handles = [*ax.containers]
+        if published:
+            handles += ax.plot(*zip(*published.items(), strict=True), "kx", ms=5, label=published_label, zorder=4)
+        if log_x:
+            ax.set_xscale("log", base=log_x)
+        ticks = sorted({*frame[x], *(published or {})})
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.axhline(0, color="black", lw=0.6, zorder=0)
+        ylabel = "test loss barrier (nats)" if metric == "loss" else "test accuracy barrier\n(points)"
+        if "split" in frame and frame["split"].nunique() == 1:
+            ylabel = ylabel.replace("test", frame["split"].iloc[0])
+        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        # "FashionMNIST, before REPAIR" twice in a column's width.
+        narrow = {"columnspacing": 1, "handletextpad": 0.4, "handlelength": 1.6, "borderpad": 0.1}
+        ax.figure.legend(handles=handles, loc="outside lower center", ncols=2, **narrow)
+        return ax.figure

@@ -149,7 +149,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "torchvision": Recipe("smoke", 1, 200, 0.1, "linear"),
     },
 }
-UPRIGHT = ("digits", "mnist", "svhn")  # digits must not be mirrored, nor a part of their strokes cut out or off
+# Digits must not be mirrored, nor a part of their strokes cut out or off.
+UPRIGHT = ("digits", "digits-hard", "mnist", "svhn")
 
 
 def find_recipe(name: str, kind: str, data: str) -> Recipe:

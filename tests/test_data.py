@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from repairlib import data
@@ -86,6 +87,62 @@ def test_digits_split_never_changes(digits):
     # Facts of the first version: with another split, stored networks would be tested on their training images.
     assert digits.test.labels[:12].tolist() == [4, 5, 6, 9, 4, 7, 8, 9, 9, 6, 9, 9]
     assert int(digits.test.images.long().sum()) == 7933609
+
+
+@pytest.fixture(scope="module")
+def hard():
+    return load("digits-hard")
+
+
+def test_hard_digits_are_the_same_ones_in_the_same_halves(digits, hard):
+    assert hard.name == "digits-hard" and hard.shape == digits.shape and hard.classes == 10
+    for half in ("train", "test"):
+        easy, difficult = getattr(digits, half), getattr(hard, half)
+        assert torch.equal(difficult.labels, easy.labels) and difficult.images.dtype == torch.uint8
+        # Each image is most like its own original, on average: the moves, neighbours and noise leave that much.
+        x, y = (
+            F.normalize(h.images.flatten(1).double() - h.images.flatten(1).double().mean(1, True))
+            for h in (easy, difficult)
+        )
+        assert (x * y).sum(1).mean() > (x * y.roll(1, 0)).sum(1).mean() + 0.2
+        assert difficult.images.float().std((1, 2, 3)).mean() < easy.images.float().std((1, 2, 3)).mean()
+
+
+def test_hard_digits_never_change(hard):
+    # Facts of the first version, as for the digits themselves.
+    assert [int(half.images.long().sum()) for half in (hard.train, hard.test)] == [28016303, 8057797]
+    again = load("digits-hard")
+    assert torch.equal(again.train.images, hard.train.images) and torch.equal(again.test.images, hard.test.images)
+
+
+def test_no_part_of_a_test_image_is_in_the_hard_training_set(digits, hard):
+    train = data.clutter(data.Split(digits.train.images, digits.train.labels), 0)
+    assert torch.equal(train.images, hard.train.images)  # from the training half alone
+    assert not torch.equal(data.clutter(digits.train, 1).images, hard.train.images)
+
+
+def test_hard_digits_draw_for_each_image_and_leave_the_global_generators_alone(digits):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    same = data.Split(digits.test.images[:1].expand(50, -1, -1, -1), digits.test.labels[:1].expand(50))
+    out = data.clutter(same, 0)
+    assert len(torch.unique(out.images.flatten(1), dim=0)) == 50 and out.images.shape == same.images.shape
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+
+
+def test_hard_digits_are_harder(digits, hard):
+    nearest, linear = [], []
+    for dataset in (digits, hard):
+        (x, y), (seen, labels) = ((h.images.flatten(1).double() / 255, h.labels) for h in (dataset.train, dataset.test))
+        nearest.append(float((y[torch.cdist(seen, x).argmin(1)] == labels).double().mean()))
+        one = torch.ones(len(x), 1).double()
+        ridge = torch.cat([x, one], 1)
+        weights = torch.linalg.solve(ridge.T @ ridge + torch.eye(ridge.shape[1]), ridge.T @ F.one_hot(y).double())
+        found = (torch.cat([seen, one[: len(seen)]], 1) @ weights).argmax(1)
+        linear.append(float((found == labels).double().mean()))
+    assert nearest[0] > 0.98 and 0.3 < nearest[1] < nearest[0] - 0.2
+    assert linear[0] > 0.9 and linear[1] < linear[0] - 0.2
 
 
 def test_statistics_normalise_the_training_set(digits):

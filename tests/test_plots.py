@@ -15,6 +15,14 @@ def rows(**columns) -> list[dict]:
     return pd.DataFrame(columns).to_dict("records")
 
 
+BARRIERS = rows(
+    series=["bn"] * 4 + ["ln"] * 4,
+    width=[1, 1, 2, 2] * 2,
+    loss_before=[2.0, 3.0, 1.0, 1.0, 0.5, 0.5, 0.4, 0.2],
+    loss_after=[0.4, 0.6, 0.1, 0.1] * 2,
+    accuracy_before=[0.5] * 8,
+    accuracy_after=[0.1] * 8,
+)
 FIGURES = {
     "variance_profile": lambda: plots.variance_profile(
         rows(network=["direct", "direct"], layer=[1, 2], ratio=[0.5, 0.1])
@@ -34,6 +42,7 @@ FIGURES = {
         rows(network=["sequential"] * 4, examples=[10, 10, 100, 100], draw=[0, 1] * 2, barrier=[0.2, 0.3, 0.1, 0.1]),
         before=0.5,
     ),
+    "barriers": lambda: plots.barriers(BARRIERS, "width", title="two norms", published={1: 0.9, 2: 0.4}),
 }
 
 
@@ -71,3 +80,32 @@ def test_same_network_same_look_everywhere():
     ]
     assert len(set(colours)) == len(colours)  # told apart by colour; line and marker tell apart again without it
     assert plots.LOOKS["repaired"]["color"] == plots.LOOKS["sequential"]["color"]
+
+
+def test_barriers_before_are_open_and_after_filled():
+    (ax,) = plots.barriers(BARRIERS, "width", show={"ln": ("after",)}).axes
+    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+    assert list(lines) == ["BatchNorm, before REPAIR", "BatchNorm, after REPAIR", "LayerNorm, after REPAIR"]
+    before, after, other = lines.values()
+    assert before.get_ydata().tolist() == [2.5, 1.0]
+    assert before.get_markerfacecolor() == "white" != after.get_markerfacecolor()
+    assert before.get_color() == after.get_color() != other.get_color()
+    assert ax.containers[0].lines[2][0].get_segments()[0][:, 1].tolist() == [2.0, 3.0]  # the bar, least to greatest
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2"]
+
+
+def test_barriers_in_points_of_accuracy():
+    (ax,) = plots.barriers(BARRIERS, "width", metric="accuracy").axes
+    assert ax.containers[0].lines[0].get_ydata().tolist() == pytest.approx([50, 50])
+    with pytest.raises(ValueError, match="metric"):
+        plots.barriers(BARRIERS, "width", metric="error")
+
+
+def test_a_series_looks_the_same_in_barriers_and_paths_alone_or_not():
+    table = rows(series=["ln"] * 4, network=["aligned", "repaired"] * 2, alpha=[0, 0, 1, 1], accuracy=[0.9] * 4)
+    (ax,) = plots.path(table).axes
+    drawn = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in ax.lines}
+    for some in (BARRIERS, [row for row in BARRIERS if row["series"] == "ln"]):
+        (ax,) = plots.barriers(some, "width").axes
+        lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+        assert drawn.items() <= {k: (line.get_color(), line.get_linestyle()) for k, line in lines.items()}.items()
