@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
 STYLE = {
@@ -290,7 +290,7 @@ def barriers(
     xlabel: str = "width multiplier",
     title: str = "",
     ax: Axes | None = None,
-) -> Figure:
+) -> FigureBase:
     """Barrier against `x` before and after REPAIR: means over pairs, bars from least to greatest, a dot for each pair.
 
     Before REPAIR markers are open, after it filled (Jordan et al. 2022, Figs. 4, 6, 8, 10, 12).
