@@ -2,10 +2,11 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -13,7 +14,10 @@ from repairlib import store, train
 from repairlib.data import Batches, Dataset, Split, iterate, load
 from repairlib.interpolate import Path, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
-from repairlib.renorm import Repair
+from repairlib.names import check
+from repairlib.renorm import Repair, reset
+
+NETWORKS = ("direct", "direct repaired", "aligned", "repaired", "reset")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,24 @@ class Pair:
         """REPAIR between the aligned endpoints, on the calibration data unless other data is given, all of it."""
         return Repair(self.a, self.aligned, self.calibration if data is None else data, **({"limit": None} | options))
 
+    def network(self, kind: str, **options) -> Callable[[float], nn.Module]:
+        """How to make one of NETWORKS for any alpha: interpolated with or without alignment, REPAIRed or RESET.
+
+        Args:
+            kind: "direct", "aligned", either of them after REPAIR ("direct repaired", "repaired"), or "reset": aligned,
+                and its BatchNorms re-estimated on the calibration data.
+            **options: of REPAIR, see `repair`.
+        """
+        check(kind, NETWORKS, "network")
+        if kind == "direct repaired":
+            repair = Repair(self.a, self.b, self.calibration, **({"limit": None} | options))
+        elif kind == "repaired":
+            repair = self.repair(**options)
+        else:
+            plain = self.direct if kind == "direct" else self.midpoint
+            return (lambda alpha: reset(plain(alpha), self.calibration)) if kind == "reset" else plain
+        return lambda alpha: repair(alpha).model
+
     @property
     def title(self) -> str:
         """The model and the data, to put over a figure."""
@@ -88,50 +110,78 @@ class Pair:
         return iterate(replace(self.dataset, train=half), "train", batch_size=500)
 
 
-def load_pair(runs: Sequence[str], calibration: int = 5000, device: str | None = None) -> Pair:
+def load_pair(
+    runs: Sequence[str], calibration: int = 5000, device: str | None = None, *, data: str | None = None
+) -> Pair:
     """The pair of two runs, trained first if they are not stored yet.
 
     Args:
         runs: two run names of one data set and model, such as ``digits/resnet20-bn-w1/quick/s1``.
         calibration: training images for matching and statistics (5,000 suffice, Jordan et al. 2022, Sec. 4.2).
         device: default `train.default_device()`.
+        data: the data set to compare them on. Without it they must have been trained on one, which it is then.
 
     Raises:
-        ValueError: not two runs of one data set and one model.
+        ValueError: not two runs of one model, or of two data sets and none is named.
     """
     names = [train.parse_run(run) for run in runs]
-    if len(names) != 2 or len({(name.data, name.model) for name in names}) > 1:
-        raise ValueError(f"a pair is two runs of one data set and one model, not {', '.join(runs) or 'nothing'}")
+    if len(names) != 2 or len({name.model for name in names}) > 1:
+        raise ValueError(f"a pair is two runs of one model, not {', '.join(runs) or 'nothing'}")
+    if data is None and names[0].data != names[1].data:
+        raise ValueError(f"{' and '.join(runs)} were trained on two data sets: say with data= which to compare them on")
     device = device or train.default_device()
     a, b = (store.get(run, device) for run in runs)
-    dataset = load(names[0].data, device=device)
+    dataset = load(data or names[0].data, device=device)
     calibration_batches = iterate(dataset, "train", batch_size=500, limit=calibration)
     return Pair(tuple(runs), a, b, dataset, calibration_batches, iterate(dataset, "test", batch_size=1000))
 
 
-def path_rows(pair: Pair, alphas: Iterable[float], *, splits: Sequence[str] = ("test",), **options) -> list[dict]:
-    """Tidy rows of the path between the aligned endpoints of a pair, before REPAIR and after.
+def pairs_of(
+    run: str, seeds: Sequence[int], calibration: int = 5000, device: str | None = None
+) -> Iterator[tuple[str, Pair]]:
+    """Every pair of seeds of a run, one after the other, by name: (1, 2, 3) gives "1-2", "1-3" and "2-3".
+
+    Args:
+        run: a run name without its seed, such as "digits/resnet20-ln-w1/quick".
+        seeds: which.
+        calibration, device: see `load_pair`.
+    """
+    for a, b in itertools.combinations(seeds, 2):
+        yield f"{a}-{b}", load_pair([f"{run}/s{a}", f"{run}/s{b}"], calibration, device)
+
+
+def path_rows(
+    pair: Pair,
+    alphas: Iterable[float],
+    *,
+    networks: Sequence[str] = ("aligned", "repaired"),
+    splits: Sequence[str] = ("test",),
+    **options,
+) -> list[dict]:
+    """Tidy rows of the paths between the endpoints of a pair.
 
     Args:
         alphas: the points.
+        networks: which paths, see `Pair.network`; aligned before REPAIR and after by default.
         splits: "test", "train" (without augmentation) or both. Each network is made once and evaluated on each.
         **options: of REPAIR, see `renorm.Options`. Without any, REPAIR changes nothing at alpha 0 and 1, and the
-            results there are those of the other path.
+            endpoints are evaluated once for all paths but "reset".
 
     Returns:
-        One row a split, network and point, in this order: {split, network: "aligned" or "repaired", alpha, loss (nats),
-        accuracy (in [0, 1])}. `plots.path` draws those of one split.
+        One row a split, network and point, in this order: {split, network, alpha, loss (nats), accuracy (in [0, 1])}.
+        `plots.path` draws those of one split.
     """
-    repair = pair.repair(**options)
-    makers = {"aligned": pair.midpoint, "repaired": lambda alpha: repair(alpha).model}
     data = {split: iterate(pair.dataset, split, batch_size=1000) for split in splits}
-    found: dict[tuple, list] = {}
-    for (network, make), alpha in itertools.product(makers.items(), list(alphas)):
-        if network == "repaired" and alpha in (0, 1) and not options:
-            found[network, alpha] = found["aligned", alpha]
-        else:
-            model = make(alpha)
-            found[network, alpha] = [train.evaluate(model, data[split]) for split in splits]
+    alphas, evaluated, found = list(alphas), {}, {}
+    for network in networks:
+        make = pair.network(network, **options)
+        moves_ends = network == "reset" or (options and network.endswith("repaired"))
+        for alpha in alphas:
+            key = ("end" if alpha in (0, 1) and not moves_ends else network, alpha)
+            if key not in evaluated:
+                model = make(alpha)
+                evaluated[key] = [train.evaluate(model, data[split]) for split in splits]
+            found[network, alpha] = evaluated[key]
     return [
         {"split": split, "network": network, "alpha": alpha, "loss": results[i][0], "accuracy": results[i][1]}
         for i, split in enumerate(splits)
@@ -171,11 +221,10 @@ def barrier_rows(
     """
     table = []
     for configuration in configurations:
-        for a, b in itertools.combinations(seeds, 2):
-            pair = load_pair([f"{configuration['run']}/s{seed}" for seed in (a, b)], calibration, device)
+        for name, pair in pairs_of(configuration["run"], seeds, calibration, device):
             points = path_rows(pair, alphas, splits=splits, **options)
             for split in splits:
-                row = {**configuration, "pair": f"{a}-{b}", "split": split}
+                row = {**configuration, "pair": name, "split": split}
                 for when, network in {"before": "aligned", "after": "repaired"}.items():
                     here = [point for point in points if (point["split"], point["network"]) == (split, network)]
                     path = Path(*(tuple(point[name] for point in here) for name in ("alpha", "loss", "accuracy")))
@@ -187,3 +236,31 @@ def barrier_rows(
                             row[f"endpoint_{metric}"] = (at[0] + at[1]) / 2
                 table.append(row)
     return table
+
+
+def barrier_means(table: Iterable[Mapping], by: Sequence[str], metric: str = "loss") -> pd.DataFrame:
+    """Means over pairs of the rows of `barrier_rows`, before REPAIR and after.
+
+    Args:
+        table: the rows.
+        by: the columns that say which network it is, such as ("series", "width").
+        metric: "loss" (barriers in nats), "accuracy" (barriers in points) or "midpoint" (accuracies in percent).
+
+    Returns:
+        Columns "before" and "after", indexed by the values of `by`.
+    """
+    frame = pd.DataFrame(table).groupby(list(by), sort=False)[[f"{metric}_before", f"{metric}_after"]].mean()
+    return frame.set_axis(["before", "after"], axis=1) * (1 if metric == "loss" else 100)
+
+
+def name_means(means: pd.DataFrame, sizes: Iterable[float] | None = None, form: str = "{0}_{when}_{1:g}x") -> dict:
+    """The entries of `barrier_means` by name, to be saved as a summary.
+
+    Args:
+        means: of networks told apart by two columns, the second of them a size.
+        sizes: leave out others; default: the smallest and the largest.
+        form: of the names: {0} and {1} are the index, {when} is before or after.
+    """
+    column = means.index.get_level_values(1)
+    kept = means[column.isin([column.min(), column.max()] if sizes is None else list(sizes))]
+    return {form.format(*index, when=when): row[when] for index, row in kept.iterrows() for when in means}

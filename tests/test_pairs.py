@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from repairlib import train
-from repairlib.pairs import barrier_rows, load_pair, path_rows
+from repairlib import Repair, reset, train
+from repairlib.pairs import NETWORKS, barrier_means, barrier_rows, load_pair, name_means, path_rows
 
 RUNS = ["digits/mlp2-plain-w16/smoke/s1", "digits/mlp2-plain-w16/smoke/s2"]
 
@@ -66,3 +66,47 @@ def test_path_rows_pass_options_on():
         (network, alpha) for network in ("aligned", "repaired") for alpha in (0, 0.5, 1)
     ]
     assert rows[4]["loss"] == pair.evaluate(pair.repair(correct="reshift")(0.5).model)[0]
+
+
+def test_a_pair_trained_on_two_data_sets_needs_one_to_be_compared_on():
+    runs = [RUNS[0], "digits-hard/mlp2-plain-w16/smoke/s2"]
+    with pytest.raises(ValueError, match="say with data="):
+        load_pair(runs)
+    pair = load_pair(runs, data="digits-hard")
+    assert pair.dataset.name == "digits-hard"
+    hard = load_pair(runs[1:] * 2)
+    assert pair.evaluate(pair.b) == hard.evaluate(hard.a)
+
+
+def test_each_kind_of_network():
+    pair = load_pair(["digits/resnet8-bn-w0.25/smoke/s1", "digits/resnet8-bn-w0.25/smoke/s2"], calibration=200)
+    rows = path_rows(pair, [0, 0.5, 1], networks=NETWORKS)
+    found = {(row["network"], row["alpha"]): row["loss"] for row in rows}
+    expected = {
+        "direct": pair.direct(),
+        "direct repaired": Repair(pair.a, pair.b, pair.calibration, limit=None)(0.5).model,
+        "aligned": pair.midpoint(),
+        "repaired": pair.repair()(0.5).model,
+        "reset": reset(pair.midpoint(), pair.calibration),
+    }
+    assert {name: found[name, 0.5] for name in NETWORKS} == {n: pair.evaluate(m)[0] for n, m in expected.items()}
+    assert len({*(found[name, 0.5] for name in NETWORKS)}) == len(NETWORKS)
+    for alpha, end in enumerate((pair.a, pair.b)):  # RESET forgets the statistics of the endpoints too
+        assert {found[name, alpha] for name in NETWORKS[:-1]} == {found["direct", alpha]}
+        assert found["direct", alpha] == pytest.approx(pair.evaluate(end)[0])
+        assert found["reset", alpha] == pair.evaluate(reset(pair.network("aligned")(alpha), pair.calibration))[0]
+    with pytest.raises(ValueError, match="aligned"):
+        path_rows(pair, [0.5], networks=["alined"])
+
+
+def test_means_of_barriers_by_name():
+    rows = [
+        {"series": "mlp", "width": width, "pair": pair, "accuracy_before": before, "accuracy_after": before / 2}
+        for width, pair, before in ((8, "1-2", 0.5), (8, "1-3", 0.7), (16, "1-2", 0.2), (32, "1-2", 0.1))
+    ]
+    means = barrier_means(rows, ("series", "width"), "accuracy")
+    assert means.loc["mlp", 8].tolist() == pytest.approx([60, 30])
+    named = name_means(means)
+    assert list(named) == ["mlp_before_8x", "mlp_after_8x", "mlp_before_32x", "mlp_after_32x"]
+    assert named["mlp_after_8x"] == pytest.approx(30)
+    assert list(name_means(means, [16], "{when} {0} {1:g}")) == ["before mlp 16", "after mlp 16"]
