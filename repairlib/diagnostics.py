@@ -57,11 +57,16 @@ def variance_profile(
         targets: layers to report, see `repairlib.corrections.target_nodes`; preactivations unless blocks are asked for.
 
     Returns:
-        Rows {network, layer (from 1), node, ratio}.
+        Rows {network, layer (from 1), node, ratio, goal}, where goal is what REPAIR asks for at the midpoint: a little
+        below 1 if matched units differ in std, as Eq. 4 interpolates stds and the ratio compares variances.
     """
     moments = _gather_at([model_a, model_b, *models.values()], data, targets)
+    goals = {
+        node: float(((m.std(0) + m.std(1)) / 2).square().sum() / ((m.var(0) + m.var(1)) / 2).sum())
+        for node, m in moments.items()
+    }
     return [
-        {"network": name, "layer": layer, "node": node, "ratio": variance_ratio(m, k)}
+        {"network": name, "layer": layer, "node": node, "ratio": variance_ratio(m, k), "goal": goals[node]}
         for k, name in enumerate(models, start=2)
         for layer, (node, m) in enumerate(moments.items(), start=1)
     ]

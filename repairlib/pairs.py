@@ -264,3 +264,38 @@ def name_means(means: pd.DataFrame, sizes: Iterable[float] | None = None, form: 
     column = means.index.get_level_values(1)
     kept = means[column.isin([column.min(), column.max()] if sizes is None else list(sizes))]
     return {form.format(*index, when=when): row[when] for index, row in kept.iterrows() for when in means}
+
+
+def reduction_rows(tables: Iterable[Iterable[Mapping]], least: float = 0.01) -> list[dict]:
+    """By how much REPAIR lowers the accuracy barrier of the midpoint, ``(before - after) / before``, for each pair.
+
+    Args:
+        tables: of `barrier_rows` (the test split counts), or of `path_rows` with columns `run` and `pair` added. A pair
+            that is in two tables counts once.
+        least: networks whose mean barrier before REPAIR is smaller (0.01 is a point) have none to speak of; left out.
+
+    Returns:
+        Rows {run, row: "ResNet20, digits", norm: "bn", "ln" or "none", width, pair, before, after (points),
+        reduction (%)}. `plots.reductions` draws them.
+    """
+    found: dict[tuple, dict] = {}
+    for frame in map(pd.DataFrame, tables):
+        if "alpha" in frame:
+            at = frame.pivot_table(index=["run", "pair"], columns=["network", "alpha"], values="accuracy", sort=False)
+            ends = (at["aligned", 0] + at["aligned", 1]) / 2
+            drops = pd.DataFrame({"before": ends - at["aligned", 0.5], "after": ends - at["repaired", 0.5]})
+        else:
+            frame = frame[frame["split"] == "test"].set_index(["run", "pair"])
+            drops = frame[["accuracy_before", "accuracy_after"]].set_axis(["before", "after"], axis=1)
+        drops = drops[drops["before"].groupby(level="run").transform("mean") >= least]
+        for (run, pair), row in drops.iterrows():
+            name = train.parse_run(f"{run}/s1", check_data=False)
+            model = {"mlp": "MLP", "vgg": "VGG", "resnet": "ResNet", "tiny": "Tiny-"}.get(name.model.family)
+            model = f"{model}{name.model.depth}" if model else str(name.model).removeprefix("torchvision-")
+            norm = name.model.norm if name.model.norm in ("bn", "ln") else "none"
+            found[run, pair] = {
+                "run": run, "row": f"{model}, {name.data}", "norm": norm, "width": name.model.width, "pair": pair,
+                "before": 100 * row.before, "after": 100 * row.after,
+                "reduction": 100 * (row.before - row.after) / row.before,
+            }  # fmt: skip
+    return list(found.values())

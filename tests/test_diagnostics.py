@@ -35,6 +35,10 @@ def test_profile_against_a_direct_computation():
         v.append(value.double().var(0, correction=0).sum())
     assert rows[1]["ratio"] == pytest.approx(float(v[0] / ((v[1] + v[2]) / 2)), rel=1e-5)
     assert rows[1]["ratio"] < 1
+    # The goal is what REPAIR reaches, which is less than 1: it interpolates stds.
+    repaired = Repair(a, b, data, limit=None)(0.5).model
+    for row in diagnostics.variance_profile(a, b, {"repaired": repaired}, data):
+        assert row["ratio"] == pytest.approx(row["goal"], rel=1e-4) and row["goal"] < 1
 
 
 def test_channel_statistics_and_agreement():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repairlib import Repair, reset, train
-from repairlib.pairs import NETWORKS, barrier_means, barrier_rows, load_pair, name_means, path_rows
+from repairlib.pairs import NETWORKS, barrier_means, barrier_rows, load_pair, name_means, path_rows, reduction_rows
 
 RUNS = ["digits/mlp2-plain-w16/smoke/s1", "digits/mlp2-plain-w16/smoke/s2"]
 
@@ -110,3 +110,22 @@ def test_means_of_barriers_by_name():
     assert list(named) == ["mlp_before_8x", "mlp_after_8x", "mlp_before_32x", "mlp_after_32x"]
     assert named["mlp_after_8x"] == pytest.approx(30)
     assert list(name_means(means, [16], "{when} {0} {1:g}")) == ["before mlp 16", "after mlp 16"]
+
+
+def test_reductions_of_barriers_and_of_paths():
+    run = "digits/resnet20-ln-w0.5/quick"
+    row = {"run": run, "pair": "1-2", "split": "test", "accuracy_before": 0.4, "accuracy_after": 0.1}
+    flat = row | {"run": "digits/mlp10-fused-w256/quick", "accuracy_before": 0.009}
+    path = [
+        {"run": "digits/mlp2-fused-w8/quick", "pair": pair, "network": network, "alpha": alpha, "accuracy": value}
+        for pair in ("1-2", "1-3")
+        for network, middle in {"aligned": 0.5, "repaired": 0.8}.items()
+        for alpha, value in {0: 0.9, 0.5: middle, 1: 0.7}.items()
+    ]
+    rows = reduction_rows([[row, row | {"split": "train"}, flat], [row], path])
+    assert rows[0] == {
+        "run": run, "row": "ResNet20, digits", "norm": "ln", "width": 0.5, "pair": "1-2",
+        "before": pytest.approx(40), "after": pytest.approx(10), "reduction": pytest.approx(75),
+    }  # fmt: skip
+    assert [(r["row"], r["norm"], r["pair"]) for r in rows[1:]] == [("MLP2, digits", "none", p) for p in ("1-2", "1-3")]
+    assert rows[1]["reduction"] == pytest.approx(100)

@@ -66,10 +66,9 @@ runs = [run for names in runs_of.values() for run in names]
 import time
 
 import matplotlib.pyplot as plt
-import pandas as pd
 
 from repairlib import plots
-from repairlib.pairs import barrier_rows
+from repairlib.pairs import barrier_means, barrier_rows, name_means
 from repairlib.report import save_item
 from repairlib.train import default_device, parse_run
 
@@ -91,27 +90,9 @@ for panel, configurations in panels.items():
 
 
 # %%
-def means(panel: str, metric: str) -> pd.DataFrame:
-    """Barriers before and after REPAIR (points or nats), means over pairs, by series (VGGs: split) and size."""
-    frame = pd.DataFrame(tables[panel])
-    keys = ["split", "depth"] if panel == "right" else ["series", "width"]
-    columns = {f"{metric}_before": "before", f"{metric}_after": "after"}
-    return frame.groupby(keys, sort=False)[list(columns)].mean().rename(columns=columns) * (
-        100 if metric == "accuracy" else 1
-    )
-
-
-def summarise(panel: str, metric: str) -> dict:
-    """The means of the smallest and of the largest networks."""
-    table = means(panel, metric)
-    sizes = table.index.get_level_values(1)
-    ends = table[(sizes == sizes.min()) | (sizes == sizes.max())]
-    kind = {"left": "mlp", "middle": "resnet", "right": "vgg"}[panel]
-    return {
-        f"{name}_{kind}{'' if panel == 'right' else '_w'}{size:g}_{when}": row[when]
-        for (name, size), row in ends.iterrows()
-        for when in ("before", "after")
-    }
+KEYS = {"left": ("series", "width"), "middle": ("series", "width"), "right": ("split", "depth")}
+FORMS = {"left": "{0}_mlp_w{1:g}_{when}", "middle": "{0}_resnet_w{1:g}_{when}", "right": "{0}_vgg{1:g}_{when}"}
+means = {(p, m): barrier_means(tables[p], KEYS[p], m) for p in panels for m in ("accuracy", "loss")}
 
 
 # %%
@@ -134,10 +115,10 @@ def draw(panel: str, metric: str, ax=None):
 def save_panel(panel: str) -> None:
     """Save one panel of Fig. 6 and print its means."""
     item = f"repair/fig6-{panel}"
-    figure, summary = draw(panel, "accuracy"), summarise(panel, "accuracy")
+    figure, summary = draw(panel, "accuracy"), name_means(means[panel, "accuracy"], form=FORMS[panel])
     origin = {"runs": runs_of[panel], "device": default_device(), "seconds": seconds[panel]}
     save_item(item, scale, tables[panel], summary, figure, **origin)
-    print(means(panel, "accuracy").round(1))
+    print(means[panel, "accuracy"].round(1))
 
 
 # %% [markdown]
@@ -171,49 +152,26 @@ if wanted("repair/fig12", items):
         for panel, place in zip(panels, figure.subfigures(3), strict=True):
             draw(panel, "loss", place.subplots())
     table = [{"panel": panel} | row for panel, rows in tables.items() for row in rows]
-    summary = {name: value for panel in panels for name, value in summarise(panel, "loss").items()}
+    summary = {k: v for panel in panels for k, v in name_means(means[panel, "loss"], form=FORMS[panel]).items()}
     save_item(
         "repair/fig12", scale, table, summary, figure, runs=runs, device=default_device(), seconds=sum(seconds.values())
     )
-    print(*(means(panel, "loss").round(3) for panel in panels), sep="\n")
+    print(*(means[panel, "loss"].round(3) for panel in panels), sep="\n")
 
 # %% [markdown]
 # ## Check
 #
-# The two findings, read off the tables: points of test accuracy, means over pairs. The second one needs networks that
-# are wide enough. At `quick` VGGs have 8 to 64 channels: before REPAIR their midpoint is at chance with 11 layers
-# already, so that its barrier has no room to rise, and after REPAIR the barrier rises. So only the first is asserted.
-
-
-# %%
-def width_helps(panel: str) -> dict[str, tuple[float, float]]:
-    """Barrier after REPAIR of the narrowest and the widest networks, by data set."""
-    after = means(panel, "accuracy")["after"]
-    found = {name: (rows.iloc[0], rows.iloc[-1]) for name, rows in after.groupby(level=0, sort=False)}
-    for name, (narrow, wide) in found.items():
-        verdict = "falls" if wide < narrow else "does not fall"
-        print(f"fig6-{panel}, {name}: the barrier after REPAIR {verdict} with width, {narrow:.1f} to {wide:.1f}")
-    return found
-
-
-def depth_is_flat(margin: float = 5) -> dict[str, tuple[float, float]]:
-    """Barrier of the shallowest and the deepest VGGs before and after REPAIR; more than `margin` points is a change."""
-    table = means("right", "accuracy").loc["test"]
-    found = {when: (table[when].iloc[0], table[when].iloc[-1]) for when in table}
-    for when, (shallow, deep) in found.items():
-        verdict = "rises" if deep > shallow + margin else "falls" if deep < shallow - margin else "is flat"
-        print(f"fig6-right: the barrier {when} REPAIR {verdict} with depth, {shallow:.1f} to {deep:.1f}")
-    return found
-
+# Asserted of trained digits networks: REPAIR lowers every barrier, and after it the widest networks have less than 0.7
+# of the narrowest ones' barrier. That the barrier rises with depth before REPAIR and is flat after it (the second
+# finding) needs networks that are wide enough, and is not asserted. At `quick` VGGs have 8 to 64 channels: before
+# REPAIR their midpoint is at chance with 11 layers already, so that its barrier has no room to rise, and after REPAIR
+# the barrier rises.
 
 # %%
-for panel in ("left", "middle"):
-    if panel in panels:
-        found, table = width_helps(panel), means(panel, "accuracy")
-        if scale == "quick":
-            assert all(wide < 0.7 * narrow for narrow, wide in found.values()), found
-            assert (table["after"] < table["before"]).all(), table
-if "right" in panels:
-    found, table = depth_is_flat(), means("right", "accuracy")
-    if scale == "quick":
-        assert (table["after"] < table["before"] - 5).all(), table
+if scale == "quick":
+    for panel in panels:
+        table = means[panel, "accuracy"]
+        assert (table["after"] < table["before"] - (5 if panel == "right" else 0)).all(), table
+        if panel != "right":
+            ends = table["after"].groupby(level=0).agg(["first", "last"])
+            assert (ends["last"] < 0.7 * ends["first"]).all(), ends
