@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from repairlib.graph import Axis, Batches, PermutationSpec, UnsupportedNode, permutation_spec, trace
+from repairlib.graph import Axis, Batches, PermutationSpec, UnsupportedNode, permutation_spec
 from repairlib.interpolate import check_compatible
-from repairlib.matching import check_taps, solve_assignment
-from repairlib.moments import gather
+from repairlib.matching import gather_groups, solve_assignment
 from repairlib.names import check
 
 
@@ -67,14 +66,10 @@ def match_transport(
     states = [model.state_dict() for model in (model_a, model_b)]
     check_compatible(*states)
     batches = Batches(data, model_a)
-    example = batches.example()
-    if spec is None:
-        spec = permutation_spec(model_a, example)
+    spec = permutation_spec(model_a, batches.example()) if spec is None else spec
     moved = dict(states[1])
     if cost == "activations":
-        check_taps(spec, tap)
-        nets = [trace(model, example) for model in (model_a, model_b)]
-        moments = gather(nets, batches, [group.taps[tap] for group in spec.groups], cross="full")
+        moments = gather_groups(model_a, model_b, batches, spec, tap)
     parameters = dict(model_a.named_parameters())
     plan: dict[str, Tensor] = {}
     for group in spec.groups:

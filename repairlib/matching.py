@@ -120,8 +120,14 @@ def match_moments(
     return matching
 
 
-def check_taps(spec: PermutationSpec, tap: str) -> None:
-    """Refuse groups that cannot be read at a tap: an UnsupportedNode error names the first."""
+def gather_groups(
+    model_a: nn.Module, model_b: nn.Module, batches: Batches, spec: PermutationSpec, tap: str, pooling: str = "exact"
+) -> dict[str, Moments | BatchMeanMoments]:
+    """Statistics of both networks with ``cross="full"`` at the groups' taps, by node, from one pass.
+
+    Raises:
+        UnsupportedNode: a group (the first is named) can be read at no such node.
+    """
     check(tap, ("pre", "post"), "tap")
     for group in spec.groups:
         if tap not in group.taps:
@@ -129,6 +135,9 @@ def check_taps(spec: PermutationSpec, tap: str) -> None:
             raise UnsupportedNode(
                 f"group {group.name!r}: no node {tap}-activation holds its units along axis 1; {other}"
             )
+    example = batches.example()
+    nets = [trace(model, example) for model in (model_a, model_b)]
+    return gather(nets, batches, [group.taps[tap] for group in spec.groups], "full", pooling)
 
 
 def match_activations(
@@ -170,10 +179,6 @@ def match_activations(
     check(solver, SOLVERS, "solver")
     check_compatible(model_a.state_dict(), model_b.state_dict())
     batches = Batches(data, model_a)
-    example = batches.example()
-    if spec is None:
-        spec = permutation_spec(model_a, example)
-    check_taps(spec, tap)
-    nets = [trace(model, example) for model in (model_a, model_b)]
-    moments = gather(nets, batches, [group.taps[tap] for group in spec.groups], "full", pooling)
+    spec = permutation_spec(model_a, batches.example()) if spec is None else spec
+    moments = gather_groups(model_a, model_b, batches, spec, tap, pooling)
     return match_moments(moments, spec, tap, eps, similarity, solver)

@@ -3,6 +3,8 @@
 torchvision's networks come in one size, which is not small: test_graph.py and test_models.py have their own tests.
 """
 
+import copy
+
 import torch
 from torch import nn
 
@@ -25,6 +27,7 @@ CASES = {
     "resnet32-bn-w0.25": (3, 16, 16),
     "resnet18-bn-w0.125": (3, 16, 16),
     "resnet18-plain-w0.125": (3, 16, 16),
+    "resnet26-bn-w0.0625": (3, 16, 16),
     "mlp2-ln-w8": (1, 8, 8),
     "mlp2-plain-w8-nobias": (1, 8, 8),
     "vgg11-ln-w0.125": (3, 16, 16),
@@ -72,3 +75,13 @@ def inputs(name: str, n: int = 12, seed: int = 0, dtype: torch.dtype = torch.flo
 def batches(name: str, n: int = 60, size: int = 25, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Random calibration data in uneven batches."""
     return list(inputs(name, n, seed=9, dtype=dtype).split(size))
+
+
+def noisy(model: nn.Module, noise: float, seed: int = 5) -> nn.Module:
+    """Copy with normal noise on every parameter, relative to its mean size."""
+    generator = torch.Generator().manual_seed(seed)
+    out = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in out.parameters():
+            p.add_(noise * p.abs().mean() * torch.randn(p.shape, generator=generator))
+    return out

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from cases import CASES, batches, inputs, make
+from cases import CASES, batches, inputs, make, noisy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,15 +16,6 @@ from repairlib.train import Recipe, train
 from repairlib.weight_matching import match_weights
 
 
-def noisy_copy(model: nn.Module, noise: float, seed: int = 5) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    out = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in out.parameters():
-            p.add_(noise * p.abs().mean() * torch.randn(p.shape, generator=generator))
-    return out
-
-
 @pytest.mark.parametrize("tap", ["pre", "post"])
 @pytest.mark.parametrize("name", CASES)
 def test_recovers_a_planted_permutation(name, tap):
@@ -32,7 +23,7 @@ def test_recovers_a_planted_permutation(name, tap):
     model_a = make(name)
     spec = graph.permutation_spec(model_a, inputs(name, 2))
     planted = graph.random_permutation(spec, 3)
-    model_b = noisy_copy(graph.permute(model_a, spec, planted), 1e-3)
+    model_b = noisy(graph.permute(model_a, spec, planted), 1e-3)
     found = matching.match_activations(model_a, model_b, batches(name, 120), tap=tap)
     for group, perm in graph.invert(planted).items():
         dead = found.correlation[group] == 0  # random nets have dead units, whose order is arbitrary

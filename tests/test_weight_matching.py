@@ -3,21 +3,12 @@ import itertools
 
 import pytest
 import torch
-from cases import CASES, inputs, make
+from cases import CASES, inputs, make, noisy
 from torch import nn
 
 from repairlib import graph
 from repairlib.interpolate import interpolate_models
 from repairlib.weight_matching import WeightCost, match_straight_through, match_weights
-
-
-def noisy(model, noise, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    out = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in out.parameters():
-            p.add_(noise * p.abs().mean() * torch.randn(p.shape, generator=generator))
-    return out
 
 
 def parameters(model):
