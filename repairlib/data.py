@@ -1,9 +1,10 @@
-"""Named data sets as tensors resident on the device, with batched augmentation there.
+"""Named data sets as tensors resident on the device, or streamed to it, with batched augmentation there.
 
 `load("digits")` and `load("digits-hard")` need nothing but scikit-learn; MNIST, FashionMNIST, SVHN and CIFAR come
-through torchvision; any other name is an image folder `<root>/<name>/{train,test}/<class>/*`. The root is the argument,
-else $REPAIRLIB_DATA, else the checkout's `data/`. Pixels stay uint8 until a batch is drawn, so CIFAR-10 takes 184 MB of
-device memory.
+through torchvision; any other name is an image folder `<root>/<name>/{train,test}/<class>/*`, which as `<name>@<side>`
+is not resident but decoded when batches are drawn (see `folders`). `<name>-first80` and `<name>-last80` are disjoint,
+biased halves of any of them, see `base_name`. The root is the argument, else $REPAIRLIB_DATA, else the checkout's
+`data/`. Pixels stay uint8 until a batch is drawn, so CIFAR-10 takes 184 MB of device memory.
 """
 
 import math
@@ -12,8 +13,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
+from repairlib.folders import MEAN, STD, DataMissing, Stream, halves_of, read_folder, stream_folder
 from repairlib.names import nearest
 
 # name -> (class in torchvision.datasets, images in train and test, the files that class reads under the root)
@@ -34,11 +35,8 @@ ARCHIVES = {
     "cifar100": ("CIFAR100", (50_000, 10_000), "cifar-100-python/*"),
 }
 AUGMENTATIONS = ("translate", "flip", "cutout", "resize", "rotate", "resized-crop")
+HALF = re.compile(r"(?<=.)-(first|last)(5[1-9]|[6-9]\d)$")  # the end of the name of a biased half
 DIGITS_TEST = 400  # images of scikit-learn's 1,797 kept for testing
-
-
-class DataMissing(FileNotFoundError):
-    """A data set is not there, or is damaged, and could not be downloaded; the message says what to put where."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,45 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    own = ()  # as of folders.Stream: nothing is augmented before it is drawn
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    def to(self, device: str | torch.device) -> "Split":
+        """Return the same images on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, chosen: Tensor) -> "Split":
+        """Return the images of these indices, int64 [m], in this order."""
+        chosen = chosen.to(self.labels.device)
+        return Split(self.images[chosen], self.labels[chosen])
+
+    def draw(self, batches: Iterable[slice | Tensor], crop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels of each of `batches`, which are indices; `crop` is for folders.Stream."""
+        return ((self.images[each], self.labels[each]) for each in batches)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set on one device; mean and std are per channel, of the training pixels scaled to 0..1."""
+    """A data set on one device, to be used through `iterate` and `take` of its halves.
+
+    mean and std are per channel, of the whole training set's pixels scaled to 0..1, or ImageNet's if it is streamed.
+    """
 
     name: str
-    train: Split
-    test: Split
+    train: Split | Stream
+    test: Split | Stream
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -66,17 +92,16 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (c, h, w) of one image."""
-        return tuple(self.train.images.shape[1:])
+        return self.train.shape
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
-        return self.train.images.device
+        """Where the images are, or batches of a streamed folder go."""
+        return self.train.device
 
     def to(self, device: str | torch.device) -> "Dataset":
         """Return the same data on another device."""
-        halves = (Split(half.images.to(device), half.labels.to(device)) for half in (self.train, self.test))
-        return replace(self, train=next(halves), test=next(halves))
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 def project_root() -> Path:
@@ -90,15 +115,38 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("REPAIRLIB_DATA") or project_root() / "data").expanduser().resolve()
 
 
+def base_name(name: str) -> str:
+    """Return the name of the data set that `name` is a biased half of; any other name as it is.
+
+    The training set of `<base>-first<p>`, with p from 51 to 99, has a random p % of the images of each class in the
+    first half of the classes and 100 - p % in the second; that of `<base>-last<p>` has all the others. The test set is
+    the base's, whole. (Jordan et al. 2022, Sec. 5.4, with p = 80.)
+
+    >>> base_name("cifar100-first80"), base_name("cifar100")
+    ('cifar100', 'cifar100')
+    """
+    return HALF.sub("", name)
+
+
 def check_name(name: str, root: str | Path | None = None) -> str:
-    """Return `name` if it names a known data set or an image folder under the root; ValueError otherwise."""
+    """Return `name` if it names a known data set, an image folder under the root, or a biased half (`base_name`).
+
+    Raises:
+        ValueError: it does not; the message has the nearest that does.
+    """
     root = data_root(root)
-    folders = [path.name for path in root.iterdir() if _is_image_folder(path)] if root.is_dir() else []
-    known = list(dict.fromkeys(["digits", "digits-hard", *ARCHIVES, *sorted(folders)]))
-    if name not in known or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    folders = sorted(path.name for path in root.iterdir() if halves_of(path)) if root.is_dir() else []
+    known = list(dict.fromkeys(["digits", "digits-hard", *ARCHIVES, *folders]))
+    base = base_name(name)
+    streamed = base.rpartition("@")[0] in folders
+    if not (streamed or {name, base} & set(known)) or not re.fullmatch(r"\w[\w.-]*(@[1-9]\d{0,3})?", base, re.ASCII):
+        known += [f"{folder}@224" for folder in folders]
+        halves = [f"{each}-{which}80" for which in ("first", "last") for each in known]
         raise ValueError(
-            f"unknown data set {name!r}; the nearest is {nearest(name, known)!r} (known: {', '.join(known)}); your own "
-            f"goes into {root / (name or 'NAME')}/{{train,test}}/<class>/, or under another root: set REPAIRLIB_DATA"
+            f"unknown data set {name!r}; the nearest is {nearest(name, known + halves)!r} (known: {', '.join(known)}, "
+            "and of each the biased halves NAME-first80 and NAME-last80, with 51 to 99 for 80); your own goes into "
+            f"{root / (base.partition('@')[0] or 'NAME')}/{{train,test}}/<class>/, or under another root: set "
+            "REPAIRLIB_DATA"
         )
     return name
 
@@ -110,9 +158,11 @@ def load(
 
     Args:
         name: digits, digits-hard (the same in disorder, see `clutter`), mnist, fashionmnist, svhn, cifar10, cifar100,
-            or the name of an image folder under the root; an image folder of that name wins over torchvision's archive.
+            or the name of an image folder under the root; an image folder of that name wins over everything else. Or an
+            image folder's name and a side in pixels, imagenet@224: images of any size, decoded when they are drawn and
+            normalised by ImageNet's mean and std. Or a biased half of one of these, see `base_name`.
         root: where data sets are; default $REPAIRLIB_DATA, else `data` in the checkout. It may be read-only.
-        device: where the tensors go.
+        device: where the tensors go, or batches of a streamed folder.
         download: fetch what torchvision knows and is not there (checksums verified).
 
     Raises:
@@ -125,8 +175,17 @@ def load(
     """
     root = data_root(root)
     check_name(name, root)
-    if _is_image_folder(root / name):
-        train, test = _read_folder(root / name)
+    folder, _, side = name.partition("@")
+    if name != base_name(name) and not halves_of(root / name):
+        whole = load(base_name(name), root, device, download)
+        # Mean and std stay those of the whole training set: networks of both halves must see the same pixels alike, as
+        # their weights are averaged.
+        return replace(whole, name=name, train=_biased_half(whole, HALF.search(name)))
+    if side:
+        train, test = stream_folder(root / folder, int(side))
+        return Dataset(name, train, test, int(train.labels.max()) + 1, MEAN, STD).to(device)
+    if halves_of(root / name):
+        train, test = (Split(*half) for half in read_folder(root / name))
     elif name == "digits":
         train, test = _read_digits()
     elif name == "digits-hard":
@@ -137,7 +196,9 @@ def load(
     return Dataset(name, train, test, int(train.labels.max()) + 1, mean, std).to(device)
 
 
-def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor, names: Sequence[str], generator: torch.Generator, place: tuple[int, int] | None = None
+) -> Tensor:
     """Augment a batch where it is: each image gets its own random draw.
 
     Args:
@@ -150,17 +211,20 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
             to 100 % of the area and a ratio of sides from 3/4 to 4/3 (Szegedy et al. 2015). The last three interpolate
             bilinearly and round if the images are integers.
         generator: on the CPU; draws are made there and moved, so they are the same on every device.
+        place: (i, m) if these are images i, i + 1... of a batch of m, and get the draws that they get there.
 
     Raises:
         ValueError: unknown name.
     """
     n, _, height, width = images.shape
+    first, total = place or (0, n)
 
     def draw(high: int) -> Tensor:
-        return torch.randint(high, (n,), generator=generator).to(images.device)
+        return torch.randint(high, (total,), generator=generator)[first : first + n].to(images.device)
 
     def uniform(low: float, high: float) -> Tensor:
-        return (low + (high - low) * torch.rand(n, generator=generator)).to(images.device)
+        drawn = low + (high - low) * torch.rand(total, generator=generator)
+        return drawn[first : first + n].to(images.device)
 
     for name in names:
         if name == "translate":
@@ -193,7 +257,7 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
 class Batches:
     """A pass over images, which can be repeated: every iteration gives the same batches (see `iterate`)."""
 
-    split: Split
+    split: Split | Stream
     mean: tuple[float, ...]
     std: tuple[float, ...]
     batch_size: int
@@ -201,23 +265,30 @@ class Batches:
     shuffle: bool
     drop_last: bool
     seed: int
+    part: tuple[int, int]
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.split), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.split.images, self.split.labels
-        device = images.device
+        device = self.split.device
         mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.mean, self.std))
         gain, shift = 1 / (255 * std), -mean / std
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(labels), generator=generator).to(device) if self.shuffle else None
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            chosen = slice(start, start + self.batch_size)
-            chosen = chosen if order is None else order[chosen]
-            x = augment(images[chosen], self.augment, generator)
-            yield torch.addcmul(shift, x.float(), gain), labels[chosen]
+        order = torch.randperm(len(self.split), generator=generator).to(device) if self.shuffle else None
+        # Each batch whole as (start, stop), and the part of it that is drawn.
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        whole = [(start, min(start + self.batch_size, len(self.split))) for start in starts]
+        parts = [slice(*(a + (b - a) * (self.part[0] + i) // self.part[1] for i in (0, 1))) for a, b in whole]
+        drawn = self.split.draw(
+            parts if order is None else (order[part] for part in parts),
+            self.seed if set(self.augment) & set(self.split.own) else None,
+        )
+        names = [name for name in self.augment if name not in self.split.own]
+        for (start, stop), part, (images, labels) in zip(whole, parts, drawn, strict=True):
+            x = augment(images, names, generator, (part.start - start, stop - start))
+            yield torch.addcmul(shift, x.float(), gain), labels
 
 
 def iterate(
@@ -229,6 +300,7 @@ def iterate(
     shuffle: bool = False,
     limit: int | None = None,
     drop_last: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Return batches (x, y): x float32 [b, c, h, w] normalised per channel, y int64 [b].
 
@@ -240,8 +312,10 @@ def iterate(
         generator: on the CPU; one number is drawn from it, the seed of this pass (0 without it), so calling again with
             the same generator gives another pass, while iterating twice over one result gives the same pass twice.
         shuffle: draw a random order.
-        limit: use only so many images, drawn by a fixed seed: a fair sample, always the same one.
+        limit: use only so many images, drawn by a fixed seed: a fair sample, always the same one. Of a streamed folder
+            it stays in memory once it is decoded, up to 1 GiB of pixels.
         drop_last: leave out a last batch that is not full.
+        part: (i, n) draws only the i-th of n equal parts of each batch, from 0, as one of n processes must.
 
     Raises:
         ValueError: unknown split or augmentation, or a size below 1.
@@ -256,12 +330,23 @@ def iterate(
         raise ValueError(f"batch_size and limit are at least 1, not {batch_size} and {limit}")
     if unknown := set(augment) - set(AUGMENTATIONS):
         raise ValueError(f"unknown augmentation {(bad := min(unknown))!r}; nearest: {nearest(bad, AUGMENTATIONS)!r}")
-    half: Split = getattr(dataset, split)
+    half = getattr(dataset, split)
     if limit is not None and limit < len(half):
-        sample = torch.randperm(len(half), generator=torch.Generator().manual_seed(0))[:limit].to(dataset.device)
-        half = Split(half.images[sample], half.labels[sample])
+        sample = torch.randperm(len(half), generator=torch.Generator().manual_seed(0))[:limit]
+        half = half.take(sample)
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
-    return Batches(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed)
+    return Batches(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed, part)
+
+
+def _biased_half(whole: Dataset, half: re.Match) -> Split | Stream:
+    """Return the training images of a biased half, in the order of the whole; see `base_name`."""
+    random, labels = np.random.RandomState(0), whole.train.labels.cpu().numpy()  # whose stream is frozen
+    first = np.zeros(len(labels), dtype=bool)
+    for label in range(whole.classes):
+        members = random.permutation(np.flatnonzero(labels == label))
+        percent = int(half[2]) if label < whole.classes // 2 else 100 - int(half[2])
+        first[members[: round(len(members) * percent / 100)]] = True
+    return whole.train.take(torch.from_numpy(np.flatnonzero(first if half[1] == "first" else ~first)))
 
 
 def _look(
@@ -359,58 +444,6 @@ def clutter(split: Split, seed: int) -> Split:
     images = paper + (black - paper) * torch.maximum(own, beside)
     images = images + torch.from_numpy(random.normal(0, 0.05, images.shape))
     return Split((images.clamp(0, 1) * 255).round().to(torch.uint8), split.labels)
-
-
-def _is_image_folder(folder: Path) -> bool:
-    return (folder / "train").is_dir() and (folder / "test").is_dir()
-
-
-def _read_folder(folder: Path) -> tuple[Split, Split]:
-    """Read <folder>/{train,test}/<class>/*; classes and files in alphabetical order."""
-    classes = {half: sorted(p.name for p in (folder / half).iterdir() if p.is_dir()) for half in ("train", "test")}
-    if odd := set(classes["train"]) ^ set(classes["test"]):
-        raise DataMissing(f"class folder {min(odd)!r} is only in one of {folder}/train and {folder}/test")
-    files = []
-    for half, names in classes.items():
-        for label, name in enumerate(names):
-            paths = sorted(p for p in (folder / half / name).iterdir() if p.is_file() and not p.name.startswith("."))
-            files += [(half, label, path) for path in paths]
-            if not paths:
-                raise DataMissing(f"{folder / half / name} holds no images")
-    if not files:
-        raise DataMissing(f"{folder}/train and {folder}/test hold no class folders")
-    with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside the interpreter's lock
-        arrays = list(pool.map(_read_image, (path for _, _, path in files)))
-    height, width, _ = arrays[0].shape
-    for (_, _, path), array in zip(files, arrays, strict=True):
-        if array.shape[:2] != (height, width):
-            raise DataMissing(
-                f"{path} is {array.shape[1]}x{array.shape[0]} pixels, the first image {width}x{height}; "
-                f"resize all images of {folder} to one size"
-            )
-    shape = (
-        height,
-        width,
-        max(array.shape[2] for array in arrays),
-    )  # among colour images, grey ones get three channels
-    splits = []
-    for wanted in classes:
-        images = [np.broadcast_to(a, shape) for a, (half, _, _) in zip(arrays, files, strict=True) if half == wanted]
-        labels = [label for half, label, _ in files if half == wanted]
-        splits.append(Split(torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()), torch.tensor(labels)))
-    return splits[0], splits[1]
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """Read an image as uint8 [h, w, 1 or 3]."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise DataMissing(f"{path} is not a readable image ({error}); replace or remove it") from error
-    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _read_archive(name: str, root: Path, download: bool) -> tuple[Split, Split]:

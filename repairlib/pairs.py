@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from repairlib import store, train
-from repairlib.data import Batches, Dataset, Split, iterate, load
+from repairlib.data import Batches, Dataset, iterate, load
 from repairlib.interpolate import Path, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check
@@ -27,7 +27,7 @@ class Pair:
     Attributes:
         runs: names of the two runs.
         a, b: the networks, as trained.
-        dataset: the data that they were trained on, resident on the device.
+        dataset: the data that they are compared on, with its batches on the device.
         calibration: batches of training images without augmentation, for matching and statistics.
         test: batches of the test set.
     """
@@ -105,8 +105,7 @@ class Pair:
     def sample(self, n: int, seed: int) -> Batches:
         """n training images drawn at random without augmentation; another seed draws others."""
         chosen = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(seed))[:n]
-        chosen = chosen.to(self.dataset.device)
-        half = Split(self.dataset.train.images[chosen], self.dataset.train.labels[chosen])
+        half = self.dataset.train.take(chosen)
         return iterate(replace(self.dataset, train=half), "train", batch_size=500)
 
 

@@ -2,6 +2,9 @@
 
     get("digits/resnet20-bn-w1/quick/s1")          python -m repairlib.store train digits/resnet20-bn-w1/quick/s1
 
+On several GPUs: torchrun --nproc_per_node 8 -m repairlib.store train imagenet@224/torchvision-resnet50/jordan/s1
+Trained elsewhere: python -m repairlib.store import imagenet@224/torchvision-resnet50/imported/s1 FILE.safetensors
+
 A run is a folder `<root>/<data>/<model>/<recipe>/s<seed>` with the weights (model.safetensors) and a sidecar
 (run.json: recipe, metrics, versions, device, seconds, and the digest of the weights). It is there whole or not at
 all, it is never overwritten, and it is trained once however many processes ask for it.
@@ -16,8 +19,10 @@ import platform
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,10 +33,21 @@ from safetensors import SafetensorError
 from torch import nn
 
 from repairlib import models
-from repairlib.data import DataMissing, project_root
+from repairlib.data import DataMissing, load, project_root
 from repairlib.files import write_folder
 from repairlib.names import nearest
-from repairlib.train import DivergedError, Recipe, RunName, find_recipe, parse_run, train
+from repairlib.train import (
+    DivergedError,
+    Recipe,
+    RunName,
+    default_device,
+    find_recipe,
+    measure,
+    parse_run,
+    processes,
+    share,
+    train,
+)
 
 __all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "get", "parse_run"]
 WEIGHTS, SIDECAR = "model.safetensors", "run.json"
@@ -68,6 +84,8 @@ class Store:
     ) -> nn.Module:
         """Return a network by run name, in evaluation mode on `device`; train and save it first if it is not there.
 
+        All processes of torchrun must ask for it; the first locks and saves it.
+
         Args:
             name: of the run.
             device: where the network is returned.
@@ -75,16 +93,70 @@ class Store:
             progress: see train.train.
 
         Raises:
-            ValueError: the name does not parse.
+            ValueError: the name does not parse, or the run is to be imported.
             CorruptCheckpoint, StaleRun: what is stored cannot be used.
             DataMissing, DivergedError: training failed.
         """
-        if not self.has(name):
-            with self._lock(name, progress):
-                if not self.has(name):  # another process may have trained it meanwhile
+        first = processes()[0] == 0
+        if not share(self.has(name)):
+            with self._lock(name, progress) if first else nullcontext():
+                if not share(self.has(name)):  # another process may have trained it meanwhile
                     model, metrics = train(name, data_root=self.data_root, device=train_device, progress=progress)
-                    self._save(name, model, metrics)
+                    share(self._save(name, model, metrics) if first else None)
         return self.load(name, device)
+
+    def add(self, name: str, file: str | os.PathLike, *, evaluate: bool = True) -> dict:
+        """Store a network that was trained elsewhere, evaluated on the test set; return its metrics.
+
+        Values become float32. The sidecar has the file's name and SHA-256.
+
+        Args:
+            name: of the run, whose recipe is `imported`, like imagenet@224/torchvision-resnet50/imported/s1.
+            file: a state dict as safetensors, with the keys of the model; `num_batches_tracked` may be left out.
+            evaluate: False leaves the metrics out.
+
+        Raises:
+            ValueError: the recipe is another; the file is none of safetensors, or does not fit the model (the first
+                missing, unexpected or wrong key is named); a value is not finite.
+            FileExistsError: the run is there.
+            DataMissing: the data set is not.
+        """
+        run, file = self._parse(name), Path(file)
+        if run.recipe != "imported":
+            named = dataclasses.replace(run, recipe="imported")
+            raise ValueError(f"run {name} cannot be imported, as its recipe says how it was trained; name it {named}")
+        if self.has(name):
+            raise FileExistsError(f"{self.path(name)} exists and is not overwritten")
+        start, content = time.perf_counter(), file.read_bytes()
+        try:
+            state = safetensors.torch.load(content)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is not a whole safetensors file ({error}); pickles (.pt, .pth) are not loaded, as they may "
+                "hold code: convert one that you trust with `safetensors.torch.save_file(torch.load('FILE.pth', "
+                "weights_only=True), 'FILE.safetensors')`"
+            ) from error
+        dataset = load(run.data, self.data_root, default_device())
+        with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
+            model = models.build(run.model, dataset.shape, dataset.classes)
+        expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        for key in [*expected, *state]:
+            if key not in state and not key.endswith("num_batches_tracked"):
+                raise ValueError(f"{file} lacks {key}, which {run.model} has")
+            if key not in expected:
+                raise ValueError(f"{file} has {key}, which {run.model} has not; nearest: {nearest(key, [*expected])}")
+            if key in state and (found := tuple(state[key].shape)) != expected[key]:
+                raise ValueError(f"{file} has {key} of shape {found}; {run.model} with {dataset.classes} classes and "
+                                 f"images {dataset.shape} has {expected[key]}")  # fmt: skip
+        model.load_state_dict(state, strict=False)
+        if key := _non_finite(model):
+            raise ValueError(f"{file} holds non-finite values in {key}")
+        metrics = measure(model.eval().to(dataset.device), dataset, name, ["test"] if evaluate else [])
+        facts = {"shape": dataset.shape, "classes": dataset.classes, "device": str(dataset.device)}
+        facts |= {"threads": torch.get_num_threads(), "seconds": time.perf_counter() - start}
+        source = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
+        self.save(name, model, metrics | facts | {"source": source})
+        return metrics
 
     def load(self, name: str, device: str | torch.device = "cpu") -> nn.Module:
         """Return a stored network, after comparing digest and recipe; FileNotFoundError if it is not there."""
@@ -175,7 +247,7 @@ class Store:
         if key := _non_finite(model):
             raise ValueError(f"run {name} is not saved: {key} holds non-finite values")
         content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()})
-        facts = ("shape", "classes", "device", "threads", "seconds")
+        facts = ("shape", "classes", "device", "threads", "seconds") + ("source",) * ("source" in metrics)
         info = {
             "run": str(run),
             "recipe": dataclasses.asdict(find_recipe(run.recipe, run.model.kind, run.data)),
@@ -216,9 +288,10 @@ class Store:
                 )
 
     def _corrupt(self, name: str, path: Path, problem: str) -> CorruptCheckpoint:
+        again = "import it again" if self._parse(name).recipe == "imported" else f"get({name!r}) trains it again"
         return CorruptCheckpoint(
             f"{path} {problem}; remove the run with `python -m repairlib.store --root {self.root} delete {name}` "
-            f"and get({name!r}) trains it again"
+            f"and {again}"
         )
 
 
@@ -233,13 +306,17 @@ def _non_finite(model: nn.Module) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line: train, delete, list or check stored runs; the exit code is 1 if anything is wrong."""
+    """Run the command line: train, import, delete, list or check runs; the exit code is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m repairlib.store", description="Trained networks by run name.")
     parser.add_argument("--root", help="where runs are stored (default: $REPAIRLIB_RUNS, else data/runs)")
     parser.add_argument("--data-root", help="where data sets are (default: $REPAIRLIB_DATA, else data)")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (("train", "train runs that are not stored yet"), ("delete", "remove runs")):
         commands.add_parser(command, help=text).add_argument("names", nargs="+", metavar="NAME")
+    importing = commands.add_parser("import", help="store a network that was trained elsewhere")
+    importing.add_argument("names", nargs=1, metavar="NAME", help="DATA/MODEL/imported/sSEED")
+    importing.add_argument("file", metavar="FILE.safetensors", help="its state dict")
+    importing.add_argument("--no-evaluate", action="store_true", help="leave out its accuracy")
     commands.add_parser("list", help="list stored runs with their test accuracy")
     commands.add_parser("check", help="verify every stored run")
     options = parser.parse_args(arguments)
@@ -249,6 +326,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             if options.command == "train":
                 store.get(name)
+            elif options.command == "import":
+                metrics = store.add(name, options.file, evaluate=not options.no_evaluate)
+                print(f"{name}: imported" + (f", test accuracy {metrics['test_accuracy']:.2%}" if metrics else ""))
             elif options.command == "delete":
                 store.delete(name)
             elif options.command == "list":
@@ -259,6 +339,10 @@ def main(arguments: list[str] | None = None) -> int:
         except (CorruptCheckpoint, StaleRun, DataMissing, DivergedError, ValueError, OSError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             failures += 1
+            if processes()[1] > 1:
+                break  # the others wait for this process; torchrun ends them
+    if torch.distributed.is_initialized() and not failures:
+        torch.distributed.destroy_process_group()
     return min(failures, 1)
 
 

@@ -1,7 +1,8 @@
 """Run names, recipes and the training loop.
 
 A run is named `<data>/<model>/<recipe>/s<seed>`, and the name is all that is needed to train it:
-`train("digits/resnet20-bn-w1/quick/s1")` gives the same network bit for bit on the same CPU.
+`train("digits/resnet20-bn-w1/quick/s1")` gives the same network bit for bit on the same CPU. Started by torchrun, its
+processes train one network together (see `fit`).
 """
 
 import math
@@ -9,17 +10,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from repairlib import models
-from repairlib.data import Dataset, check_name, iterate, load
+from repairlib.data import Dataset, base_name, check_name, iterate, load
 from repairlib.graph import eval_mode
 from repairlib.names import nearest
 
@@ -97,7 +102,8 @@ _QUICK = Recipe("quick", 20, 50, 0.02, "cosine", 1e-4, ("translate",), warmup_ep
 # `qu`, and `qu-cifar100` and `qu-mnist` where they did otherwise there: Qu and Horvath 2024, App. C, which does not say
 # how MLPs were trained. Warm-ups that they name for single widths and weight decays are for the whole family here.
 # `csiszarik`: Csiszarik et al. 2023, App. A. Where these two begin a warm-up at 1e-6, ours begins at its first step.
-# `fast` is for the papers' data sets within minutes; `quick` for digits; `smoke` takes a few steps, for tests.
+# `fast` is for the papers' data sets within minutes; `quick` for digits; `smoke` takes a few steps, for tests. Networks
+# that were trained elsewhere are `imported` (see store.Store.add) and not trained here.
 RECIPES: dict[str, dict[str, Recipe]] = {
     "jordan": {
         "mlp": Recipe("jordan", 100, 2000, 0.2, "linear", augment=("translate",)),
@@ -148,6 +154,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "tiny": Recipe("smoke", 1, 200, 0.1, "linear"),
         "torchvision": Recipe("smoke", 1, 200, 0.1, "linear"),
     },
+    "imported": dict.fromkeys(("mlp", "vgg", "resnet", "tiny", "torchvision"), Recipe("imported", 0, 1, 0.0, "linear")),
 }
 # Digits must not be mirrored, nor a part of their strokes cut out or off.
 UPRIGHT = ("digits", "digits-hard", "mnist", "svhn")
@@ -173,7 +180,7 @@ def find_recipe(name: str, kind: str, data: str) -> Recipe:
             raise ValueError(f"recipe {name!r} is for {', '.join(RECIPES[name])}, not for {kind}; "
                              f"the nearest that is: {nearest(name, known)!r}")  # fmt: skip
     found = RECIPES[name][key]
-    if data in UPRIGHT:
+    if base_name(data).partition("@")[0] in UPRIGHT:
         found = replace(found, augment=tuple(a for a in found.augment if a not in ("flip", "cutout", "resized-crop")))
     return found
 
@@ -220,6 +227,32 @@ def default_device() -> str:
     return os.environ.get("REPAIRLIB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def processes() -> tuple[int, int]:
+    """Return (rank of this process, number of processes) of torchrun, joined in a group on the first call; or (0, 1).
+
+    On a machine with GPUs each process gets its own.
+    """
+    number = int(os.environ.get("WORLD_SIZE", 1))
+    if number == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available() and default_device() != "cpu"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The first process evaluates alone, or waits for another's lock, while the others wait for it.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    return dist.get_rank(), number
+
+
+def share(value: Any) -> Any:
+    """Return the first process's value in all processes, once all are here."""
+    if processes()[1] == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
 def train(
     run: str | RunName,
     *,
@@ -235,7 +268,8 @@ def train(
 
     The seed gives the initial weights and, separately, the order and augmentation of the data; the global generator is
     left alone. Results are the same bit for bit on the same CPU, for which the number of threads is fixed:
-    $REPAIRLIB_THREADS, default 1. A `fused` network is trained with BatchNorm and then fused.
+    $REPAIRLIB_THREADS, default 1. A `fused` network is trained with BatchNorm and then fused. Of several processes
+    (see `fit`) the first evaluates, and prints.
 
     Args:
         run: its name.
@@ -245,11 +279,16 @@ def train(
         progress: a bar if stdout is a terminal, and one line at the end.
 
     Raises:
-        ValueError: the name does not parse.
+        ValueError: the name does not parse, or is of an imported run.
         DivergedError: the loss or a weight became non-finite.
         DataMissing: see data.load.
     """
     run = parse_run(run, data_root) if isinstance(run, str) else run
+    if run.recipe == "imported":
+        raise ValueError(
+            f"run {run} is not trained here: import it with `python -m repairlib.store import {run} FILE.safetensors`"
+        )
+    rank, _ = processes()
     how = recipe or find_recipe(run.recipe, run.model.kind, run.data)
     device = torch.device(device or default_device())
     dataset = load(run.data, data_root, device) if dataset is None else dataset.to(device)
@@ -264,19 +303,25 @@ def train(
             plain.load_state_dict(models.fuse(model).state_dict())
             model = plain.to(device)
         model.eval()
-        metrics: dict = {}
-        for split in ("train", "test"):
-            loss, accuracy = evaluate(model, iterate(dataset, split, 1000))
-            metrics |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"{run}: the {split} loss of the trained network is {loss}; try a smaller learning rate"
-                )
+        metrics = share(measure(model, dataset, str(run)) if rank == 0 else None)
     metrics |= {"seconds": time.perf_counter() - start, "threads": threads, "device": str(device)}
     metrics |= {"shape": dataset.shape, "classes": dataset.classes}
-    if progress:
+    if progress and rank == 0:
         print(f"{run}: test accuracy {metrics['test_accuracy']:.2%}, {metrics['seconds']:.0f} s", flush=True)
     return model.to("cpu", memory_format=torch.contiguous_format), metrics
+
+
+def measure(model: nn.Module, dataset: Dataset, name: str, splits: Sequence[str] = ("train", "test")) -> dict:
+    """Return {train,test}_{loss,accuracy} of a network on whole splits; DivergedError if a loss is not finite."""
+    metrics = {}
+    for split in splits:
+        loss, accuracy = evaluate(model, iterate(dataset, split, 1000))
+        metrics |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"{name}: the {split} loss of the trained network is {loss}; try a smaller learning rate"
+            )
+    return metrics
 
 
 def fit(
@@ -287,6 +332,10 @@ def fit(
     Batches that are not full are left out, unless the whole set is smaller than one. On GPUs that have it, bfloat16
     autocast is used.
 
+    Started by `torchrun --nproc_per_node N`, each of N processes takes an N-th of every batch, with the draws that it
+    gets in one process, and gradients are averaged: the same steps up to rounding, but for BatchNorm, which normalises
+    by the statistics of each process's own part. The first one's running statistics are kept.
+
     Args:
         model: any module whose outputs are logits [b, classes].
         dataset: what to train on; see data.load.
@@ -296,6 +345,7 @@ def fit(
         progress: show a bar if stdout is a terminal.
 
     Raises:
+        ValueError: the batch does not divide into equal parts for all processes.
         DivergedError: names `name`, the step (from 1) and the last finite loss.
     """
     device, cuda = dataset.device, dataset.device.type == "cuda"
@@ -303,6 +353,10 @@ def fit(
     model.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format).train()
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(recipe.batch_size, len(dataset.train))
+    rank, number = processes()
+    if batch_size % number:
+        raise ValueError(f"{name}: batches of {batch_size} images cannot be divided among {number} processes")
+    net = DistributedDataParallel(model) if number > 1 else model
     per_epoch = len(dataset.train) // batch_size
     steps = recipe.epochs * per_epoch
     optimizer = torch.optim.SGD(
@@ -311,22 +365,30 @@ def fit(
     )  # fmt: skip
     losses = torch.zeros(steps, device=device)
     step, checked = 0, 0
-    quiet = not (progress and sys.stdout.isatty())
+    quiet = not (progress and sys.stdout.isatty() and rank == 0)
     with tqdm(total=steps, desc=name, unit="step", file=sys.stdout, disable=quiet) as bar:
         for _ in range(recipe.epochs):
-            for x, y in iterate(dataset, "train", batch_size, recipe.augment, generator, shuffle=True, drop_last=True):
+            for x, y in iterate(
+                dataset, "train", batch_size, recipe.augment, generator,
+                shuffle=True, drop_last=True, part=(rank, number),
+            ):  # fmt: skip
                 optimizer.param_groups[0]["lr"] = recipe.lr_at(step, per_epoch)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                    loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+                    loss = F.cross_entropy(net(x), y, label_smoothing=recipe.label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 losses[step] = loss.detach()
                 step += 1
                 if not cuda or step % 50 == 0 or step == steps:  # on a GPU, looking at a loss waits for it
+                    if number > 1:  # the mean of all parts, so that all processes stop at the same step
+                        dist.all_reduce(losses[checked:step])
+                        losses[checked:step] /= number
                     _check_losses(losses, checked, step, name)
                     bar.update(step - checked)
                     checked = step
+    for buffer in model.buffers() if number > 1 else ():
+        dist.broadcast(buffer, 0)
     for key, value in model.state_dict().items():
         if not value.isfinite().all():
             raise DivergedError(f"{name}: {key} became non-finite at step {steps} (the last), where the loss was still "

@@ -376,6 +376,50 @@ def test_bad_image_folder_names_the_file(tmp_path, damage, words):
         load("pets", tmp_path)
 
 
+# biased halves
+
+
+def places(half, whole):
+    """Where each image of a half is in the whole, whose images are all different."""
+    index = {image.numpy().tobytes(): i for i, image in enumerate(whole.images)}
+    assert len(index) == len(whole)
+    found = [index[image.numpy().tobytes()] for image in half.images]
+    assert torch.equal(whole.labels[found], half.labels)
+    return found
+
+
+@pytest.mark.parametrize("base,percent", [("digits", 80), ("digits-hard", 80), ("digits", 51), ("digits", 99)])
+def test_biased_halves_are_disjoint_and_together_the_whole(base, percent):
+    whole, first, last = (load(name) for name in (base, f"{base}-first{percent}", f"{base}-last{percent}"))
+    assert (first.name, last.name) == (f"{base}-first{percent}", f"{base}-last{percent}")
+    kept = [places(half.train, whole.train) for half in (first, last)]
+    assert sorted(kept[0] + kept[1]) == list(range(1397)) and all(k == sorted(k) for k in kept)
+    sizes = whole.train.labels.bincount()
+    for half, shares in ((first, (percent, 100 - percent)), (last, (100 - percent, percent))):
+        expected = sizes * torch.tensor(shares).repeat_interleave(5) / 100
+        assert ((half.train.labels.bincount(minlength=10) - expected).abs() <= 0.5).all()
+        assert half.mean == whole.mean and half.std == whole.std and half.classes == 10
+        assert torch.equal(half.test.images, whole.test.images) and torch.equal(half.test.labels, whole.test.labels)
+    # Random within a class, but always the same.
+    zeros = [i for i in kept[0] if whole.train.labels[i] == 0]
+    assert zeros != (whole.train.labels == 0).nonzero().flatten().tolist()[: len(zeros)]
+    assert torch.equal(load(first.name).train.images, first.train.images)
+
+
+def test_biased_halves_never_change():
+    # A fact of the first version: stored networks would be of other halves.
+    assert int(load("digits-first80").train.images.long().sum()) == 13998747
+
+
+def test_biased_halves_of_an_image_folder_and_a_folder_called_so(tmp_path):
+    write_images(tmp_path, train=5)
+    first, last = (load(f"pets-{which}80", tmp_path) for which in ("first", "last"))
+    assert first.train.labels.tolist() == [0] * 4 + [1] and last.train.labels.tolist() == [0] + [1] * 4
+    write_images(tmp_path, name="pets-first80", size=(4, 4))
+    assert load("pets-first80", tmp_path).shape == (3, 4, 4)
+    assert load("pets-last80", tmp_path).shape == (3, 5, 6)
+
+
 # torchvision's archives
 
 
@@ -465,7 +509,10 @@ def test_cifar_archive_keeps_pixels_in_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name,words", [("minst", "'mnist'"), ("CIFAR10", "'cifar10'"), ("", "digits"),
-                                        ("../pets", "nearest is 'pets'"), ("pet", "'pets'")])  # fmt: skip
+                                        ("../pets", "nearest is 'pets'"), ("pet", "'pets'"),
+                                        ("cifar100-first50", "'cifar100-first80'.*51 to 99"),
+                                        ("-last80", "'svhn-last80'"), ("digits-last080", "'digits-last80'"),
+                                        ("pets-frist80", "'pets-first80'")])  # fmt: skip
 def test_unknown_name_gives_the_nearest(tmp_path, name, words):
     write_images(tmp_path)
     with pytest.raises(ValueError, match=words):

@@ -428,7 +428,117 @@ def test_interrupted_deletion_leaves_no_half_run(store, monkeypatch):
     assert store.names() == [RUN] and not [path for path in tree(store.root) if "/." in path]
 
 
-# files and folders
+# networks that were trained elsewhere
+
+IMPORTED = RUN.replace("smoke", "imported")
+
+
+def write_state(path, changes=None, name=RUN):
+    """A safetensors file of a network; a change to None leaves a key out."""
+    state = bits(model(name, seed=3)) | (changes or {})
+    safetensors.torch.save_file({key: value for key, value in state.items() if value is not None}, path)
+    return path
+
+
+def test_import_stores_the_network_with_its_metrics_and_source(store, tmp_path, monkeypatch, capsys):
+    file = write_state(tmp_path / "mine.safetensors")
+    assert main(["--root", str(store.root), "import", IMPORTED, str(file)]) == 0
+    monkeypatch.setattr(storing, "train", no_training)
+    net, info = store.get(IMPORTED), store.info(IMPORTED)
+    assert equal(bits(net), bits(model(seed=3))) and not net.training
+    loss, accuracy = training.evaluate(net, training.iterate(training.load("digits"), "test"))
+    assert info["metrics"] == {"test_loss": pytest.approx(loss), "test_accuracy": accuracy}
+    assert info["source"] == {"file": "mine.safetensors", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert capsys.readouterr().out == f"{IMPORTED}: imported, test accuracy {accuracy:.2%}\n"
+    with pytest.raises(FileExistsError, match="is not overwritten"):
+        store.add(IMPORTED, file)
+    path, _ = flip_a_bit(store.path(IMPORTED))
+    with pytest.raises(CorruptCheckpoint, match=f"{path} was altered.* and import it again$"):
+        store.get(IMPORTED)
+
+
+def test_import_without_evaluation_or_counts_of_batches(store, tmp_path):
+    name = "digits/vgg11-bn-w0.125/imported/s1"
+    counts = {key: None for key in model(name).state_dict() if key.endswith("num_batches_tracked")}
+    file = write_state(tmp_path / "mine.safetensors", counts, name)
+    assert len(counts) == 8
+    assert main(["--root", str(store.root), "import", name, str(file), "--no-evaluate"]) == 0
+    assert store.info(name)["metrics"] == {} and equal(bits(store.get(name)), bits(model(name, seed=3)))
+    doubled = write_state(tmp_path / "double.safetensors", {k: v.double() for k, v in bits(model(seed=3)).items()})
+    store.add(IMPORTED, doubled, evaluate=False)
+    assert equal(bits(store.get(IMPORTED)), bits(model(seed=3)))
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"fc2.weight": None}, "lacks fc2.weight, which mlp2-plain-w16 has"),
+    ({"fc9.bias": torch.ones(2)}, "has fc9.bias, which mlp2-plain-w16 has not; nearest: fc1.bias"),
+    ({"fc1.bias": torch.ones(17)}, r"fc1.bias of shape \(17,\); mlp2-plain-w16 with 10 classes and .* has \(16,\)"),
+    ({"fc1.bias": torch.full((16,), torch.nan)}, "holds non-finite values in fc1.bias"),
+])  # fmt: skip
+def test_what_does_not_fit_is_not_imported(store, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=f"mine.safetensors {words}|mine.safetensors has {words}"):
+        store.add(IMPORTED, write_state(tmp_path / "mine.safetensors", changes))
+    assert not store.has(IMPORTED)
+
+
+def test_pickles_are_not_loaded_and_the_message_says_how_to_convert_them(store, tmp_path, monkeypatch):
+    torch.save(bits(model(seed=3)), tmp_path / "mine.pth")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="mine.pth is not a whole safetensors file") as caught:
+        store.add(IMPORTED, "mine.pth")
+    exec(str(caught.value).split("`")[1].replace("FILE", "mine"), {"torch": torch, "safetensors": safetensors})
+    store.add(IMPORTED, "mine.safetensors")
+    assert equal(bits(store.get(IMPORTED)), bits(model(seed=3)))
+
+
+def test_imported_runs_are_never_trained_and_others_never_imported(store, tmp_path):
+    file = write_state(tmp_path / "mine.safetensors")
+    with pytest.raises(ValueError, match=f"run {RUN} cannot be imported.*name it {IMPORTED}"):
+        store.add(RUN, file)
+    with pytest.raises(ValueError, match=f"{IMPORTED} is not trained here") as caught:
+        store.get(IMPORTED, train_device="cpu")
+    command = str(caught.value).split("`")[1].replace("FILE.safetensors", str(file)).split()
+    assert main(["--root", str(store.root), *command[3:]]) == 0 and store.has(IMPORTED)
+    for name in ("vgg16-ln", "resnet20-fixup", "tiny10-plain-nobias", "torchvision-resnet50"):
+        assert training.parse_run(f"cifar10/{name}/imported/s1").recipe == "imported"
+
+
+# several processes
+
+
+def torchrun(script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
+    env = os.environ | {"REPAIRLIB_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env)
+
+
+def test_two_processes_train_one_network_together(store):
+    name = "digits/mlp2-plain-w8/smoke/s1"
+    done = torchrun(["-m", "repairlib.store"], "--root", store.root, "train", name)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert done.stdout.count("test accuracy") == 1 and store.names() == [name]
+    alone, metrics = training.train(name, device="cpu", progress=False)
+    together = bits(store.load(name))
+    assert all(torch.allclose(value, together[key], rtol=1e-4, atol=1e-5) for key, value in bits(alone).items())
+    assert store.info(name)["metrics"]["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-4)
+
+
+def test_nothing_is_saved_if_one_of_the_processes_fails(store, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+from repairlib import store, train
+
+def failing(*args, **options):
+    raise OSError("no more data")
+
+if train.processes()[0] == 1:
+    train._check_losses = failing  # after the first step
+sys.exit(store.main(["--root", sys.argv[1], "train", {RUN!r}, "digits/mlp1-plain-w4/smoke/s1"]))
+""")
+    done = torchrun([script], store.root)
+    assert done.returncode != 0 and "OSError: no more data" in done.stderr
+    assert store.names() == [] and "test accuracy" not in done.stdout
 
 
 # command line

@@ -54,6 +54,22 @@ def test_digits_are_not_mirrored(data):
             assert set(find_recipe(name, kind, data).augment) <= {"translate", "resize", "rotate"}
 
 
+def test_recipe_of_a_biased_half_is_that_of_the_whole():
+    for data in ("digits", "digits-hard", "mnist", "svhn", "cifar100"):
+        for kind in ("resnet-bn", "torchvision"):
+            whole = find_recipe("jordan", kind, data)
+            assert (
+                find_recipe("jordan", kind, f"{data}-first80") == find_recipe("jordan", kind, f"{data}-last51") == whole
+            )
+
+
+def test_biased_half_trains_by_name():
+    name = RUN.replace("digits", "digits-hard-last80")
+    assert str(parse_run(name)) == name
+    first, last = (run(name.replace("last", which))[0] for which in ("first", "last"))
+    assert not equal(bits(first), bits(last))
+
+
 def test_every_recipe_is_complete():
     families = {"mlp", "vgg", "resnet", "tiny", "torchvision"}
     for name, kinds in training.RECIPES.items():
@@ -239,6 +255,12 @@ def test_batches_that_are_not_full_are_left_out(digits):
     assert sizes == [500] * 4
     fit(model, digits, Recipe("test", 1, 2000, 0.01, "linear"))
     assert sizes[4:] == [1397]
+
+
+def test_batches_must_divide_among_the_processes(digits, monkeypatch):
+    monkeypatch.setattr(training, "processes", lambda: (0, 3))
+    with pytest.raises(ValueError, match="mine: batches of 200 images cannot be divided among 3 processes"):
+        fit(build("mlp1-plain-w4", digits.shape), digits, find_recipe("smoke", "mlp", "digits"), name="mine")
 
 
 def test_huge_learning_rate_stops_the_run_with_name_step_and_loss():

@@ -1,0 +1,239 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as vision
+
+from repairlib import folders, store
+from repairlib import train as training
+from repairlib.data import DataMissing, iterate, load
+from repairlib.models import build
+from repairlib.train import find_recipe, fit, parse_run
+
+SIZES = ((50, 37), (37, 50), (36, 36), (20, 90), (90, 31), (33, 64))  # (width, height)
+RUN = "shapes@32/torchvision-resnet18/smoke/s1"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """An image folder of three classes, by brightness, in several formats and sizes."""
+    random = np.random.RandomState(0)
+    for half, count in (("train", 12), ("test", 4)):
+        for label in range(3):
+            folder = tmp_path / "shapes" / half / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                width, height = SIZES[i % len(SIZES)]
+                pixels = np.clip(random.normal(60 + 70 * label, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+                image = Image.fromarray(pixels)
+                if i % 4 == 0:
+                    image.convert("L").save(folder / f"{i:02}.png")
+                elif i % 4 == 1:
+                    image.quantize(16).save(folder / f"{i:02}.png")
+                else:
+                    image.save(folder / f"{i:02}.jpg")
+    return tmp_path
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return image.mode, image.convert("RGB")
+
+
+def collect(batches):
+    return [torch.cat(column) for column in zip(*batches, strict=True)]
+
+
+def pixels(x):
+    """Batches as they were before normalisation, in 0..255."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (folders.MEAN, folders.STD))
+    return (x * std + mean) * 255
+
+
+@pytest.mark.parametrize("side", [32, 24])
+def test_evaluation_is_torchvisions(root, side):
+    shapes = load(f"shapes@{side}", root)
+    assert shapes.shape == (3, side, side) and shapes.classes == 3 and (len(shapes.train), len(shapes.test)) == (36, 12)
+    assert shapes.name == f"shapes@{side}" and {picture(path)[0] for path in shapes.train.paths} == {
+        "L",
+        "P",
+        "RGB",
+    }
+    assert shapes.to("meta").device.type == shapes.to("meta").test.labels.device.type == "meta"
+    x, y = collect(iterate(shapes, "train", batch_size=5))
+    assert y.tolist() == [0] * 12 + [1] * 12 + [2] * 12 and x.dtype == torch.float32
+    files = sorted((root / "shapes" / "train").rglob("*.*"))
+    assert list(shapes.train.paths) == [str(path) for path in files]
+    for image, path in zip(x, files, strict=True):
+        _, whole = picture(path)
+        seen = vision.center_crop(vision.resize(whole, [round(side * 256 / 224)]), [side, side])
+        expected = vision.normalize(vision.to_tensor(seen), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert torch.allclose(image, expected, atol=1e-5)
+
+
+def test_random_crops_are_windows_of_the_whole_image(root):
+    shapes = load("shapes@32", root)
+    batches = iterate(shapes, "train", 7, ("resized-crop",), generator(3), shuffle=True)
+    x, y = collect(batches)
+    order = torch.randperm(36, generator=generator(batches.seed))
+    assert torch.equal(y, shapes.train.labels[order])
+    for image, i in zip(pixels(x), order.tolist(), strict=True):
+        _, whole = picture(shapes.train.paths[i])
+        window = folders._window(*whole.size, folders.random.Random(f"{batches.seed} {i}"))
+        expected = torch.tensor(np.asarray(whole.crop(window).resize((32, 32), Image.Resampling.BILINEAR)))
+        assert (image - expected.permute(2, 0, 1)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("size", [(500, 375), (100, 100), (30, 300)])
+def test_windows_cover_8_to_100_percent_within_the_image(size):
+    windows = np.array([folders._window(*size, folders.random.Random(f"0 {i}")) for i in range(3000)])
+    (left, top, right, bottom), (width, height) = windows.T, size
+    assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
+    across, down = right - left, bottom - top
+    area, ratio = across * down / (width * height), across / down
+    assert ratio.min() > 0.70 and ratio.max() < 1.43  # 3/4 and 4/3, each side rounded
+    assert left.min() == 0 and right.max() == width
+    if height > 2 * width:  # no window of more than 1/7 of it has such a ratio: the middle
+        assert np.median(area) == 30 * 40 / 9000 and (np.median(top), np.median(bottom)) == (130, 170)
+    else:
+        assert 0.075 < area.min() < 0.1 and area.max() > 0.9 and 0.3 < np.median(area) < 0.6
+        assert top.min() == 0 and bottom.max() == height
+
+
+@pytest.mark.parametrize("augment", [(), ("flip", "resized-crop"), ("translate", "cutout")])
+def test_batches_do_not_depend_on_the_number_of_threads(root, augment, monkeypatch):
+    shapes, passes = load("shapes@32", root), []
+    for workers in (1, 5):
+        monkeypatch.setattr(folders, "_workers", lambda workers=workers: workers)
+        batches = iterate(shapes, "train", 8, augment, generator(1), shuffle=True)
+        passes += [collect(batches), collect(batches)]
+    assert all(torch.equal(a, b) for other in passes[1:] for a, b in zip(passes[0], other, strict=True))
+    other, _ = collect(iterate(shapes, "train", 8, augment, generator(2), shuffle=True))
+    assert not torch.equal(other, passes[0][0])
+
+
+def test_crops_do_not_depend_on_the_batch_size(root):
+    shapes = load("shapes@32", root)
+    first, second = (collect(iterate(shapes, "train", n, ("resized-crop",), generator(1)))[0] for n in (5, 36))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["shapes@32", "digits"])
+def test_parts_of_batches_are_together_the_batches(root, name):
+    data = load(name, root)
+    augment = ("resized-crop", "flip", "translate", "rotate")
+    options = {"augment": augment, "shuffle": True, "drop_last": True, "limit": 60}
+    whole = list(iterate(data, "train", 12, generator=generator(4), **options))
+    parts = [list(iterate(data, "train", 12, generator=generator(4), part=(i, 3), **options)) for i in range(3)]
+    assert all(len(y) == 4 for part in parts for _, y in part)
+    for (x, y), *own in zip(whole, *parts, strict=True):
+        assert torch.equal(y, torch.cat([labels for _, labels in own]))
+        assert torch.allclose(x, torch.cat([images for images, _ in own]), atol=1e-6)
+
+
+def test_limit_is_the_sample_of_a_resident_set_and_stays_in_memory(root, monkeypatch):
+    shapes, opened = load("shapes@32", root), []
+    real = folders._open
+    monkeypatch.setattr(folders, "_open", lambda path: opened.append(path) or real(path))
+    limited = iterate(shapes, "train", 4, limit=10)
+    x, y = collect(limited)
+    assert len(opened) == 10 and torch.equal(x, collect(limited)[0]) and len(opened) == 10
+    sample = torch.randperm(36, generator=generator())[:10]
+    assert opened == [shapes.train.paths[i] for i in sample.tolist()]
+    assert torch.equal(y, shapes.train.labels[sample])
+    whole, _ = collect(iterate(shapes, "train", 36))
+    assert torch.allclose(x, whole[sample], atol=1e-6)
+    again = iterate(shapes, "train", 36)
+    collect(again), collect(again)
+    assert len(opened) == 10 + 3 * 36  # the whole set is decoded each time
+    monkeypatch.setattr(folders, "KEPT", 10 * 3 * 32 * 32 - 1)
+    large = iterate(shapes, "train", 4, limit=10)
+    assert torch.equal(collect(large)[0], x) and torch.equal(collect(large)[0], x)
+    assert len(opened) == 10 + 3 * 36 + 2 * 10
+
+
+def test_few_batches_are_decoded_ahead_and_a_pass_may_be_left(root, monkeypatch):
+    opened = []
+    real = folders._open
+    monkeypatch.setattr(folders, "_open", lambda path: opened.append(path) or real(path))
+    shapes = load("shapes@32", root)
+    assert not opened  # loading only lists
+    for x, _ in itertools.islice(iterate(shapes, "train", 4), 1):
+        assert len(x) == 4
+    assert 4 <= len(opened) <= 4 * (1 + folders.AHEAD)
+
+
+def damage(root):
+    path = root / "shapes" / "train" / "class1" / "02.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    return path
+
+
+def test_damaged_image_is_named(root):
+    path = damage(root)
+    shapes = load("shapes@32", root)
+    with pytest.raises(DataMissing, match=f"{path} is not a readable image"):
+        collect(iterate(shapes, "train", 6))
+    with pytest.raises(DataMissing, match=f"{path} is not a readable image"):
+        fit(
+            build("mlp1-plain-w4", (3, 32, 32), 3),
+            shapes,
+            replace(find_recipe("smoke", "mlp", "shapes@32"), batch_size=36),
+        )
+
+
+def test_imagenets_own_folders(root):
+    (root / "shapes" / "test").rename(root / "shapes" / "val")
+    assert len(load("shapes@32", root).test) == 12
+    (root / "shapes" / "test").mkdir()
+    (root / "shapes" / "test" / "unlabelled.jpg").write_bytes(b"")
+    assert len(load("shapes@32", root).test) == 12
+    (root / "shapes" / "val" / "class9").mkdir()
+    with pytest.raises(DataMissing, match=r"'class9' is only in one of .*train and .*val"):
+        load("shapes@32", root)
+
+
+def test_images_of_several_sizes_are_only_streamed(root):
+    with pytest.raises(DataMissing, match=r"resize all images of .*shapes to one size, or .*: shapes@"):
+        load("shapes", root)
+
+
+@pytest.mark.parametrize("name,words", [
+    ("shapes@", "'shapes'"), ("shapes@0", "'shapes'"), ("shape@224", "'shapes@224'"), ("shapes@big", "'shapes'"),
+    ("digits@16", "'digits'"), ("shapes@32@32", "'shapes@"), ("shapes@224-first20", "'shapes@224-first80'"),
+])  # fmt: skip
+def test_unknown_streams_give_the_nearest(root, name, words):
+    with pytest.raises(ValueError, match=f"unknown data set '{name}'; the nearest is {words}"):
+        load(name, root)
+
+
+def test_biased_halves_are_streamed_too(root):
+    first, last = (load(f"shapes@32-{which}75", root) for which in ("first", "last"))
+    assert first.train.labels.bincount().tolist() == [9, 3, 3] and last.train.labels.bincount().tolist() == [3, 9, 9]
+    assert not set(first.train.paths) & set(last.train.paths) and first.mean == last.mean == folders.MEAN
+    assert str(parse_run(RUN.replace("@32", "@32-first75"), root)).startswith("shapes@32-first75/")
+
+
+def test_digits_stay_upright(root):
+    recipes = [find_recipe("jordan", "torchvision", name).augment for name in ("svhn@64-first80", "shapes@64")]
+    assert recipes == [(), ("flip", "resized-crop")]
+
+
+def test_network_of_torchvision_learns_by_name(root, monkeypatch):
+    how = replace(find_recipe("smoke", "torchvision", "shapes@32"), epochs=6, batch_size=12, lr=0.02)
+    how = replace(how, augment=("flip", "resized-crop"))
+    monkeypatch.setitem(training.RECIPES["smoke"], "torchvision", how)
+    runs = store.Store(data_root=root)
+    model, info = runs.get(RUN, train_device="cpu", progress=False), runs.info(RUN)
+    assert info["shape"] == [3, 32, 32] and info["classes"] == 3 and info["metrics"]["train_accuracy"] > 0.6
+    loss, accuracy = training.evaluate(model, iterate(load("shapes@32", root), "test"))
+    assert (loss, accuracy) == (info["metrics"]["test_loss"], info["metrics"]["test_accuracy"])
+    again, metrics = training.train(RUN, data_root=root, device="cpu", progress=False, recipe=replace(how, epochs=1))
+    assert not model.training and not torch.equal(again.fc.weight, model.fc.weight) and metrics["shape"] == (3, 32, 32)
