@@ -87,8 +87,7 @@ class Pair:
     @property
     def title(self) -> str:
         """The model and the data, to put over a figure."""
-        name = train.parse_run(self.runs[0])
-        return f"{name.model} on {name.data}"
+        return f"{train.parse_run(self.runs[0], check_data=False).model} on {self.dataset.name}"
 
     def origin(self, start: float) -> dict:
         """How a result of this pair was made, as `report.save_item` records it; `start` is of time.perf_counter()."""
