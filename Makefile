@@ -21,7 +21,7 @@ help:  ## this list
 	@echo "usage: make TARGET [SCALE=smoke|quick|fast|paper]"; echo
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | while read -r name text; do \
 	  printf "  %-8s %s\n" "$$name" "$$text"; done
-	@echo; echo "Options of figures: NOTEBOOKS='repair/04_repair ...', ITEMS='repair/fig3-left ...', CORES=4, GPU_JOBS=2"
+	@echo; echo "Options of figures and plan: NOTEBOOKS='repair/04_repair ...', ITEMS='repair/fig3-left ...', CORES=4, GPU_JOBS=2"
 
 figures: $(INSTALLED)  ## make every figure that is missing or out of date, at SCALE (quick)
 	@began=$$(date +%s); status=0; \
@@ -32,6 +32,10 @@ figures: $(INSTALLED)  ## make every figure that is missing or out of date, at S
 	[ $$status = 0 ] || echo "Not everything could be made; if nothing above says why, try: make figures QUIET=progress"; \
 	exit $$status
 # --nolock: nothing is left to unlock after a kill. Two calls at once are safe, as jobs lock what they write.
+
+plan: $(INSTALLED)  ## list what figures would make at SCALE, and roughly how long it would take here
+	@$(VENV)/bin/python workflow/plan.py --scale "$(SCALE)" --notebooks "$(NOTEBOOKS)" --items "$(ITEMS)" \
+	    --cores "$(CORES)" --gpu-jobs "$(GPU_JOBS)"
 
 test: $(INSTALLED)  ## lint, unit tests, doctests, and every notebook at smoke scale
 	@$(RUN) ruff check --quiet . && status=0 || status=1; \
@@ -48,8 +52,9 @@ lab: $(INSTALLED)  ## open JupyterLab
 sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer wins) and strip outputs
 	@$(VENV)/bin/python workflow/batch.py sync
 
-readme: figures  ## copy the pictures that README.md shows
+readme: figures  ## copy the pictures and the scorecard that README.md shows
 	@mkdir -p figures/readme && cp figures/quick/repair/fig2_left.png figures/quick/repair/fig3_middle.png figures/readme/
+	@cp figures/scorecard.md docs/
 
 clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper
 	rm -rf build .snakemake figures/smoke figures/quick figures/.staging figures/gallery.html .pytest_cache .ruff_cache
@@ -64,4 +69,4 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@rm $(VENV)/.installing && touch $@
 # .installing: an installation that was interrupted is started again from nothing.
 
-.PHONY: help figures test lab sync readme clean
+.PHONY: help figures plan test lab sync readme clean
