@@ -31,11 +31,7 @@ if sys.version_info < (3, 11):
 
 try:
     SCALE = report.check_scale(config.get("scale", "quick"))
-    ITEMS = batch.find_items(str(config.get("items", "")))
-    NOTEBOOKS = batch.find_notebooks(str(config.get("notebooks", "")))
-    if ITEMS:
-        NOTEBOOKS = sorted({report.read_index()[item]["notebook"] for item in ITEMS})
-    RUNS = {name: report.notebook_runs(f"notebooks/{name}.py", SCALE, ",".join(ITEMS)) for name in NOTEBOOKS}
+    ITEMS, NEEDS = batch.find_needs(SCALE, str(config.get("notebooks", "")), str(config.get("items", "")))
 except Exception as error:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)  # also when Snakemake is told to be quiet
     raise
@@ -46,7 +42,7 @@ STAMP = f"build/{SCALE}/{{notebook}}{SOME}.done"
 LIBRARY = [path.as_posix() for path in Path("repairlib").glob("*.py") if path.name != "store.py"]
 GPU = 1 if shutil.which("nvidia-smi") else 0
 
-for name in NOTEBOOKS:
+for name in NEEDS:
     if not batch.read_done(name, SCALE):  # somebody removed figures: make them again
         for stamp in [*Path("build", SCALE).glob(f"{name}.done"), *Path("build", SCALE).glob(f"{name}+*.done")]:
             stamp.unlink()
@@ -54,7 +50,7 @@ for name in NOTEBOOKS:
 
 rule all:
     input:
-        expand(STAMP, notebook=NOTEBOOKS),
+        expand(STAMP, notebook=list(NEEDS)),
 
 
 rule train:
@@ -68,7 +64,8 @@ rule train:
 
 rule notebook:
     input:
-        lambda wildcards: expand("build/runs/{run}.done", run=RUNS[wildcards.notebook]),
+        lambda wildcards: expand("build/runs/{run}.done", run=NEEDS[wildcards.notebook]["runs"]),
+        lambda wildcards: expand(STAMP, notebook=NEEDS[wildcards.notebook]["after"]),
         LIBRARY,
         notebook="notebooks/{notebook}.py",
     output:
@@ -82,5 +79,5 @@ rule notebook:
 
 
 onstart:
-    runs = {run for name in NOTEBOOKS for run in RUNS[name] if not Path(f"build/runs/{run}.done").exists()}
-    print(f"{SCALE}: networks to train: {len(runs)}; notebooks that may need them: {len(NOTEBOOKS)}", flush=True)
+    runs = {run for need in NEEDS.values() for run in need["runs"] if not Path(f"build/runs/{run}.done").exists()}
+    print(f"{SCALE}: networks to train: {len(runs)}; notebooks that may need them: {len(NEEDS)}", flush=True)

@@ -49,3 +49,7 @@ for name, model in {"averaged": averaged, "repaired": repaired}.items():
 # %%
 table = diagnostics.variance_profile(pair.a, model_b, {"aligned": averaged, "repaired": repaired}, pair.calibration)
 plots.variance_profile(table, title="variance collapse and REPAIR")
+
+# %% [markdown]
+# **From here:** `explore.ipynb`, beside this notebook, has widgets for a pair of stored networks, how they are matched
+# and renormalised, and where between them to look. `repair/` has one notebook for each section of the paper.

@@ -1,17 +1,20 @@
-"""The papers' networks by name, in any width: MLP, VGG, CIFAR ResNet, Tiny-10, and three ResNets of torchvision.
+"""The papers' networks by name, in any width: MLP, VGG, ResNets, Tiny-10, and three ResNets of torchvision.
 
     mlp<hidden layers>-<norm>[-w<units per layer>][-nobias]                     mlp10-fused-w128
     vgg{11,13,16,19}-<norm>[-w<multiplier>][-nobias]                            vgg11-bn-w0.25
     resnet{8,20,32,44,56,110}-<norm>[-w<multiplier>][-sc1][-nobias]             resnet20-ln-w4
-    resnet18-<norm>[-w<multiplier>][-nobias]                                    resnet18-bn-w1
+    resnet{18,26,50}-<norm>[-w<multiplier>][-nobias]                            resnet50-bn-w0.25
     tiny10-<norm>[-w<multiplier>][-nobias]                                      tiny10-ln-w16
     torchvision-{resnet18,resnet50,wide_resnet50_2}                             torchvision-resnet50
 
 norm is `plain`, `bn`, `ln` (LayerNorm over the channels at each position of a map), `fused`: trained with BatchNorm,
 which is then folded into the layer before it, so that the network itself is plain (the authors' way to deep MLPs; not
-for resnets), or `fixup`: no norm, but scalar biases and multipliers (resnets only). `-sc1` gives 1x1 convolutions on
-downsampling shortcuts instead of 3x3. `-nobias` leaves out all biases of a plain network, the classifier's too; layers
-before a norm have none anyway. Networks are ordinary modules that torch.fx can trace; every layer is a named attribute.
+for resnets), or `fixup`: no norm, but scalar biases and multipliers (resnets only, not those of bottlenecks). `-sc1`
+gives 1x1 convolutions on downsampling shortcuts instead of 3x3, which resnet{18,26,50} always have. These three are
+ImageNet's, of four stages, with a stem for small images: 3x3 with stride 1 and no pool; resnet26 and resnet50 are of
+bottlenecks, whose 1x1, 3x3 and 1x1 convolutions have 1, 1 and 4 times the stage's channels. `-nobias` leaves out all
+biases of a plain network, the classifier's too; layers before a norm have none anyway. Networks are ordinary modules
+that torch.fx can trace; every layer is a named attribute.
 """
 
 import copy
@@ -28,11 +31,13 @@ from repairlib.names import nearest
 
 GRAMMAR = (
     "names are mlp<hidden layers>-<norm>-w<units>, vgg{11,13,16,19}-<norm>-w<multiplier>, tiny10-<norm>-w<multiplier>, "
-    "resnet{8,18,20,32,44,56,110}-<norm>-w<multiplier>, with norm plain, bn, ln, fused (not resnets) or fixup (only "
-    "resnets), and torchvision-{resnet18,resnet50,wide_resnet50_2}"
+    "resnet{8,18,20,26,32,44,50,56,110}-<norm>-w<multiplier>, with norm plain, bn, ln, fused (not resnets) or fixup "
+    "(only resnets, not 26 and 50), and torchvision-{resnet18,resnet50,wide_resnet50_2}"
 )
 NORMS = ("plain", "bn", "ln", "fused", "fixup")
-DEPTHS = {"vgg": (11, 13, 16, 19), "resnet": (8, 18, 20, 32, 44, 56, 110), "tiny": (10,)}
+DEPTHS = {"vgg": (11, 13, 16, 19), "resnet": (8, 18, 20, 26, 32, 44, 50, 56, 110), "tiny": (10,)}
+FOUR_STAGES = {18: (2, 2, 2, 2), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3)}  # ResNets for ImageNet: blocks of each stage
+BOTTLENECKS = (26, 50)
 TORCHVISION = {"resnet18": (18, 1.0), "resnet50": (50, 1.0), "wide_resnet50_2": (50, 2.0)}  # depth, width
 
 # Channels of each convolution and where the pools are (Simonyan and Zisserman 2014, Table 1: A, B, D, E).
@@ -65,13 +70,19 @@ class ModelName:
     def __str__(self) -> str:
         if self.family == "torchvision":
             return "torchvision-" + next(k for k, size in TORCHVISION.items() if size == (self.depth, self.width))
-        suffix = ("-sc1" if self.shortcut == 1 and self.depth != 18 else "") + ("" if self.bias else "-nobias")
+        suffix = ("-sc1" if self.shortcut == 1 and self.depth not in FOUR_STAGES else "") + (
+            "" if self.bias else "-nobias"
+        )
         return f"{self.family}{self.depth}-{self.norm}-w{self.width:.12g}{suffix}"
 
     @property
     def kind(self) -> str:
-        """What recipes may depend on: family, norm and whether biases were left out, as in `vgg-plain-nobias`."""
-        return f"{self.family}-{self.norm}" + ("" if self.bias else "-nobias")
+        """What recipes may depend on, as in `vgg-plain-nobias` or `resnet-bn-bottleneck`, what counts most first.
+
+        Family, norm, whether it is one of our ResNets of bottlenecks, and whether biases were left out.
+        """
+        bottleneck = self.family == "resnet" and self.depth in BOTTLENECKS
+        return f"{self.family}-{self.norm}" + "-bottleneck" * bottleneck + "-nobias" * (not self.bias)
 
     @property
     def biased(self) -> bool:
@@ -106,15 +117,18 @@ def parse(name: str) -> ModelName:
         problem = "residual networks are not fused: use bn or plain"
     elif family != "resnet" and norm == "fixup":
         problem = "fixup is for residual networks"
-    elif one and (family != "resnet" or depth == 18):
-        problem = "-sc1 is for resnet{8,20,32,44,56,110}" + " (resnet18 always has 1x1 shortcuts)" * (depth == 18)
+    elif norm == "fixup" and depth in BOTTLENECKS:
+        problem = f"Fixup is for blocks of two convolutions, and resnet{depth}'s have three"
+    elif one and (family != "resnet" or depth in FOUR_STAGES):
+        problem = "-sc1 is for resnet{8,20,32,44,56,110}"
+        problem += f" (resnet{depth} always has 1x1 shortcuts)" * (family == "resnet")
     elif bare and norm != "plain":
         problem = "-nobias is for plain networks"
     if problem:
         raise ValueError(
             f"unknown model {name!r}: {problem}; the nearest valid name is {_nearest_name(name)!r}; {GRAMMAR}"
         )
-    return replace(parsed, shortcut=1) if depth == 18 and family == "resnet" else parsed
+    return replace(parsed, shortcut=1) if depth in FOUR_STAGES and family == "resnet" else parsed
 
 
 def build(name: str | ModelName, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10) -> nn.Module:
@@ -144,11 +158,11 @@ def build(name: str | ModelName, shape: tuple[int, int, int] = (3, 32, 32), clas
     # Without normalisation each block would add its whole variance to the stream, which would then grow exponentially
     # with depth: scale the branches down together. With two layers a branch, Fixup's L^(-1/(2m-2)) is the same factor,
     # on the first of them, while the last and the classifier start at zero (Zhang et al. 2019).
-    blocks = [module for module in model.modules() if isinstance(module, (Block, FixupBlock))]
+    blocks = [module for module in model.modules() if isinstance(module, (Block, Bottleneck, FixupBlock))]
     with torch.no_grad():
         for block in blocks:
             if name.norm == "plain":
-                block.conv2.weight /= math.sqrt(len(blocks))
+                getattr(block, "conv3", block.conv2).weight /= math.sqrt(len(blocks))
             elif name.norm == "fixup":
                 block.conv1.weight /= math.sqrt(len(blocks))
                 block.conv2.weight.zero_()
@@ -204,6 +218,8 @@ _MAP_NORMS = {"bn": nn.BatchNorm2d, "ln": ChannelNorm}
 class Block(nn.Module):
     """A residual block: relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); `bn1`, `bn2` hold whatever norm it is."""
 
+    expansion = 1  # channels that leave a block, in multiples of its stage's
+
     def __init__(self, inputs: int, outputs: int, stride: int, name: ModelName):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=name.biased)
@@ -217,11 +233,38 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
+class Bottleneck(nn.Module):
+    """A residual block of three convolutions, 1x1, 3x3 and 1x1, each with its norm (He et al. 2016, Fig. 5).
+
+    The 3x3 has the stride, as in torchvision; the paper gives it to the first 1x1.
+    """
+
+    expansion = 4
+
+    def __init__(self, inputs: int, channels: int, stride: int, name: ModelName):
+        super().__init__()
+        outputs = self.expansion * channels
+        self.conv1 = nn.Conv2d(inputs, channels, 1, bias=name.biased)
+        self.bn1 = _norm(name, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=name.biased)
+        self.bn2 = _norm(name, channels)
+        self.conv3 = nn.Conv2d(channels, outputs, 1, bias=name.biased)
+        self.bn3 = _norm(name, outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
 class FixupBlock(nn.Module):
     """A residual block with scalars in place of norms: relu(shortcut(x) + s conv(relu(conv(x + b1) + b2) + b3) + b4).
 
     A convolution on the shortcut also sees x + b1: a bias stands before every convolution (Zhang et al. 2019, Sec. 3).
     """
+
+    expansion = 1
 
     def __init__(self, inputs: int, outputs: int, stride: int, name: ModelName):
         super().__init__()
@@ -239,22 +282,26 @@ class FixupBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR ResNet (He et al. 2016): three stages from 16 channels, or ResNet18's four from 64, times the width."""
+    """ResNet for small images (He et al. 2016): CIFAR's three stages from 16 channels, or ImageNet's four from 64."""
 
     def __init__(self, name: ModelName, shape: tuple[int, int, int], classes: int):
         super().__init__()
-        stages, blocks, base = (4, 2, 64) if name.depth == 18 else (3, (name.depth - 2) // 6, 16)
-        block = FixupBlock if name.norm == "fixup" else Block
-        channels = [_scaled(base * 2**i, name.width) for i in range(stages)]
-        self.conv1 = nn.Conv2d(shape[0], channels[0], 3, padding=1, bias=name.biased)
-        self.bn1 = _norm(name, channels[0])
+        counts, base = ((name.depth - 2) // 6,) * 3, 16
+        if name.depth in FOUR_STAGES:
+            counts, base = FOUR_STAGES[name.depth], 64
+        block = FixupBlock if name.norm == "fixup" else Bottleneck if name.depth in BOTTLENECKS else Block
+        inputs = _scaled(base, name.width)
+        self.conv1 = nn.Conv2d(shape[0], inputs, 3, padding=1, bias=name.biased)
+        self.bn1 = _norm(name, inputs)
         self.stages = nn.Sequential()
-        for i, (inputs, outputs) in enumerate(zip(channels[:1] + channels, channels, strict=False)):
-            first = block(inputs, outputs, 1 if i == 0 else 2, name)
-            rest = [block(outputs, outputs, 1, name) for _ in range(blocks - 1)]
-            self.stages.append(nn.Sequential(first, *rest))
+        for i, count in enumerate(counts):
+            channels, stage = _scaled(base * 2**i, name.width), nn.Sequential()
+            for j in range(count):
+                stage.append(block(inputs, channels, 2 if i > 0 and j == 0 else 1, name))
+                inputs = block.expansion * channels
+            self.stages.append(stage)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels[-1], classes, bias=name.bias)
+        self.head = nn.Linear(inputs, classes, bias=name.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -377,9 +424,10 @@ def _nearest_name(name: str) -> str:
     if family != "mlp":
         depth = min(DEPTHS[family], key=lambda d: abs(d - depth))
     norm = nearest(rest[0], NORMS) if rest and not re.match(r"w\d|sc1|nobias", rest[0]) else "bn"
-    norm = "bn" if norm == ("fused" if family == "resnet" else "fixup") else norm
+    norm = "bn" if norm == "fused" and family == "resnet" else norm
+    norm = "bn" if norm == "fixup" and (family != "resnet" or depth in BOTTLENECKS) else norm
     widths = [float(m[1]) for part in rest if (m := re.fullmatch(r"w(\d+(?:\.\d+)?)", part))]
     widths = [w for w in widths if w > 0 and not (family == "mlp" and w % 1)]
-    suffix = "-sc1" if "sc1" in rest and family == "resnet" and depth != 18 else ""
+    suffix = "-sc1" if "sc1" in rest and family == "resnet" and depth not in FOUR_STAGES else ""
     suffix += "-nobias" if "nobias" in rest and norm == "plain" else ""
     return f"{family}{depth}-{norm}" + (f"-w{widths[0]:.12g}" if widths else "") + suffix

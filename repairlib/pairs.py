@@ -72,7 +72,7 @@ class Pair:
         Args:
             kind: "direct", "aligned", either of them after REPAIR ("direct repaired", "repaired"), or "reset": aligned,
                 and its BatchNorms re-estimated on the calibration data.
-            **options: of REPAIR, see `repair`.
+            **options: of REPAIR, see `repair`; of them, `method` and `pooling` concern RESET too.
         """
         check(kind, NETWORKS, "network")
         if kind == "direct repaired":
@@ -81,7 +81,8 @@ class Pair:
             repair = self.repair(**options)
         else:
             plain = self.direct if kind == "direct" else self.midpoint
-            return (lambda alpha: reset(plain(alpha), self.calibration)) if kind == "reset" else plain
+            how = {name: options[name] for name in ("method", "pooling") if name in options}
+            return (lambda alpha: reset(plain(alpha), self.calibration, **how)) if kind == "reset" else plain
         return lambda alpha: repair(alpha).model
 
     @property

@@ -1,6 +1,7 @@
 """One style, one function per kind of figure. Colours are Okabe and Ito's, safe for colour-blind readers."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -49,6 +50,8 @@ LOOKS = {
     "repaired": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "after REPAIR"},
     "sequential": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "REPAIR, sequential"},
     "reset": {"color": "#009E73", "linestyle": "-", "marker": "D", "label": "RESET"},
+    "conv": {"color": "#009E73", "linestyle": "-", "marker": "D", "label": "convolutions only (RESET)"},
+    "direct repaired": {"color": "#E69F00", "linestyle": ":", "marker": "s", "label": "direct, after REPAIR"},
     "endpoint a": {"color": "#000000", "linestyle": "-", "marker": "", "label": "endpoint A"},
     "endpoint b": {"color": "#777777", "linestyle": "-", "marker": "", "label": "endpoint B"},
 }
@@ -63,6 +66,17 @@ SERIES = {
     "fashionmnist": {"color": "#CC79A7", "marker": "D", "label": "FashionMNIST"},
     "svhn": {"color": "#E69F00", "marker": "o", "label": "SVHN"},
     "cifar10": {"color": "#0072B2", "marker": "s", "label": "CIFAR-10"},
+}
+# Merged networks and what they are measured against.
+BASELINES = {
+    "aligned": LOOKS["aligned"],
+    "repaired": LOOKS["repaired"],
+    "ensemble": {"color": "#E69F00", "linestyle": "-", "marker": "s", "label": "ensemble (mixed logits)"},
+    "endpoint a": LOOKS["endpoint a"] | {"linestyle": "--"},
+    "endpoint b": LOOKS["endpoint b"] | {"linestyle": ":"},
+    "corrected a": {"color": "#009E73", "linestyle": "--", "label": "A, shift corrected"},
+    "corrected b": {"color": "#009E73", "linestyle": ":", "label": "B, shift corrected"},
+    "full data": {"color": "#CC79A7", "linestyle": "-.", "label": "trained on all data"},
 }
 OTHERS = ("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#000000", "v"), ("#D55E00", "P")
 
@@ -154,13 +168,17 @@ def path(
     metric: str = "accuracy",
     title: str = "",
     lines: tuple[str, str] = ("-", "-."),
-) -> Figure:
+    legend: str = "below",
+    ax: Axes | None = None,
+) -> FigureBase:
     """Test accuracy (%) or loss (nats) against alpha, the ends labelled with the networks they are.
 
     Args:
         table: rows of `Path.table` or `pairs.path_rows`. With a column `series`, each series has the colour and marker
             that it has in `barriers`, and its networks "aligned" and "repaired" are told apart as there.
         lines: with a column `series`, line styles before REPAIR and after.
+        legend: "below" the axes or "none".
+        ax: where to draw; a new figure by default.
     """
     percent = metric == "accuracy"
     ylabel = "test accuracy (%)" if percent else "test loss (nats)"
@@ -172,10 +190,107 @@ def path(
                  for when, network in (("before", "aligned"), ("after", "repaired")) for name in series}  # fmt: skip
         frame = frame.sort_values("network", key=lambda c: c.map(list(looks).index), kind="stable")
     figure = curves(frame, "alpha", metric, "network", xlabel=r"$\alpha$", ylabel=ylabel, title=title, percent=percent,
-                    looks=looks)  # fmt: skip
-    (ax,) = figure.axes
+                    looks=looks, legend=legend, ax=ax)  # fmt: skip
+    ax = ax or figure.axes[0]
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nmodel A", "0.25", "0.5", "0.75", "1\nmodel B"])
     return figure
+
+
+def merging(table: Sequence[dict] | pd.DataFrame) -> Figure:
+    """Test loss (nats) over accuracy (%), both against alpha (Jordan et al. 2022, Figs. 7 and 13).
+
+    Args:
+        table: rows {series, network, alpha, loss, accuracy}. Each series gets a column of panels with its name; a
+            network is one of `BASELINES`. One without alpha (None) is a horizontal line. Lines are means over
+            repetitions, bands go from the least to the greatest.
+    """
+    frame = pd.DataFrame(table).astype({"alpha": float})
+    names = list(frame["series"].unique())
+    labels = {"loss": "test loss (nats)", "accuracy": "test accuracy (%)"}
+    with style():
+        figure, axes = plt.subplots(2, len(names), sharex=True, squeeze=False,
+                                    figsize=(COLUMN_WIDTH * (1 + len(names)) / 2, 4.4))  # fmt: skip
+        for (row, metric), (column, name) in itertools.product(enumerate(labels), enumerate(names)):
+            ax, rows = axes[row, column], frame[frame["series"] == name]
+            curves(rows.dropna(subset="alpha"), "alpha", metric, "network", xlabel=r"$\alpha$" if row else "",
+                   ylabel=labels[metric], title="" if row else name, percent=metric == "accuracy", legend="none",
+                   ax=ax, looks=BASELINES)  # fmt: skip
+            for network, level in rows[rows["alpha"].isna()].groupby("network", sort=False):
+                values, look = level[metric] * (100 if metric == "accuracy" else 1), BASELINES[network]
+                ax.axhline(values.mean(), **look | {"marker": ""}, lw=1)
+                ax.axhspan(values.min(), values.max(), color=look["color"], alpha=0.1, lw=0)
+            ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nmodel A", "0.25", "0.5", "0.75", "1\nmodel B"])
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(names))
+        return figure
+
+
+def mark_reduction(ax: Axes, before: float, after: float, ends: float) -> None:
+    """Mark on a `path` in percent how much of the midpoint's barrier REPAIR takes away (Jordan et al. 2022, Fig. 1)."""
+    with style():
+        bracket = {"arrowstyle": "|-|", "mutation_scale": 3, "color": "black", "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (0.5, before), (0.5, after), arrowprops=bracket, zorder=5)
+        less = (after - before) / (ends - before)
+        text = f"barrier\n{ends - before:.0f} → {ends - after:.0f}\npoints\n({less:.0%} less)"
+        ax.annotate(text, (0.5, (before + after) / 2), (5, 0), textcoords="offset points", va="center", fontsize=7)
+
+
+def variance_scatter(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
+    """Variance relative to the endpoints of several networks (Jordan et al. 2022, Fig. 1 left): open before REPAIR.
+
+    Args:
+        table: rows {series, network ("aligned" or "repaired"), layer, ratio}, and others' pairs as further rows: means
+            over these are drawn.
+    """
+    frame = pd.DataFrame(table)
+    names = list(frame["series"].unique())
+    with style():
+        figure, ax = plt.subplots()
+        for when, network in (("before", "aligned"), ("after", "repaired")):
+            for name in names:
+                rows = frame[(frame["series"] == name) & (frame["network"] == network)]
+                mean = rows.groupby("layer")["ratio"].mean()
+                look = _series_look(name, names, when, ("", "")) | {"linestyle": "", "markersize": 3.5}
+                ax.plot(mean.index, mean, **look)
+        ax.axhline(1, color="black", lw=0.6, zorder=0)
+        ax.set(xlabel="layer", yscale="log", title=title)
+        ax.set_ylabel("variance relative\nto endpoints (ratio)")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return figure
+
+
+def reductions(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
+    """By how much REPAIR reduces barriers, a row for each kind of network and data (Jordan et al. 2022, Fig. 1 right).
+
+    Means over pairs, with a line from the least to the greatest; the shape tells the norm, the size the width.
+
+    Args:
+        table: rows {row (its label), norm: "bn", "ln" or "none", width, reduction (%)}, one for each pair.
+    """
+    frame = pd.DataFrame(table)
+    names, norms = list(frame["row"].unique()), {"bn": "BatchNorm", "ln": "LayerNorm", "none": "no normalisation"}
+    looks = {norm: SERIES[norm if norm != "none" else "fixup"] for norm in norms}
+    with style():
+        figure, ax = plt.subplots(figsize=(COLUMN_WIDTH, 1.4 + 0.28 * len(names)))
+        for (name, norm), rows in frame.groupby(["row", "norm"], sort=False):
+            here = [key for key in norms if key in set(frame.loc[frame["row"] == name, "norm"])]
+            y = names.index(name) + 0.22 * (here.index(norm) - (len(here) - 1) / 2)  # norms of a row side by side
+            spread = rows.groupby("width")["reduction"].agg(["mean", "min", "max"])
+            color, marker = looks[norm]["color"], looks[norm]["marker"]
+            ax.hlines([y] * len(spread), spread["min"], spread["max"], color=color, lw=0.6, alpha=0.5)
+            sizes = 12 + 45 * np.linspace(0, 1, len(spread)) if len(spread) > 1 else 30
+            ax.scatter(
+                spread["mean"], [y] * len(spread), s=sizes, marker=marker, alpha=0.7, lw=0, color=color, zorder=3
+            )
+        handles = [ax.plot([], [], linestyle="", label=label, **{k: looks[norm][k] for k in ("color", "marker")})[0]
+                   for norm, label in norms.items() if norm in set(frame["norm"])]  # fmt: skip
+        ax.set_yticks(range(len(names)), names)
+        ax.set(xlabel="reduction of the accuracy barrier (%)", ylabel="network and data", title=title)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.set_xlim(min(0, frame["reduction"].min()) - 3, 103)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=3, title="larger: wider networks", title_fontsize=7
+        )
+        return figure
 
 
 def prediction(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
@@ -352,3 +467,36 @@ def barriers(
         narrow = {"columnspacing": 1, "handletextpad": 0.4, "handlelength": 1.6, "borderpad": 0.1}
         ax.figure.legend(handles=handles, loc="outside lower center", ncols=2, **narrow)
         return ax.figure
+
+
+def filters(panels: Mapping[str, np.ndarray], *, note: str = "", title: str = "") -> Figure:
+    """Filters of a first layer as grids of small images, panel beside panel (Jordan et al. 2022, Fig. 9).
+
+    Each filter is scaled to its own largest weight. Of three input channels its weights are colours, grey being 0; of
+    any other number their mean is drawn from blue, through white, to red.
+
+    Args:
+        panels: title -> weights (units, channels, height, width), all of one shape, row by row in order of the units.
+        note: a line below them.
+    """
+    units, channels, height, width = next(iter(panels.values())).shape
+    columns = int(np.ceil(np.sqrt(units)))
+    with style():
+        figure, axes = plt.subplots(1, len(panels), figsize=(COLUMN_WIDTH, 1.9), squeeze=False)
+        for ax, (name, weights) in zip(axes[0], panels.items(), strict=True):
+            weights = weights if channels == 3 else weights.mean(1, keepdims=True)
+            weights = weights / np.abs(weights).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)
+            # A border of one pixel around each; beyond the last unit there is nothing but border.
+            cells = np.full((columns * -(-units // columns), weights.shape[1], height + 1, width + 1), np.nan)
+            cells[:units, :, :-1, :-1] = weights
+            grid = cells.reshape(-1, columns, *cells.shape[1:]).transpose(0, 3, 1, 4, 2)
+            grid = grid.reshape(-1, columns * (width + 1), weights.shape[1])[:-1, :-1]
+            colours = np.nan_to_num(0.5 + 0.5 * grid, nan=1.0) if channels == 3 else grid[..., 0]
+            ax.imshow(colours, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            ax.set(title=name, xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            ax.grid(False)
+        figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
+        figure.supxlabel(note, fontsize=STYLE["legend.fontsize"])
+        figure.get_layout_engine().set(wspace=0.15)  # more than between filters
+        return figure

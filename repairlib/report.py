@@ -144,8 +144,31 @@ def _picture(figure: Any, suffix: str) -> bytes:
     return buffer.getvalue()
 
 
+def load_item(item: str, scale: str, root: str | Path | None = None) -> dict[str, Any]:
+    """What `save_item` saved of an item, for a notebook that sums up others: its summary, table, runs and so on.
+
+    root: another figures folder, see `figures_root`. A notebook that is executed in batch saves to a folder of its own,
+    and finds what others have made in $REPAIRLIB_MADE.
+
+    Raises ValueError for an unknown item or scale, FileNotFoundError for one that has not been made.
+    """
+    index = read_index()
+    output = index[check(item, index, "item")]["output"]
+    roots = [root] if root else dict.fromkeys([figures_root(), os.environ.get("REPAIRLIB_MADE") or figures_root()])
+    paths = [Path(folder) / check_scale(scale) / f"{output}.json" for folder in roots]
+    for path in paths:
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    raise FileNotFoundError(f"{item} has not been made ({paths[-1]}): make figures SCALE={scale} ITEMS={item}")
+
+
 def notebook_runs(path: str | Path, scale: str, items: str = "") -> list[str]:
-    """The names of the training runs a notebook needs at `scale`: its variable `runs`.
+    """The names of the training runs a notebook needs at `scale`: its variable `runs`, see `notebook_needs`."""
+    return notebook_needs(path, scale, items)["runs"]
+
+
+def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, list[str]]:
+    """What a notebook needs at `scale`: names of training `runs`, and items of other notebooks that it `reads`.
 
     Of a jupytext notebook in the percent format, only the cells tagged `parameters` and `runs` are executed, the latter
     with `scale` and `items` set. So what a notebook needs stands in the notebook, and the batch graph reads it there.
@@ -165,11 +188,13 @@ def notebook_runs(path: str | Path, scale: str, items: str = "") -> list[str]:
                 found.append(tag)
         namespace.update(scale=check_scale(scale), items=items)
     if "runs" not in found:
-        return []  # a notebook that trains nothing
-    runs = namespace.get("runs")
-    if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
-        raise TypeError(f"{path}: the cell tagged `runs` must set `runs` to a list of run names, got {runs!r}")
-    return list(dict.fromkeys(runs))
+        return {"runs": [], "reads": []}  # a notebook that trains nothing
+    needs = {"runs": namespace.get("runs"), "reads": namespace.get("reads", [])}
+    for name, what in {"runs": "run names", "reads": "item IDs"}.items():
+        value = needs[name]
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise TypeError(f"{path}: the cell tagged `runs` must set `{name}` to a list of {what}, got {value!r}")
+    return {name: list(dict.fromkeys(value)) for name, value in needs.items()}
 
 
 def environment(device: Any = "cpu") -> dict[str, Any]:

@@ -144,6 +144,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "vgg": Recipe("quick", 20, 100, 0.1, "cosine", 5e-4, ("translate",)),
         "resnet": Recipe("quick", 20, 100, 0.2, "cosine", 1e-4, ("translate",)),
         **dict.fromkeys(("vgg-ln", "vgg-plain-nobias", "resnet-ln", "resnet-fixup", "tiny"), _QUICK),
+        "resnet-bn-bottleneck": _QUICK,
         "resnet-plain": replace(_QUICK, lr=0.01),
         "torchvision": Recipe("quick", 20, 100, 0.1, "cosine", 1e-4, ("translate",)),
     },

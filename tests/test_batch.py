@@ -71,6 +71,34 @@ def test_notebooks_are_found_by_name_and_by_path(project):
         batch.find_notebooks("repair/3_collapse")
 
 
+READER = "repair/06_summary"
+
+
+@pytest.fixture
+def reader(project):
+    """A second notebook that reads an item of the first, for an item of its own."""
+    cell = "runs = ['digits/mlp2-bn-w8/smoke/s2']\n"
+    cell += "reads = ['repair/sec3-theory'] if wanted('repair/fig1-left', items) else []"
+    path = write_notebook(project, runs="[]", name=READER)
+    path.write_text(path.read_text().replace("runs = []", f"from repairlib.report import wanted\n{cell}"))
+
+
+def test_what_is_read_is_made_first(reader):
+    items, needs = batch.find_needs("smoke", READER)
+    assert items == [] and list(needs) == [READER, NAME]
+    assert needs[READER] == {
+        "runs": ["digits/mlp2-bn-w8/smoke/s2"], "reads": ["repair/sec3-theory"], "after": [NAME]
+    }  # fmt: skip
+    assert needs[NAME] == {"runs": [], "reads": [], "after": []}
+
+
+def test_items_bring_along_the_items_they_are_made_of(reader):
+    items, needs = batch.find_needs("smoke", items="repair/fig1-left")
+    assert items == ["repair/fig1-left", "repair/sec3-theory"] and set(needs) == {READER, NAME}
+    items, needs = batch.find_needs("smoke", items="repair/fig14")
+    assert items == ["repair/fig14"] and set(needs) == {READER} and needs[READER]["reads"] == []
+
+
 def test_items_are_found_with_and_without_their_paper():
     assert batch.find_items("repair/samples, fig2-left") == ["repair/samples", "repair/fig2-left"]
     assert batch.find_items("") == []
@@ -170,6 +198,9 @@ def test_gallery_shows_every_item_with_the_papers_numbers(project):
     assert "<td>final layer decay</td><td>&gt;10x</td>" in text  # printed in the paper, not made here
     assert "<td>corr</td><td>0.4</td><td>0.5</td>" in text  # the paper's beside ours
     assert "1.25e-07" in text and "<td>yes</td>" in text
+    # A claim that rests on what was made, and was not made with what it needs.
+    assert '<td><a href="#repair/equivalence">repair/equivalence</a></td>' in text and "not judged" in text
+    assert "| repair/equivalence | " in (page.parent / "scorecard.md").read_text()
     parser = Links()
     parser.feed(text)
     assert parser.open == []

@@ -15,7 +15,8 @@ NAMES = [
     "resnet18-bn-w0.125", "resnet18-plain-w0.125", "mlp2-ln-w8", "mlp2-plain-w8-nobias", "vgg11-ln-w0.125",
     "vgg16-plain-w0.125-nobias", "tiny10-ln-w0.5", "tiny10-bn-w0.5", "resnet8-ln-w0.5", "resnet20-ln-w0.25-sc1",
     "resnet18-ln-w0.125", "resnet8-fixup-w0.5", "resnet20-fixup-w0.25-sc1", "resnet18-fixup-w0.125",
-    "resnet20-plain-w0.25-sc1-nobias",
+    "resnet20-plain-w0.25-sc1-nobias", "resnet26-bn-w0.125", "resnet26-ln-w0.125", "resnet26-plain-w0.125-nobias",
+    "resnet50-bn-w0.0625",
 ]  # fmt: skip
 
 
@@ -72,6 +73,11 @@ def test_initial_weights_are_those_of_the_first_release(name, digest):
     ("mlp2-plain-w8-nobias", 3072 * 8 + 8 * 8 + 80),
     # Csiszarik et al. 2023, Table A.1: 3x3 convolutions, then a 1x1 and a linear layer; weight and bias of LayerNorms.
     ("tiny10-ln-w1", 9 * (3 * 16 + 16 * 16 + 16 * 32 + 2 * 32 * 32 + 32 * 64 + 64 * 64) + 64 * 64 + 650 + 2 * 320),
+    # torchvision's, with a 3x3 convolution of the images in place of its 7x7.
+    ("resnet50-bn-w1", 25_557_032 - 990 * 2049 - 64 * 3 * (49 - 9)),
+    # First blocks: 18 or 23 times the square of a stage's channels c; second ones: 17 c^2; norms: 16 c channels.
+    ("resnet26-bn-w1", 27 * 64 + 35 * 64**2 + 40 * (128**2 + 256**2 + 512**2) + 2 * (64 + 16 * 960) + 2049 * 10),
+    ("resnet26-plain-w1", 27 * 64 + 35 * 64**2 + 40 * (128**2 + 256**2 + 512**2) + 64 + 16 * 960 + 2049 * 10),
     ("torchvision-resnet18", 11_689_512 - 990 * 513), ("torchvision-resnet50", 25_557_032 - 990 * 2049),
     ("torchvision-wide_resnet50_2", 68_883_240 - 990 * 2049),
 ])  # fmt: skip
@@ -171,6 +177,38 @@ def test_torchvisions_networks_keep_their_own_initial_weights(name):
         build(f"torchvision-{name}", (1, 16, 16))
 
 
+@pytest.mark.parametrize("depth", models.BOTTLENECKS)
+def test_bottlenecks_are_torchvisions(depth):
+    """The same function of the same weights, in the same order, once torchvision's stem is ours."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    torch.manual_seed(0)
+    theirs = ResNet(Bottleneck, models.FOUR_STAGES[depth], num_classes=7)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    set_statistics(theirs)
+    ours = build(f"resnet{depth}-bn", (3, 16, 16), 7)
+    # torchvision's blocks name all norms before the shortcut as ours do, so the state dicts differ in keys only.
+    values = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+    ours.load_state_dict(values)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    ours, theirs = ours.double().eval(), theirs.double().eval()
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-9)
+
+
+def test_bottlenecks_of_narrow_networks_still_widen():
+    model = build("resnet26-ln-w0.125")
+    sizes = [
+        [(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0])
+         for conv in (block.conv1, block.conv2, block.conv3, *block.shortcut) if isinstance(conv, nn.Conv2d)]
+        for block in model.stages[1]
+    ]  # fmt: skip
+    assert sizes == [
+        [(32, 16, 1, 1), (16, 16, 3, 2), (16, 64, 1, 1), (32, 64, 1, 2)],
+        [(64, 16, 1, 1), (16, 16, 3, 1), (16, 64, 1, 1)],
+    ]
+    assert len(model.stages[0][0].shortcut) and model.head.in_features == 256
+
+
 @pytest.mark.parametrize("width,channels", [(0.25, [16, 32, 64, 128]), (1, [64, 128, 256, 512]), (1e-3, [1] * 4)])
 def test_width_multiplies_channels(width, channels):
     model = build(f"resnet18-bn-w{width:g}")
@@ -187,6 +225,7 @@ def test_activations_keep_their_scale_through_deep_plain_networks():
     torch.manual_seed(0)
     x = torch.randn(32, 3, 32, 32)
     for name in ("mlp30-plain-w256", "vgg19-plain-w0.5", "resnet110-plain-w0.5", "resnet18-plain-w0.5",
+                 "resnet50-plain-w0.25", "resnet50-ln-w0.25",
                  "resnet110-ln-w0.5", "vgg19-ln-w0.5", "tiny10-ln-w2", "vgg19-plain-w0.5-nobias"):  # fmt: skip
         with torch.no_grad():
             std = float(build(name)(x).std())
@@ -204,7 +243,8 @@ def test_seed_decides_the_weights():
 # fusing
 
 
-@pytest.mark.parametrize("name", ["mlp20-bn-w32", "vgg16-bn-w0.125", "resnet20-bn-w0.5", "resnet18-bn-w0.125"])
+@pytest.mark.parametrize("name", ["mlp20-bn-w32", "vgg16-bn-w0.125", "resnet20-bn-w0.5", "resnet18-bn-w0.125",
+                                  "resnet26-bn-w0.125"])  # fmt: skip
 def test_fused_network_computes_the_same(name):
     torch.manual_seed(0)
     model = build(name, (3, 16, 16)).double()
@@ -272,7 +312,8 @@ def test_layers_used_twice_are_not_fused():
 @pytest.mark.parametrize("name,parsed", [
     ("mlp10-fused-w128", ModelName("mlp", 10, "fused", 128)), ("mlp35-plain", ModelName("mlp", 35, "plain", 128)),
     ("vgg11-bn-w0.25", ModelName("vgg", 11, "bn", 0.25)), ("resnet20-bn-w4-sc1", ModelName("resnet", 20, "bn", 4, 1)),
-    ("resnet18-bn", ModelName("resnet", 18, "bn", 1, 1)),
+    ("resnet18-bn", ModelName("resnet", 18, "bn", 1, 1)), ("resnet26-ln", ModelName("resnet", 26, "ln", 1, 1)),
+    ("resnet50-bn-w0.25", ModelName("resnet", 50, "bn", 0.25, 1)),
     ("resnet110-plain-w1.50", ModelName("resnet", 110, "plain", 1.5)),
     ("resnet20-plain-w2-sc1-nobias", ModelName("resnet", 20, "plain", 2, 1, bias=False)),
     ("resnet20-fixup", ModelName("resnet", 20, "fixup", 1)), ("tiny10-ln", ModelName("tiny", 10, "ln", 1)),
@@ -296,12 +337,23 @@ def test_parse(name, parsed):
     ("tiny8-ln-w16", "tiny10-ln-w16"), ("tiny10-ln-sc1", "tiny10-ln"), ("resnet20-nobias", "resnet20-bn"),
     ("torchvision-resnet34", "torchvision-resnet18"), ("torchvision", "torchvision-resnet18"),
     ("torchvision-wide_resnet50", "torchvision-wide_resnet50_2"), ("torchvision-resnet50-w2", "torchvision-resnet50"),
+    ("resnet50-bn-w2-sc1", "resnet50-bn-w2"), ("resnet50-fixup-w2", "resnet50-bn-w2"), ("resnet34-bn", "resnet32-bn"),
+    ("resnet27-ln", "resnet26-ln"), ("resnet101-bn", "resnet110-bn"), ("resnet26-fused", "resnet26-bn"),
 ])  # fmt: skip
 def test_unknown_name_gives_the_nearest_valid_one(name, nearest):
     with pytest.raises(ValueError, match="unknown model") as caught:
         build(name)
     assert f"{name!r}" in str(caught.value) and f"name is {nearest!r}" in str(caught.value)
     parse(nearest)
+
+
+@pytest.mark.parametrize("name,why", [
+    ("resnet50-fixup", "Fixup is for blocks of two convolutions, and resnet50's have three"),
+    ("resnet26-bn-sc1", "resnet26 always has 1x1 shortcuts"), ("vgg16-bn-sc1", r"-sc1 is for resnet\{[0-9,]*\};"),
+])  # fmt: skip
+def test_what_bottlenecks_do_not_have_is_said(name, why):
+    with pytest.raises(ValueError, match=why):
+        parse(name)
 
 
 def test_width_survives_the_name():
@@ -311,5 +363,6 @@ def test_width_survives_the_name():
 
 
 def test_what_a_recipe_may_depend_on():
-    names = ("vgg16-plain-w8-nobias", "resnet20-ln-sc1", "torchvision-resnet50")
-    assert [parse(name).kind for name in names] == ["vgg-plain-nobias", "resnet-ln", "torchvision-bn"]
+    names = ("vgg16-plain-w8-nobias", "resnet20-ln-sc1", "torchvision-resnet50", "resnet26-plain-nobias", "vgg16-bn")
+    kinds = ["vgg-plain-nobias", "resnet-ln", "torchvision-bn", "resnet-plain-bottleneck-nobias", "vgg-bn"]
+    assert [parse(name).kind for name in names] == kinds

@@ -1,4 +1,5 @@
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -42,6 +43,22 @@ FIGURES = {
         rows(network=["sequential"] * 4, examples=[10, 10, 100, 100], draw=[0, 1] * 2, barrier=[0.2, 0.3, 0.1, 0.1]),
         before=0.5,
     ),
+    "variance_scatter": lambda: plots.variance_scatter(
+        rows(
+            series=["MLP", "MLP", "VGG"],
+            network=["aligned", "repaired", "aligned"],
+            layer=[1, 1, 2],
+            ratio=[0.1, 1, 0.01],
+        )
+    ),
+    "reductions": lambda: plots.reductions(
+        rows(
+            row=["ResNet20, digits"] * 3 + ["MLP"],
+            norm=["bn", "bn", "ln", "none"],
+            width=[1, 1, 2, 8],
+            reduction=[90, 95, 80, -5],
+        )
+    ),
     "barriers": lambda: plots.barriers(BARRIERS, "width", title="two norms", published={1: 0.9, 2: 0.4}),
 }
 
@@ -76,7 +93,9 @@ def test_the_style_does_not_leak():
 
 def test_same_network_same_look_everywhere():
     colours = [
-        look["color"] for name, look in plots.LOOKS.items() if name not in ("sequential", "endpoint a", "endpoint b")
+        look["color"]
+        for name, look in plots.LOOKS.items()
+        if name not in ("sequential", "conv", "endpoint a", "endpoint b")
     ]
     assert len(set(colours)) == len(colours)  # told apart by colour; line and marker tell apart again without it
     assert plots.LOOKS["repaired"]["color"] == plots.LOOKS["sequential"]["color"]
@@ -109,3 +128,39 @@ def test_a_series_looks_the_same_in_barriers_and_paths_alone_or_not():
         (ax,) = plots.barriers(some, "width").axes
         lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
         assert drawn.items() <= {k: (line.get_color(), line.get_linestyle()) for k, line in lines.items()}.items()
+
+
+def test_merging_draws_levels_across_both_panels():
+    table = rows(network=["repaired"] * 4, alpha=[0, 1] * 2, loss=[1.0, 2.0, 3.0, 2.0], accuracy=[0.5, 0.6] * 2)
+    levels = rows(network=["full data"] * 2, alpha=[None] * 2, loss=[0.5, 0.7], accuracy=[0.8, 1.0])
+    figure = plots.merging([row | {"series": "a title"} for row in table + levels])
+    loss, accuracy = figure.axes
+    assert loss.get_title() == "a title"
+    assert [list(line.get_ydata()) for line in loss.lines] == [[2.0, 2.0], [pytest.approx(0.6)] * 2]
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[50.0, 60.0], [pytest.approx(90)] * 2]
+    (band,) = accuracy.patches  # of the level; those of curves are collections
+    assert (band.get_y(), band.get_height()) == (pytest.approx(80), pytest.approx(20))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["after REPAIR", "trained on all data"]
+    assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
+    assert all(ax.get_ylabel() for ax in figure.axes) and accuracy.get_xlabel()
+    assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH)
+    both = plots.merging([row | {"series": name} for row in table + levels for name in ("MLP", "ResNet")])
+    assert [ax.get_title() for ax in both.axes] == ["MLP", "ResNet", "", ""] and len(both.legends) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filters_stand_row_by_row_each_on_its_own_scale(channels):
+    weights = np.zeros((5, channels, 2, 2))
+    weights[0, :, 0, 1], weights[1, :, 1, 0], weights[4, :, 1, 1] = 0.5, -8, 3  # unit 2 and 3 have no weight at all
+    figure = plots.filters({"model A": weights, "model B": -weights}, note="each by itself", title="first layer")
+    assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH)
+    assert [ax.get_title() for ax in figure.axes] == ["model A", "model B"]
+    images = [np.asarray(ax.images[0].get_array()).reshape(5, 8, -1)[..., 0] for ax in figure.axes]
+    if channels == 3:  # colours, grey being 0
+        images = [2 * image - 1 for image in images]
+    for image, sign in zip(images, (1, -1), strict=True):
+        assert image.shape == (5, 8)  # two rows of three units and one border between them
+        assert (image[0, 1], image[1, 3], image[4, 4]) == (sign, -sign, sign)  # each filter's largest weight
+        assert not image[:2, 6:].any() and not image[3:, :2].any()

@@ -90,6 +90,18 @@ def test_unknown_item_names_the_nearest(figure):
         report.save_item("repair/fig2left", "smoke", TABLE, {}, figure)
 
 
+def test_a_saved_item_is_loaded_from_either_folder(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="make figures SCALE=quick ITEMS=repair/equivalence"):
+        report.load_item("repair/equivalence", "quick")
+    monkeypatch.setenv("REPAIRLIB_MADE", str(tmp_path / "made"))
+    for root, x in ((tmp_path / "made", 1), (None, 2)):
+        report.save_item("repair/equivalence", "quick", [{"x": x}], {}, root=root)
+        assert report.load_item("repair/equivalence", "quick")["table"] == [{"x": x}]  # one's own comes first
+    assert report.load_item("repair/equivalence", "quick", tmp_path / "made")["table"] == [{"x": 1}]
+    with pytest.raises(ValueError, match="the nearest is 'repair/equivalence'"):
+        report.load_item("repair/equivalent", "quick")
+
+
 def test_only_tables_go_without_a_figure():
     assert report.save_item("repair/equivalence", "smoke", TABLE, {}).exists()
     with pytest.raises(ValueError, match="needs a figure"):
@@ -143,6 +155,15 @@ def test_runs_must_be_a_list_of_names(tmp_path, cell):
     (tmp_path / "a.py").write_text(f'# %% tags=["runs"]\n{cell}\n')
     with pytest.raises(TypeError, match="a.py: the cell tagged `runs` must set `runs`"):
         report.notebook_runs(tmp_path / "a.py", "smoke")
+
+
+def test_a_notebook_says_what_it_reads(tmp_path):
+    (tmp_path / "a.py").write_text(NOTEBOOK.replace("runs = [", "reads = ['repair/fig2-left'] * 2\nruns = ["))
+    needs = report.notebook_needs(tmp_path / "a.py", "smoke")
+    assert needs == {"runs": ["digits/mlp2-bn-w8/smoke/s1"], "reads": ["repair/fig2-left"]}
+    (tmp_path / "b.py").write_text('# %% tags=["runs"]\nruns, reads = [], "repair/fig2-left"\n')
+    with pytest.raises(TypeError, match="must set `reads` to a list of item IDs"):
+        report.notebook_needs(tmp_path / "b.py", "smoke")
 
 
 def test_a_failing_runs_cell_is_named(tmp_path):

@@ -28,7 +28,7 @@ from typing import Any
 
 import filelock
 
-from repairlib import report
+from repairlib import report, scorecard
 from repairlib.data import project_root
 from repairlib.files import atomic_write
 from repairlib.names import check
@@ -67,6 +67,29 @@ def find_items(names: str) -> list[str]:
     return [
         match[0] if len(match) == 1 else check(name, index, "item") for name, match in zip(asked, matches, strict=True)
     ]
+
+
+def find_needs(scale: str, notebooks: str = "", items: str = "") -> tuple[list[str], dict[str, dict[str, list[str]]]]:
+    """What a call of `make figures` has to make: the items, empty for all, and what each notebook needs for them.
+
+    Notebooks that read what others save bring these along: their items, if some are asked for, else all they make.
+
+    Returns the IDs of the items, and by notebook {runs, reads, after}: training runs, items, notebooks that make these.
+    """
+    index, wanted = report.read_index(), find_items(items)
+    names = sorted({index[item]["notebook"] for item in wanted}) if wanted else find_notebooks(notebooks)
+    needs: dict[str, dict[str, list[str]]] = {}
+    while True:
+        for name in names:
+            found = report.notebook_needs(project_root() / "notebooks" / f"{name}.py", scale, ",".join(wanted))
+            reads = [check(item, index, f"item that {name} reads") for item in found["reads"]]
+            needs[name] = found | {"after": list(dict.fromkeys(index[item]["notebook"] for item in reads))}
+        missing = {item for need in needs.values() for item in need["reads"]} - {*wanted} if wanted else set()
+        new = {after for need in needs.values() for after in need["after"]} - needs.keys()
+        if not (missing or new):
+            return wanted, needs
+        wanted += sorted(missing)
+        names = sorted({*needs, *new})
 
 
 def name_of(path: str | Path) -> str:
@@ -121,7 +144,7 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
         paths = {key: os.path.abspath(os.environ[key]) for key in PATHS if os.environ.get(key)}
         start = time.monotonic()
         try:
-            with _environment_variables(paths | {"REPAIRLIB_FIGURES": str(staging)}):
+            with _environment_variables(paths | {"REPAIRLIB_FIGURES": str(staging), "REPAIRLIB_MADE": str(root)}):
                 notebook = papermill.execute_notebook(
                     nbformat.from_dict(jupytext.read(path)),
                     str(partial),
@@ -283,13 +306,18 @@ def duration(seconds: float) -> str:
 
 
 def write_gallery() -> Path:
-    """Write figures/gallery.html: every item at every scale there is, the paper's numbers beside ours."""
-    root, index = report.figures_root(), report.read_index()
+    """Write figures/gallery.html, every item at every scale there is, and the claims judged from them.
+
+    The claims also go into figures/scorecard.md, whose tables GitHub shows.
+    """
+    root, index, claims = report.figures_root(), report.read_index(), scorecard.scorecard()
+    atomic_write(root / "scorecard.md", scorecard.markdown(claims))
     parts = []
     for paper, title in PAPERS.items():
         sections = [_section(item, entry, root) for item, entry in index.items() if item.startswith(f"{paper}/")]
         if sections:
-            parts += [f"<h2>{escape(title)}</h2>", *sections]
+            card = _scorecard([row for row in claims if row["claim"].startswith(f"{paper}/")])
+            parts += [f"<h2>{escape(title)}</h2>", card, *sections]
     page = PAGE.replace("CONTENT", "\n".join(parts))
     atomic_write(root / "gallery.html", page)
     return root / "gallery.html"
@@ -326,6 +354,19 @@ def _section(item: str, entry: dict[str, Any], root: Path) -> str:
     if not records:
         parts.append(f"<p class=small>Not made yet: <code>make figures ITEMS={escape(item)}</code></p>")
     return "\n".join([*parts, "</div></section>"])
+
+
+def _scorecard(rows: list[dict[str, Any]]) -> str:
+    """The claims of one paper, a line for each item and scale they were judged on; an item's name leads to it."""
+    columns = ("statement", "published", "item", "ours", "verdict", "scale", "seeds")
+    lines = ["".join(f"<th>{name.replace('statement', 'claim')}</th>" for name in columns)]
+    for i, row in enumerate(rows):
+        again = i > 0 and row["claim"] == rows[i - 1]["claim"]
+        cells = {name: "" if again and name in columns[:2] else escape(row[name]) for name in columns}
+        cells["item"] = f'<a href="#{cells["item"]}">{cells["item"]}</a>'
+        cells["ours"] = re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", cells["ours"])
+        lines.append("".join(f"<td>{cells[name]}</td>" for name in columns))
+    return f"<table class=claims>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>" if rows else ""
 
 
 def _numbers(published: dict[str, Any], ours: dict[str, dict[str, Any]]) -> str:
@@ -381,6 +422,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 td, th { padding: .1rem .7rem .1rem 0; text-align: left; white-space: nowrap }
 td + td, th + th { text-align: right }
 tr + tr { border-top: 1px solid #eee }
+.claims td, .claims th { white-space: normal; text-align: left; vertical-align: top; min-width: 3.5rem }
 </style>
 <h1>Figures</h1>
 <p>Every figure panel and table made so far, with the numbers the papers print beside ours. What differs from the papers

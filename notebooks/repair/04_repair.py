@@ -111,11 +111,10 @@ if wanted("repair/fig3-middle", items):
     start = time.perf_counter()
     points = by_scale(scale, smoke=3, quick=21, fast=21, paper=101)
     alphas = [i / (points - 1) for i in range(points)]
-    table = [
-        {"run": resnet, "pair": name, **row}
-        for name, pair in pairs_of(resnet, SEEDS)
-        for row in path_rows(pair, alphas, networks=("direct", "aligned", "repaired"))
-    ]
+    table = []
+    for name, pair in pairs_of(resnet, SEEDS):
+        rows = path_rows(pair, alphas, networks=("direct", "aligned", "repaired"))
+        table += [{"run": resnet, "pair": name, **row} for row in rows]
 
 # %%
 if wanted("repair/fig3-middle", items):
@@ -129,7 +128,7 @@ if wanted("repair/fig3-middle", items):
     fig3_middle |= {f"loss_rise_{network}": loss - ends.loss for network, loss in middle.loss.items()}
     figure = plots.path(table, title=pair.title)
     save_item("repair/fig3-middle", scale, table, fig3_middle, figure, **origin("repair/fig3-middle", start))
-    print({name: round(value, 2) for name, value in fig3_middle.items()})
+    print(pd.Series(fig3_middle).round(2).to_string())
 
 # %% [markdown]
 # ## How deep (Fig. 3 right)
@@ -197,7 +196,7 @@ if wanted("repair/samples", items):
     samples["barrier_before"] = 100 * before
     figure = plots.samples(table, before=before, title=pair.title)
     save_item("repair/samples", scale, table, samples, figure, **origin("repair/samples", start))
-    print({name: round(value, 2) for name, value in samples.items()})
+    print(pd.Series(samples).round(2).to_string())
 
 # %% [markdown]
 # ## REPAIR of convolutions is RESET, if BatchNorms are re-estimated too (Sec. 5.2)

@@ -1,0 +1,59 @@
+import pandas as pd
+import pytest
+
+from repairlib import report, scorecard
+from repairlib.scorecard import Claim, Finding
+
+ITEM, OTHER = "repair/equivalence", "repair/table1"  # tables, which need no figure
+
+
+def first_and_last(frame: pd.DataFrame, item: str) -> list[Finding]:
+    return [Finding(f"{item}: {value}", bool(value)) for value in frame["x"]]
+
+
+CLAIM = Claim("repair/made-up", "x is not 0", "1 | 2", (ITEM, OTHER), first_and_last)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    monkeypatch.setattr(scorecard, "claims", lambda paper="": {CLAIM.name: CLAIM})
+
+
+@pytest.mark.parametrize("values, verdict", [([1, 1], "holds"), ([1, 0], "holds in part"), ([0, 0], "does not hold")])
+def test_verdicts_come_from_saved_tables(values, verdict):
+    report.save_item(ITEM, "quick", [{"x": x} for x in values], {}, runs=["digits/mlp2-bn-w8/quick/s2"])
+    (row,) = scorecard.judge(CLAIM, "quick")
+    assert (row["verdict"], row["item"], row["scale"], row["seeds"]) == (verdict, ITEM, "quick", "2")
+    assert row["ours"].count("**not**") == values.count(0)
+    assert row["device"] == report.device_name("cpu")
+
+
+def test_what_has_not_been_made_is_not_judged(made_up):
+    assert scorecard.judge(CLAIM, "quick") == [] and scorecard.scorecard() == []
+    for scale in ("smoke", "quick", "fast"):
+        report.save_item(OTHER, scale, [{"x": 1}], {})
+    assert [(row["item"], row["scale"]) for row in scorecard.scorecard()] == [(OTHER, "quick"), (OTHER, "fast")]
+    assert [row["scale"] for row in scorecard.scorecard(scales=["smoke"])] == ["smoke"]
+
+
+def test_a_table_of_an_earlier_version_is_not_judged():
+    report.save_item(ITEM, "quick", [{"y": 1}], {})
+    (row,) = scorecard.judge(CLAIM, "quick")
+    assert row["verdict"] == "not judged" and "no 'x'; make it again" in row["ours"]
+
+
+def test_markdown_has_a_table_for_each_claim(made_up):
+    report.save_item(ITEM, "quick", [{"x": 0}], {})
+    text = scorecard.markdown(scorecard.scorecard())
+    assert "## repair/made-up" in text and "X is not 0. Published: 1 | 2." in text
+    assert text.count("\n| repair/equivalence | **not**: repair/equivalence: 0 | does not hold | quick |") == 1
+    assert scorecard.markdown([]).startswith("# Scorecard")
+
+
+def test_unknown_names_have_a_nearest():
+    with pytest.raises(ValueError, match="repair/width-helps"):
+        scorecard.judge("repair/width-help", "quick")
+    with pytest.raises(ValueError, match="repair"):
+        scorecard.claims("repiar")
+    with pytest.raises(ValueError, match="quick"):
+        scorecard.judge("repair/width-helps", "quik")
