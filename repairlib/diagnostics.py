@@ -51,7 +51,7 @@ def variance_profile(
     """Variance ratio of several networks at every layer, from one pass (Jordan et al. 2022, Fig. 2).
 
     Args:
-        model_a, model_b: endpoints.
+        model_a, model_b: endpoints; aligned ones, for the goal.
         models: name -> network of the same architecture, repaired or not.
         data: any iterable of batches.
         targets: layers to report, see `repairlib.corrections.target_nodes`; preactivations unless blocks are asked for.

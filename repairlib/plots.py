@@ -24,6 +24,10 @@ STYLE = {
     "grid.linewidth": 0.5,
     "legend.fontsize": 7,
     "legend.frameon": False,
+    "legend.columnspacing": 1,
+    "legend.handletextpad": 0.4,
+    "legend.handlelength": 1.9,
+    "legend.borderpad": 0.1,
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
     "svg.hashsalt": "repairlib",
@@ -284,7 +288,7 @@ def reductions(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
         handles = [ax.plot([], [], linestyle="", label=label, **{k: looks[norm][k] for k in ("color", "marker")})[0]
                    for norm, label in norms.items() if norm in set(frame["norm"])]  # fmt: skip
         ax.set_yticks(range(len(names)), names)
-        ax.set(xlabel="reduction of the accuracy barrier (%)", ylabel="network and data", title=title)
+        ax.set(xlabel="barrier reduction (%)", ylabel="network and data", title=title)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_xlim(min(0, frame["reduction"].min()) - 3, 103)
         figure.legend(
@@ -463,9 +467,7 @@ def barriers(
         if "split" in frame and frame["split"].nunique() == 1:
             ylabel = ylabel.replace("test", frame["split"].iloc[0])
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        # "FashionMNIST, before REPAIR" twice in a column's width.
-        narrow = {"columnspacing": 1, "handletextpad": 0.4, "handlelength": 1.6, "borderpad": 0.1}
-        ax.figure.legend(handles=handles, loc="outside lower center", ncols=2, **narrow)
+        ax.figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return ax.figure
 
 

@@ -79,8 +79,8 @@ CASES = {  # item: (a table that shows it, one that does not)
     "repair/sec3-theory": ([{"eq5": 1.0, "measured": 1.000001}], [{"eq5": 1.0, "measured": 1.001}]),
     "repair/fig3-right": (depths(2, 4, 4), depths(2, 2, 0)),
     "repair/fig1-right": (
-        [{"network": "a", "run": "a", "reduction": r} for r in (70, 90)],
-        [{"network": "a", "run": "a", "reduction": r} for r in (20, 30)],
+        [{"row": "a", "norm": "bn", "width": 1, "reduction": r} for r in (70, 90)],
+        [{"row": "a", "norm": "bn", "width": 1, "reduction": r} for r in (20, 30)],
     ),
     "repair/fig4-left": (barriers({"bn": [0.5, 0.2], "ln": [0.4, 0.1]}), barriers({"bn": [0.2, 0.3]})),
     "repair/fig6-left": (barriers({"digits": [0.5, 0.2]}), barriers({"digits": [0.2, 0.3]})),
@@ -97,7 +97,10 @@ CASES = {  # item: (a table that shows it, one that does not)
         barriers({"": [0.1, 0.12]}, {"": [0.3, 0.6]}, "depth", split="test"),
         barriers({"": [0.1, 0.4]}, {"": [0.3, 0.3]}, "depth", split="test"),
     ),
-    "repair/fig5-left": (paths({"conv": 0.5, "repaired": 0.6}), paths({"conv": 0.6, "repaired": 0.6})),
+    "repair/fig5-left": (
+        paths({"conv": 0.5, "repaired": 0.6, "conv_bn_kept": 0.5, "full_bn_reset": 0.6}),
+        paths({"conv": 0.6, "repaired": 0.6, "conv_bn_kept": 0.6, "full_bn_reset": 0.6}),
+    ),
     "repair/equivalence": (
         [{"network": "conv REPAIR, reset", "eps": 1e-12, "difference": 1e-8}],
         [{"network": "conv REPAIR, reset", "eps": 1e-12, "difference": 1e-2}],
@@ -126,10 +129,9 @@ def test_every_item_of_a_claim_is_made():
 
 
 def test_findings_say_in_how_many_pairs():
-    (finding,) = claims()["repair/block-outputs-help"].judge(
-        pd.DataFrame(CASES["repair/fig5-left"][0]), "repair/fig5-left"
-    )
-    assert finding.text == "midpoint 50.0 % with convolutions, 60.0 % with block outputs too (2 of 2 pairs)"
+    claim = claims()["repair/block-outputs-help"]
+    finding = claim.judge(pd.DataFrame(CASES["repair/fig5-left"][0]), "repair/fig5-left")[0]
+    assert finding.text == "midpoint 50.0 % with convolutions, 60.0 % with blocks too (2 of 2 pairs)"
     (finding,) = claims()["repair/repair-restores"].judge(
         pd.DataFrame(CASES["repair/fig1-left"][1]), "repair/fig1-left"
     )

@@ -71,7 +71,7 @@ def collapse(item: str, xlabel: str, **options) -> dict:
     for which, pair in pairs_of(needs[item], SEEDS):
         midpoints = {name: pair.network(name)(0.5) for name in ("direct", "aligned")}
         midpoints["repaired"] = pair.network("repaired", **options)(0.5)
-        profile = diagnostics.variance_profile(pair.a, pair.b, midpoints, pair.calibration)
+        profile = diagnostics.variance_profile(pair.a, pair.aligned, midpoints, pair.calibration)
         table += [{"pair": which, **row} for row in profile]
         accuracies.append({n: pair.evaluate(net)[1] for n, net in midpoints.items()} | {"endpoints": pair.accuracy})
     ratios = pd.DataFrame(table).groupby(["layer", "network"], sort=False)["ratio"].mean().unstack()

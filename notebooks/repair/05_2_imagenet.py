@@ -157,13 +157,15 @@ if wanted("repair/fig5-left", items):
 # %%
 if wanted("repair/fig5-left", items):
     others = {"conv_bn_kept": {"targets": "conv"}, "full_bn_reset": {"bn": "reset"}}
-    found = [
-        {"pair": which} | {k: 100 * pair.evaluate(pair.repair(method=METHOD, **options)(0.5).model)[1]
-                           for k, options in others.items()}
+    table += [
+        {"pair": which, "network": name, "alpha": 0.5, "loss": loss, "accuracy": accuracy}
         for which, pair in pairs.items()
-    ]  # fmt: skip
-    found = midpoints.loc["resnet50"].join(pd.DataFrame(found).set_index("pair"))
-    print(found.round(1))
+        for name, options in others.items()
+        for loss, accuracy in [pair.evaluate(pair.repair(method=METHOD, **options)(0.5).model)]
+    ]
+    frame = pd.DataFrame(table).query("alpha == 0.5")
+    found = 100 * frame.pivot(index="pair", columns="network", values="accuracy")
+    print(found.round(1).to_string())
     fig5_left |= {name: found[name].mean() for name in others}
     save_item("repair/fig5-left", scale, table, fig5_left, figure, **origin("repair/fig5-left"))
 

@@ -21,7 +21,7 @@ SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)
 networks = by_scale(  # of Fig. 14
     scale,
     smoke=["digits/resnet18-bn-w0.0625/smoke", "digits/vgg11-fused-w0.0625/smoke"],
-    quick=["digits/resnet18-bn-w0.25/quick", "digits/vgg11-fused-w0.25/quick"],
+    quick=["digits/resnet18-bn-w0.25/quick", "digits/vgg11-fused-w0.25/quick", "digits-hard/resnet26-bn-w0.125/quick"],
     fast=["cifar10/resnet18-bn-w1/fast", "cifar10/vgg11-fused-w1/fast", "imagenet@224/torchvision-resnet50/fast"],
     paper=[
         "cifar10/resnet18-bn-w1/jordan", "cifar10/vgg11-fused-w1/jordan", "imagenet@224/torchvision-resnet50/jordan",
@@ -83,7 +83,7 @@ def origin(item: str) -> dict:
 
 # %%
 if "repair/fig1-left" in READ:
-    names = dict(zip(READ["repair/fig1-left"], ("MLP", "VGG", "bottleneck ResNet"), strict=True))
+    names = dict(zip(READ["repair/fig1-left"], ("MLP", "VGG", "ResNet"), strict=True))
     table = [
         {"series": series, **row}
         for name, series in names.items()
@@ -136,7 +136,8 @@ if "repair/fig1-right" in READ:
 
 # %%
 if "repair/fig11" in READ:
-    tables = {name: made[name]["table"] for name in READ["repair/fig11"]}
+    drawn = ("direct", "aligned", "conv", "repaired")
+    tables = {name: [row for row in made[name]["table"] if row["network"] in drawn] for name in READ["repair/fig11"]}
     with plots.style():
         figure = plt.figure(figsize=(plots.COLUMN_WIDTH, 7.6))
         for (name, table), place in zip(tables.items(), figure.subfigures(3), strict=True):
@@ -179,6 +180,8 @@ if wanted("repair/fig14", items):
         for ax, run, (name, rows) in zip(axes, networks, frame.groupby("series", sort=False), strict=True):
             title = f"{name} on {run.partition('/')[0]}"
             plots.path(rows.drop(columns="series"), title=title, ax=ax, legend="below" if ax is axes[-1] else "none")
+    for ax in axes[:-1]:
+        ax.set_xlabel("")
     middle = 100 * frame[frame["alpha"] == 0.5].groupby(["series", "network"])["accuracy"].mean()
     fig14 = {f"{series}_{network}".replace(" ", "_"): value for (series, network), value in middle.items()}
     made_of = {"runs": runs, "device": default_device(), "seconds": time.perf_counter() - start}
