@@ -53,13 +53,24 @@ rule all:
         expand(STAMP, notebook=list(NEEDS)),
 
 
-rule train:
-    output:
-        touch("build/runs/{run}.done"),
-    resources:
-        gpu=GPU,
-    shell:  # through cat, because the progress bars of parallel jobs would overwrite each other
-        "{sys.executable:q} -m repairlib.store train {wildcards.run:q} | cat"
+# One job for every run; at the small scales for all seeds of a network, as starting a job takes longer than some of the
+# trainings. Only runs that are missing get a rule, so that a stamp is never written again.
+jobs: dict[str, list[str]] = {}
+for run in dict.fromkeys(run for need in NEEDS.values() for run in need["runs"]):
+    if not Path("build/runs", f"{run}.done").exists():
+        jobs.setdefault(run.rpartition("/")[0] if SCALE in ("smoke", "quick") else run, []).append(run)
+
+for runs in jobs.values():
+
+    rule:
+        output:
+            touch(expand("build/runs/{run}.done", run=runs)),
+        params:
+            runs=runs,
+        resources:
+            gpu=GPU,
+        shell:  # through cat, because the progress bars of parallel jobs would overwrite each other
+            "{sys.executable:q} -m repairlib.store train {params.runs:q} | cat"
 
 
 rule notebook:
@@ -79,5 +90,5 @@ rule notebook:
 
 
 onstart:
-    runs = {run for need in NEEDS.values() for run in need["runs"] if not Path(f"build/runs/{run}.done").exists()}
-    print(f"{SCALE}: networks to train: {len(runs)}; notebooks that may need them: {len(NEEDS)}", flush=True)
+    runs = sum(map(len, jobs.values()))
+    print(f"{SCALE}: networks to train: {runs}; notebooks that may need them: {len(NEEDS)}", flush=True)

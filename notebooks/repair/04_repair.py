@@ -109,7 +109,7 @@ if wanted("repair/fig3-left", items):
 # %%
 if wanted("repair/fig3-middle", items):
     start = time.perf_counter()
-    points = by_scale(scale, smoke=3, quick=21, fast=21, paper=101)
+    points = by_scale(scale, smoke=3, quick=11, fast=21, paper=101)
     alphas = [i / (points - 1) for i in range(points)]
     table = []
     for name, pair in pairs_of(resnet, SEEDS):

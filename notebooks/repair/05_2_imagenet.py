@@ -34,6 +34,7 @@ from repairlib.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 points = by_scale(scale, smoke=3, quick=5, fast=11, paper=51)  # of a path, ends included
+calibration = by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000)  # images; `samples` of 04_repair shows why
 # ResNet50 and its double are the networks of these names at `fast` and `paper`, and what stands for them elsewhere.
 # torchvision's double has wide 3x3 convolutions only; `quick`'s is twice as wide everywhere.
 TORCHVISION = {
@@ -82,8 +83,8 @@ labels = {name: f"ResNet{parse(models[name]).depth}" + " 2x" * name.endswith("x2
 # %% [markdown]
 # ## Measure the paths
 #
-# Once for all figures: every two seeds are aligned by activations on 5,000 training images (or all there are), and the
-# networks between them evaluated on all test images.
+# Once for all figures: every two seeds are aligned by activations on training images (`calibration`), and the networks
+# between them evaluated on all test images.
 
 # %%
 alphas = [i / (points - 1) for i in range(points)]
@@ -91,7 +92,7 @@ rows, seconds, pairs = [], {}, {}
 for name in names:
     start = time.perf_counter()
     kinds = {kind: None for item in needs if name in needs[item] for kind in NETWORKS[item]}
-    for which, pair in pairs_of(f"{source}/{models[name]}/{how}", SEEDS):
+    for which, pair in pairs_of(f"{source}/{models[name]}/{how}", SEEDS, calibration):
         here = {"name": name, "run": f"{source}/{models[name]}/{how}", "series": labels[name], "pair": which}
         rows += [here | row for row in path_rows(pair, alphas, networks=list(kinds), method=METHOD)]
         if name == "resnet50":

@@ -28,6 +28,7 @@ networks = by_scale(  # of Fig. 14
     ],
 )  # fmt: skip
 points = by_scale(scale, smoke=3, quick=11, fast=11, paper=21)
+calibration = by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000)  # images; `samples` of 04_repair shows why
 READ = {  # what others saved, by the item that is made of it
     "repair/fig1-left": ["repair/fig2-left", "repair/fig2-middle", "repair/fig2-right"],
     "repair/fig1-middle": ["repair/fig5-left"],
@@ -168,7 +169,7 @@ if wanted("repair/fig14", items):
         options |= {"method": "simultaneous"} if "@" in run else {}  # streamed images do not fit into memory at once
         table += [
             {"series": str(parse_run(f"{run}/s1").model), "pair": name, **row}
-            for name, pair in pairs_of(run, SEEDS)
+            for name, pair in pairs_of(run, SEEDS, calibration)
             for row in path_rows(pair, alphas, networks=kinds, **options)
         ]
 
