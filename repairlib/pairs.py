@@ -16,6 +16,7 @@ from repairlib.interpolate import Path, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check
 from repairlib.renorm import Repair, reset
+from repairlib.weight_matching import match_weights
 
 NETWORKS = ("direct", "direct repaired", "aligned", "repaired", "reset")
 
@@ -30,6 +31,7 @@ class Pair:
         dataset: the data that they are compared on, with its batches on the device.
         calibration: batches of training images without augmentation, for matching and statistics.
         test: batches of the test set.
+        match: how units of B are matched with units of A: by "activations" or by "weights".
     """
 
     runs: tuple[str, str]
@@ -38,11 +40,12 @@ class Pair:
     dataset: Dataset
     calibration: Batches
     test: Batches
+    match: str = "activations"
 
     @cached_property
     def matching(self) -> Matching:
-        """Units of B matched with units of A by correlation of activations."""
-        return match_activations(self.a, self.b, self.calibration)
+        """Units of B matched with units of A."""
+        return (match_activations if self.match == "activations" else match_weights)(self.a, self.b, self.calibration)
 
     @cached_property
     def aligned(self) -> nn.Module:
@@ -110,7 +113,12 @@ class Pair:
 
 
 def load_pair(
-    runs: Sequence[str], calibration: int = 5000, device: str | None = None, *, data: str | None = None
+    runs: Sequence[str],
+    calibration: int = 5000,
+    device: str | None = None,
+    *,
+    data: str | None = None,
+    match: str = "activations",
 ) -> Pair:
     """The pair of two runs, trained first if they are not stored yet.
 
@@ -119,10 +127,12 @@ def load_pair(
         calibration: training images for matching and statistics (5,000 suffice, Jordan et al. 2022, Sec. 4.2).
         device: default `train.default_device()`.
         data: the data set to compare them on. Without it they must have been trained on one, which it is then.
+        match: how units are matched, see `Pair`.
 
     Raises:
-        ValueError: not two runs of one model, or of two data sets and none is named.
+        ValueError: not two runs of one model, of two data sets and none is named, or an unknown way to match.
     """
+    check(match, ("activations", "weights"), "match")
     names = [train.parse_run(run) for run in runs]
     if len(names) != 2 or len({name.model for name in names}) > 1:
         raise ValueError(f"a pair is two runs of one model, not {', '.join(runs) or 'nothing'}")
@@ -132,21 +142,21 @@ def load_pair(
     a, b = (store.get(run, device) for run in runs)
     dataset = load(data or names[0].data, device=device)
     calibration_batches = iterate(dataset, "train", batch_size=500, limit=calibration)
-    return Pair(tuple(runs), a, b, dataset, calibration_batches, iterate(dataset, "test", batch_size=1000))
+    return Pair(tuple(runs), a, b, dataset, calibration_batches, iterate(dataset, "test", batch_size=1000), match)
 
 
 def pairs_of(
-    run: str, seeds: Sequence[int], calibration: int = 5000, device: str | None = None
+    run: str, seeds: Sequence[int], calibration: int = 5000, device: str | None = None, **options
 ) -> Iterator[tuple[str, Pair]]:
     """Every pair of seeds of a run, one after the other, by name: (1, 2, 3) gives "1-2", "1-3" and "2-3".
 
     Args:
         run: a run name without its seed, such as "digits/resnet20-ln-w1/quick".
         seeds: which.
-        calibration, device: see `load_pair`.
+        calibration, device, **options: see `load_pair`.
     """
     for a, b in itertools.combinations(seeds, 2):
-        yield f"{a}-{b}", load_pair([f"{run}/s{a}", f"{run}/s{b}"], calibration, device)
+        yield f"{a}-{b}", load_pair([f"{run}/s{a}", f"{run}/s{b}"], calibration, device, **options)
 
 
 def path_rows(

@@ -1,7 +1,7 @@
 """The scorecard: what the papers claim, and whether the tables saved so far show it.
 
 A claim is judged on every item that it rests on, from the table in `figures/<scale>/...json` and nothing else; the
-claims of a paper stand in a module of their own (`claims_repair`).
+claims of a paper stand in a module of their own (`claims_repair`, `claims_combine`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -46,9 +46,9 @@ class Claim:
 
 def claims(paper: str = "") -> dict[str, Claim]:
     """All claims by name, or those of one paper: "repair"."""
-    from repairlib import claims_repair  # here, since it takes its dataclasses from this module
+    from repairlib import claims_combine, claims_repair  # here, since they take their dataclasses from this module
 
-    found = {claim.name: claim for claim in claims_repair.CLAIMS}
+    found = {claim.name: claim for module in (claims_repair, claims_combine) for claim in module.CLAIMS}
     if paper:
         check(paper, {name.partition("/")[0] for name in found}, "paper")
     return {name: claim for name, claim in found.items() if name.startswith(f"{paper}/" if paper else "")}

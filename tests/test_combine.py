@@ -65,6 +65,19 @@ def test_hyperplane_is_mirrored_above_one_half_and_uniform_there():
     assert abs(float(drawn(combine.hyperplane(0.97)).mean()) - 0.97) < 4 / math.sqrt(D)
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5, 0.8])
+def test_hyperplane_misses_its_mean_by_one_over_the_root_of_the_number_of_weights(alpha):
+    """Over all entries of a network, which is so seen to have independent coefficients in all of its tensors."""
+    rate, draws = combine._rate(min(alpha, 1 - alpha)), 400
+    theory = stats.truncexpon(rate, 0, 1 / rate).std() if rate else math.sqrt(1 / 12)
+    for d in (40, 4000):
+        a, b = ({name: torch.full((d // 4,), end) for name in "stuv"} for end in (0.0, 1.0))
+        states = (combine.elementwise(a, b, combine.hyperplane(alpha), seed) for seed in range(draws))
+        missed = torch.stack([torch.cat(list(c.values())).mean() for c in states]).double() - alpha
+        assert abs(float(missed.mean())) < 4 * theory / math.sqrt(d * draws)
+        assert abs(math.sqrt(d) * float(missed.std()) / theory - 1) < 4 / math.sqrt(2 * draws)
+
+
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(st.floats(1e-9, 0.5))
 @example(0.5 - 1e-13)

@@ -1,0 +1,211 @@
+# %% [markdown]
+# # Mode Combinability, Sections 6.1 and 6.2: are the combined networks all the same?
+#
+# Combinations that work would be nothing to speak of if the aligned networks $A$ and $\pi(B)$ were one network. Two
+# things are measured here: on how many test images a combined network predicts A's label only, B's only, both's or
+# neither's, and how far apart A's and B's weights are,
+#
+# $$\theta_i = (1-c_i)\,a_i + c_i\,\pi(b)_i, \qquad \text{edge } i = |a_i - \pi(b)_i|$$
+#
+# (Csiszarik et al. 2023, Secs. 6.1, 6.2 and B.7). Units are matched by weights, as in the paper's App. C. The
+# coefficients $c_i$ are independent, from one of five distributions:
+#
+# | scheme | coefficients | goes |
+# |---|---|---|
+# | linear | $c_i=\alpha$ | from A to B |
+# | uniform | $c_i\sim U[\tfrac12-s,\tfrac12+s]$ | from the midpoint to the whole hypercube |
+# | subcube | $c_i\sim U[0,2\alpha]$ if $\alpha\le\tfrac12$, else $U[2\alpha-1,1]$ | from A to B |
+# | hyperplane | density $\propto e^{-rc}$ on $[0,1]$, with $r$ such that $\mathrm{E}\,c_i=\alpha$ | from A to B |
+# | bernoulli | $c_i=1$ with probability $p$, else 0 | from A to B |
+#
+# As everywhere here, coefficient 0 is A, as in the paper's text; its Eq. 1 has A and B the other way round.
+
+# %% tags=["parameters"]
+scale: str = "smoke"  # smoke, quick, fast or paper
+items: str = ""  # comma-separated items to make, for instance "combine/fig12"; empty: all
+samples: int = 0  # networks at each point of a random scheme, which the paper does not print; 0: the scale's
+
+# %% tags=["runs"]
+from repairlib.report import by_scale, wanted
+
+SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
+resnet = by_scale(
+    scale,
+    smoke="digits/resnet8-ln-w0.25/smoke",
+    quick="digits/resnet8-ln-w2/quick-decay",
+    fast="cifar10/resnet20-ln-w4/fast",
+    paper="cifar10/resnet20-ln-w32/csiszarik",
+)
+tiny = by_scale(
+    scale,
+    smoke="digits/tiny10-ln-w0.25/smoke",
+    quick="digits/tiny10-ln-w2/quick-decay",
+    fast="cifar10/tiny10-ln-w4/fast",
+    paper="cifar10/tiny10-ln-w16/csiszarik",
+)
+points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of each scheme's parameter, ends included
+samples = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
+
+networks = {"combine/fig12": [resnet], "combine/fig13": [tiny], "combine/figB25-B26": [tiny, resnet]}
+networks = {item: used for item, used in networks.items() if wanted(item, items)}
+runs = [f"{run}/s{seed}" for run in dict.fromkeys(sum(networks.values(), [])) for seed in SEEDS]
+
+# %%
+import functools
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+
+from repairlib import plots_combine
+from repairlib.mixtures import KINDS, SCHEMES, label_agreement, maker, states_of
+from repairlib.pairs import pairs_of
+from repairlib.report import save_item
+from repairlib.train import default_device
+
+pairs = {run: dict(pairs_of(run, SEEDS, match="weights")) for run in dict.fromkeys(sum(networks.values(), []))}
+
+
+def title(run: str) -> str:
+    return f"{run.split('/')[1]} on {run.split('/')[0]}"
+
+
+def origin(item: str, start: float) -> dict:
+    """How an item was made, as `save_item` records it."""
+    used = [f"{run}/s{seed}" for run in networks[item] for seed in SEEDS]
+    return {"runs": used, "device": default_device(), "seconds": time.perf_counter() - start}
+
+
+# %% [markdown]
+# What is sampled: the coefficients of the four random schemes, at three values of their parameters.
+
+# %%
+SAMPLED = ("uniform", "subcube", "hyperplane", "bernoulli")
+uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+figure = plots_combine.coefficients(
+    {scheme: {x: SCHEMES[scheme].make(x)(uniform).numpy() for x in (0.1, 0.25, 0.5)} for scheme in SAMPLED}
+)
+
+# %% [markdown]
+# ## Whose labels? (Fig. 12, B.25 and B.26)
+#
+# Counted on all test images. The paper shows aligned networks only; here their linear interpolation stands beside that
+# of networks which are not aligned. At $\alpha=0$ the network is A, and what agrees with A only are the images on
+# which A and B differ.
+#
+# At `quick` this says little: these networks err on fewer than 1 % of the digits, A and B differ on two of the 400 test
+# images or on none, and what is seen of combined networks is where they fail: "neither, wrong".
+
+# %%
+LINEAR = (("permuted", "linear"), ("naive", "linear"))
+ALL = (*LINEAR, *(("permuted", scheme) for scheme in SAMPLED))
+
+
+@functools.cache  # an item of several networks shares what another has counted
+def agreement_rows(run: str, kind: str, scheme: str) -> list[dict]:
+    """Counts of labels: a row for each network of a kind and scheme."""
+    at = [{"x": x, "sample": i} for x in SCHEMES[scheme].grid(points)
+          for i in range(samples if SCHEMES[scheme].random else 1)]  # fmt: skip
+    rows = []
+    for which, pair in pairs[run].items():
+        ends = states_of(pair, kind)
+        counts = label_agreement(pair.a, (maker(ends, scheme, **of)() for of in at), ends, pair.test)
+        here = {"model": run.split("/")[1].split("-")[0], "pair": which, "kind": kind, "scheme": scheme}
+        rows += [here | of | count for of, count in zip(at, counts, strict=True)]
+    return rows
+
+
+def differences(table: list[dict]) -> dict[str, float]:
+    """Percent of the test images, means over pairs: where A and B differ, where A errs, and the midpoint's labels."""
+    shares = plots_combine.agreement_shares(table).query("scheme == 'linear'")
+    at_a, middle = shares.query("x == 0 and kind == 'permuted'"), shares.query("x == 0.5").groupby("kind").mean(True)
+    out = {"differ": at_a["a"].mean(), "least_differ": at_a["a"].min(), "a_wrong": at_a["wrong"].mean()}
+    return out | {f"midpoint_neither_{kind}": middle["neither"][kind] for kind in KINDS}
+
+
+# %%
+tables, summaries = {}, {}
+if wanted("combine/fig12", items):
+    start = time.perf_counter()
+    tables["combine/fig12"] = table = [row for panel in ALL for row in agreement_rows(resnet, *panel)]
+    summaries["combine/fig12"] = fig12 = differences(table)
+    figure = plots_combine.agreement(table, title=title(resnet))
+    save_item("combine/fig12", scale, table, fig12, figure, **origin("combine/fig12", start))
+    print({name: round(value, 1) for name, value in fig12.items()})
+
+# %% [markdown]
+# The summary of Figs. B.25 and B.26 is Tiny-10's; that of the ResNet is Fig. 12's.
+
+# %%
+if wanted("combine/figB25-B26", items):
+    start = time.perf_counter()
+    of_tiny = [row for panel in ALL for row in agreement_rows(tiny, *panel)]
+    of_resnet = [row for panel in LINEAR for row in agreement_rows(resnet, *panel)]
+    tables["combine/figB25-B26"] = table = of_tiny + of_resnet
+    summaries["combine/figB25-B26"] = b25 = differences(of_tiny)
+    figure = plots_combine.agreement(
+        table, title=f"{tiny.split('/')[1]}, {resnet.split('/')[1]} on {tiny.split('/')[0]}"
+    )
+    save_item("combine/figB25-B26", scale, table, b25, figure, **origin("combine/figB25-B26", start))
+    print({name: round(value, 1) for name, value in b25.items()})
+
+# %% [markdown]
+# ## How far apart are the weights? (Fig. 13)
+#
+# Edges of the hyperrectangle of Tiny-10: lengths $|a_i-\pi(b)_i|$ of all weights of its convolutions and of its linear
+# layer, in units of the root mean square of that layer's weights, so that layers can be compared; their biases and
+# normalisations are left out. The grey line is the same without alignment: how far apart the weights of two networks
+# are that have nothing to do with each other. At `quick` aligned networks are not much closer than that, but for the
+# first layer and the last two.
+
+# %%
+BINS = np.linspace(0, 4, 41)  # what is longer, counts in the last
+
+
+def edge_rows(pair, kind: str) -> list[dict]:
+    """Share of a layer's edge lengths in every bin, and their median, for every layer."""
+    ends, rows = states_of(pair, kind), []
+    for name in [name for name, weight in ends[0].items() if weight.ndim > 1]:
+        a, b = (end[name].double().flatten().cpu().numpy() for end in ends)
+        size = np.sqrt((a**2 + b**2).mean() / 2)
+        length = abs(a - b) / size
+        share = np.histogram(length.clip(max=BINS[-1]), BINS)[0] / len(length)
+        here = {"kind": kind, "layer": name.removesuffix(".weight"), "rms": size, "median": np.median(length)}
+        rows += [here | {"bin_low": low, "bin_high": high, "share": s}
+                 for low, high, s in zip(BINS, BINS[1:], share, strict=False)]  # fmt: skip
+    return rows
+
+
+if wanted("combine/fig13", items):
+    start = time.perf_counter()
+    edges = [{"pair": which} | row for which, pair in pairs[tiny].items() for kind in KINDS
+             for row in edge_rows(pair, kind)]  # fmt: skip
+    shortest = pd.DataFrame(edges).query("bin_low == 0")  # one row for each layer of each pair
+    mean = shortest.groupby("kind")[["median", "share"]].mean()
+    fig13 = {f"median_{kind}": mean["median"][kind] for kind in KINDS}
+    fig13 |= {f"shorter_than_a_tenth_{kind}": 100 * mean["share"][kind] for kind in KINDS}
+    figure = plots_combine.edges(edges, title=title(tiny))
+    save_item("combine/fig13", scale, edges, fig13, figure, **origin("combine/fig13", start))
+    print({name: round(value, 2) for name, value in fig13.items()})
+
+# %% [markdown]
+# ## Check
+#
+# At $\alpha=0$ every label is A's, at $\alpha=1$ B's. Asserted of trained digits networks: of the labels that become
+# neither's halfway, alignment keeps more than half from it; aligned edges are shorter than others, but more than half
+# as long.
+
+# %%
+for table in tables.values():
+    shares = plots_combine.agreement_shares(table).query("scheme != 'uniform'")
+    assert not shares.query("x == 0")[["b", "neither"]].any(axis=None), shares
+    assert not shares.query("x == 1")[["a", "neither"]].any(axis=None), shares
+if wanted("combine/fig13", items):
+    total = pd.DataFrame(edges).groupby(["pair", "kind", "layer"])["share"].sum()
+    assert np.allclose(total, 1), total
+if scale == "quick":
+    for found in summaries.values():
+        assert found["midpoint_neither_permuted"] < found["midpoint_neither_naive"] / 2, found
+    if wanted("combine/fig13", items):
+        assert fig13["median_naive"] / 2 < fig13["median_permuted"] < fig13["median_naive"], fig13

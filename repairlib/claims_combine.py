@@ -1,0 +1,214 @@
+"""The claims of Mode Combinability (Csiszarik et al. 2023), judged from saved tables."""
+
+import pandas as pd
+
+from repairlib.mixtures import sample_barriers
+from repairlib.scorecard import Claim, Finding
+
+NEAR = 10.0  # points of accuracy: combined networks that lose less than that stay near the endpoints
+LITTLE = 5.0  # points: what costs less costs little
+FEW = 20  # labels; fewer that differ say nothing
+
+
+def _barriers(frame: pd.DataFrame, by: list[str]) -> pd.Series:
+    """Empirical accuracy barrier (points) of every pair, then the mean over pairs, by kind and other columns."""
+    table = pd.DataFrame(sample_barriers(frame.to_dict("records"), [*by, "kind", "pair"]))
+    return table.groupby([*by, "kind"], sort=False)["accuracy_barrier"].mean()
+
+
+def _near_and_not(aligned: float, naive: float, what: str) -> list[Finding]:
+    return [
+        Finding(f"{what}aligned {aligned:.1f} points below the ends", aligned < NEAR),
+        Finding(f"not aligned {naive:.1f}", naive > 2 * max(aligned, NEAR)),
+    ]
+
+
+def combinations_work(frame: pd.DataFrame, item: str) -> list[Finding]:
+    if item == "combine/fig7":  # which of the schemes is the hardest for aligned networks, at the greatest width
+        rows = frame[(frame["kind"] == "permuted") & (frame["width"] == frame["width"].max())]
+        barrier = rows.groupby("scheme")["accuracy_barrier"].mean()
+    else:
+        barriers = _barriers(frame, ["scheme"])
+        found = [
+            finding
+            for scheme in frame["scheme"].unique()
+            for finding in _near_and_not(barriers[scheme, "permuted"], barriers[scheme, "naive"], f"{scheme}: ")
+        ]
+        if item != "combine/figB15-B18":
+            return found
+        barrier = barriers.xs("permuted", level="kind")
+    others = barrier.drop("bernoulli")
+    text = (
+        f"Bernoulli {barrier['bernoulli']:.1f} points, the hardest of the others ({others.idxmax()}) {others.max():.1f}"
+    )
+    hardest = Finding(text, barrier["bernoulli"] > others.max())
+    return [hardest] if item == "combine/fig7" else [*found, hardest]
+
+
+def stitchable(frame: pd.DataFrame, item: str) -> list[Finding]:
+    barrier = _barriers(frame, [])
+    return _near_and_not(barrier["permuted"], barrier["naive"], "the worst layer, ")
+
+
+def width_necessary(frame: pd.DataFrame, item: str) -> list[Finding]:
+    rows = frame[frame["kind"] == "permuted"]
+    found = []
+    for scheme, of in rows.groupby("scheme", sort=False):
+        mean = of.groupby("width")["accuracy_barrier"].mean()
+        text = f"{scheme} {' → '.join(f'{value:.3g}' for value in mean)} points"
+        found.append(Finding(text, mean.iloc[-1] < mean.iloc[0]))
+    found[0] = Finding(f"widths {', '.join(f'{w:g}' for w in mean.index)}: {found[0].text}", found[0].holds)
+    return found
+
+
+def min_model_fails(frame: pd.DataFrame, item: str) -> list[Finding]:
+    ends = 100 * frame[frame["alpha"].isin([0, 1])].pivot_table(index="pair", columns="alpha", values="accuracy")
+    below = ends[0] - ends[1] > NEAR
+    text = f"Max {ends[0].mean():.1f} %, Min {ends[1].mean():.1f} % ({int(below.sum())} of {len(below)} pairs)"
+    return [Finding(text, ends[0].mean() - ends[1].mean() > NEAR)]
+
+
+def extrapolates(frame: pd.DataFrame, item: str) -> list[Finding]:
+    rows = frame[(frame["split"] == "test") & (frame["scheme"] == "extrapolation")]
+    outside = rows[(rows["x"] < 0) | (rows["x"] > 1)]
+    lost = 100 * (outside["end_accuracy"] - outside["accuracy"]).groupby(outside["kind"]).mean()
+    text = f"beyond the ends {lost['permuted']:.1f} points lost on average when aligned, {lost['naive']:.1f} when not"
+    return [Finding(text, lost["permuted"] < lost["naive"] / 2)]
+
+
+def centred_boxes(frame: pd.DataFrame, item: str) -> list[Finding]:
+    rows = frame[(frame["scheme"] == "centred") & (frame["split"] == "test")]
+    at = max(x for x in rows["x"].unique() if x <= 0.25)
+    a = 100 * rows[rows["x"] == 0].groupby("kind")["accuracy"].mean()
+    lost = a - 100 * rows[rows["x"] == at].groupby("kind")["accuracy"].mean()
+    text = f"at s = {at:g} {lost['permuted']:.1f} points below model A when aligned, {lost['naive']:.1f} when not"
+    return [Finding(text, lost["permuted"] < LITTLE)]
+
+
+def transitive(frame: pd.DataFrame, item: str) -> list[Finding]:
+    lost = 100 * (frame["end_accuracy"] - frame["accuracy"])
+    worst = lost.groupby([frame["kind"], frame["triple"]]).max().groupby(level=0).mean()
+    return [
+        Finding(f"through A {worst['transitive']:.1f} points below the ends", worst["transitive"] < NEAR),
+        Finding(f"not aligned {worst['naive']:.1f}", worst["naive"] > 2 * max(worst["transitive"], NEAR)),
+    ]
+
+
+def triangle(frame: pd.DataFrame, item: str) -> list[Finding]:
+    weights = frame[["w_a", "w_b", "w_c"]].max(axis=1)
+    corners = 100 * frame[weights == 1].groupby("triple")["accuracy"].agg(["mean", "max"])
+    inside = 100 * frame[weights < 1].groupby("triple")["accuracy"].agg(["min", "max"])
+    worst, best = corners["mean"] - inside["min"], inside["max"] > corners["max"]
+    text = f"the best {inside['max'].mean():.1f} %, the best corner {corners['max'].mean():.1f} %"
+    return [
+        Finding(f"the worst {worst.mean():.1f} points below the corners", worst.mean() < NEAR),
+        Finding(f"{text} ({int(best.sum())} of {len(best)} triples)", inside["max"].mean() > corners["max"].mean()),
+    ]
+
+
+def not_vacuous(frame: pd.DataFrame, item: str) -> list[Finding]:
+    if "share" in frame:  # edge lengths
+        middle = (frame["bin_low"] + frame["bin_high"]) / 2
+        shares = frame["share"].groupby([frame["kind"], frame["pair"]]).sum()
+        mean = (middle * frame["share"]).groupby([frame["kind"], frame["pair"]]).sum() / shares
+        mean = mean.groupby(level=0).mean()
+        text = f"mean edge {mean['permuted']:.3g} when aligned, {mean['naive']:.3g} when not"
+        return [Finding(text, mean["permuted"] > mean["naive"] / 2)]
+    found = []
+    for model, rows in frame[(frame["scheme"] == "linear") & (frame["x"] == 0)].groupby("model", sort=False):
+        counts = rows.filter(regex="_(correct|wrong)$")
+        total, differ = counts.sum(), counts[["a_correct", "a_wrong"]].sum().sum()  # the network is A
+        wrong = total.filter(like="wrong").sum()
+        text = f"{model}: A and B differ on {differ} of {total.sum()} labels, A errs on {wrong}"
+        found.append(Finding(text, differ >= FEW and differ > wrong / 2))
+    return found
+
+
+def robust_matching(frame: pd.DataFrame, item: str) -> list[Finding]:
+    cost = frame.groupby(["layer", "k"], sort=False)["accuracy_barrier"].mean()
+    found = []
+    for layer, rows in frame.groupby("layer", sort=False):
+        half = max(k for k in rows["k"].unique() if k <= rows["units"].iloc[0] / 2)
+        added = cost[layer, half] - cost[layer, rows["k"].min()]
+        found.append((layer, half, added))
+    held = [added < LITTLE for *_, added in found]
+    worst = max(found, key=lambda each: each[2])
+    text = f"in {sum(held)} of {len(held)} layers less than {LITTLE:g} points more for half of the pairs; most in "
+    return [Finding(f"{text}{worst[0]}, {worst[2]:.1f}", all(held))]
+
+
+SCHEMES = ("combine/fig2", "combine/fig3", "combine/fig4", "combine/fig5", "combine/figB15-B18", "combine/fig7")
+CLAIMS = [
+    Claim(
+        "combine/combinations-work",
+        f"element-wise combinations of wide aligned models stay within {NEAR:g} points of the ends; of models that "
+        "are not, they lose more than twice as much; Bernoulli coefficients are the hardest",
+        "ResNet-20 32x: 1.1 to 4.2 points; Tiny-10 16x: 7 to 19.4 points, Bernoulli the most",
+        SCHEMES,
+        combinations_work,
+    ),
+    Claim(
+        "combine/stitchable",
+        f"every stitching point works with the identity map, within {NEAR:g} points",
+        "a plot",
+        ("combine/fig6", "combine/figB19"),
+        stitchable,
+    ),
+    Claim(
+        "combine/width-necessary",
+        "every scheme's barrier falls with width",
+        "a plot",
+        ("combine/fig7", "combine/figB21"),
+        width_necessary,
+    ),
+    Claim(
+        "combine/min-model-fails",
+        f"the Min model is more than {NEAR:g} points worse than the Max model",
+        "a plot",
+        ("combine/fig8", "combine/figB22"),
+        min_model_fails,
+    ),
+    Claim(
+        "combine/extrapolates",
+        "beyond the ends, aligned networks lose less than half of what others lose",
+        "significantly slower",
+        ("combine/fig9", "combine/figB23-B24"),
+        extrapolates,
+    ),
+    Claim(
+        "combine/centred-boxes",
+        f"boxes about model A work to s = 0.25 when aligned, within {LITTLE:g} points",
+        "s up to 0.25",
+        ("combine/fig10", "combine/figB23-B24"),
+        centred_boxes,
+    ),
+    Claim(
+        "combine/transitive",
+        f"models re-based to a third are connected, within {NEAR:g} points",
+        "a plot",
+        ("combine/fig11a", "combine/figB20"),
+        transitive,
+    ),
+    Claim(
+        "combine/triangle",
+        f"the worst of the triangle stays within {NEAR:g} points, and some combination beats all three models",
+        "the worst above 91 %",
+        ("combine/fig11b",),
+        triangle,
+    ),
+    Claim(
+        "combine/not-vacuous",
+        f"the aligned models differ: on more labels (at least {FEW}) than half of what one errs on, and by edges that "
+        "are on average longer than half of those of models that are not aligned",
+        "plots",
+        ("combine/fig12", "combine/fig13", "combine/figB25-B26"),
+        not_vacuous,
+    ),
+    Claim(
+        "combine/robust-matching",
+        f"deranging half of a layer's least correlated pairs costs less than {LITTLE:g} points",
+        "a plot",
+        ("combine/fig14",),
+        robust_matching,
+    ),
+]

@@ -1,0 +1,126 @@
+"""Every claim judged on two tables made by hand: one that shows it, and one that does not."""
+
+import pandas as pd
+import pytest
+
+from repairlib.report import read_index
+from repairlib.scorecard import claims
+
+PAIRS = ("1-2", "1-3")
+END = {"end_loss": 0.1, "end_accuracy": 0.9}
+
+
+def samples(permuted: float, naive: float, schemes=("uniform",), hardest: float = 0.0, **columns) -> list[dict]:
+    """Networks of several schemes with these accuracies; Bernoulli's loses `hardest` more."""
+    return [
+        {"scheme": scheme, "kind": kind, "pair": pair, "split": "test", "x": x, "loss": 1 - accuracy, **END, **columns}
+        | {"accuracy": accuracy - (hardest if scheme == "bernoulli" else 0)}
+        for scheme in schemes
+        for kind, accuracy in {"permuted": permuted, "naive": naive}.items()
+        for pair in PAIRS
+        for x in (0, 0.25, 0.5)
+    ]
+
+
+ALL = ("uniform", "subcube", "hyperplane", "bernoulli")
+
+
+def widths(narrow: float, wide: float, bernoulli: float = 0.0) -> list[dict]:
+    return [
+        {"scheme": scheme, "kind": "permuted", "width": width, "pair": pair, "loss_barrier": 0.1}
+        | {"accuracy_barrier": barrier + (bernoulli if scheme == "bernoulli" else 0)}
+        for scheme in ("uniform", "bernoulli")
+        for width, barrier in {1: narrow, 2: wide}.items()
+        for pair in PAIRS
+    ]
+
+
+def ends(least: float) -> list[dict]:
+    return [
+        {"pair": p, "alpha": a, "accuracy": v, **END} for p in PAIRS for a, v in {0: 0.8, 0.5: 0.6, 1: least}.items()
+    ]
+
+
+def beyond(permuted: float, naive: float, box: float = 0.88) -> list[dict]:
+    """Extrapolation and centred boxes."""
+    lines = [
+        {"scheme": "extrapolation", "kind": kind, "x": x, "accuracy": accuracy if x < 0 or x > 1 else 0.9}
+        for kind, accuracy in {"permuted": permuted, "naive": naive}.items()
+        for x in (-1, 0, 1, 2)
+    ]
+    lines += [
+        {"scheme": "centred", "kind": kind, "x": x, "accuracy": 0.9 if x == 0 else box if kind == "permuted" else 0.3}
+        for kind in ("permuted", "naive")
+        for x in (0, 0.25, 0.5)
+    ]
+    return [{**line, "pair": pair, "split": "test", "loss": 1.0, **END} for line in lines for pair in PAIRS]
+
+
+def three(transitive: float, naive: float) -> list[dict]:
+    kinds = {"transitive": transitive, "direct": 0.85, "naive": naive}
+    return [
+        {"triple": t, "kind": kind, "alpha": a, "loss": 1.0, "accuracy": middle if a == 0.5 else 0.9, **END}
+        for t in ("123", "231") for kind, middle in kinds.items() for a in (0, 0.5, 1)
+    ]  # fmt: skip
+
+
+def corners(edge: float, middle: float) -> list[dict]:
+    weights = [((1, 0, 0), 0.9), ((0, 1, 0), 0.9), ((0, 0, 1), 0.88), ((0.5, 0.5, 0), edge), ((1 / 3,) * 3, middle)]
+    return [
+        {"triple": t, **dict(zip(("w_a", "w_b", "w_c"), w, strict=True)), "loss": 1.0, "accuracy": accuracy}
+        for t in ("123", "231") for w, accuracy in weights
+    ]  # fmt: skip
+
+
+def labels(differ: int) -> list[dict]:
+    row = {f"{who}_{word}": 0 for who in ("a", "b", "both", "neither") for word in ("correct", "wrong")}
+    row |= {"a_correct": differ // 2, "a_wrong": differ - differ // 2, "both_wrong": 10, "both_correct": 90 - differ}
+    return [{"model": "tiny", "scheme": "linear", "pair": pair, "x": 0, **row} for pair in PAIRS]
+
+
+def edges(permuted: float) -> list[dict]:
+    return [
+        {"pair": p, "kind": kind, "layer": "conv1", "bin_low": mean - 0.1, "bin_high": mean + 0.1, "share": 1.0}
+        for p in PAIRS for kind, mean in {"permuted": permuted, "naive": 1.0}.items()
+    ]  # fmt: skip
+
+
+def deranged(half: float) -> list[dict]:
+    return [
+        {"pair": p, "layer": layer, "k": k, "units": 8, "draw": 0, "loss_barrier": 0.1, "accuracy_barrier": barrier}
+        for p in PAIRS for layer in ("conv1", "conv2") for k, barrier in {2: 3.0, 4: 3.0 + half, 8: 60.0}.items()
+    ]  # fmt: skip
+
+
+CASES = {  # item: (a table that shows it, one that does not)
+    **{f"combine/fig{i}": (samples(0.85, 0.2), samples(0.7, 0.65)) for i in (2, 3, 4, 5)},
+    "combine/figB15-B18": (samples(0.85, 0.2, ALL, 0.04), samples(0.7, 0.65, ALL)),
+    "combine/fig7": (widths(30, 2, 5), widths(2, 30)),
+    "combine/figB21": (widths(30, 2), widths(2, 30)),
+    "combine/fig6": (samples(0.85, 0.2), samples(0.7, 0.65)),
+    "combine/figB19": (samples(0.85, 0.2), samples(0.7, 0.65)),
+    "combine/fig8": (ends(0.1), ends(0.78)),
+    "combine/figB22": (ends(0.1), ends(0.78)),
+    "combine/fig9": (beyond(0.8, 0.3), beyond(0.3, 0.3)),
+    "combine/fig10": (beyond(0.8, 0.3), beyond(0.3, 0.3, box=0.5)),
+    "combine/figB23-B24": (beyond(0.8, 0.3), beyond(0.3, 0.3, box=0.5)),
+    "combine/fig11a": (three(0.85, 0.2), three(0.5, 0.45)),
+    "combine/figB20": (three(0.85, 0.2), three(0.5, 0.45)),
+    "combine/fig11b": (corners(0.95, 0.87), corners(0.5, 0.4)),
+    "combine/fig12": (labels(12), labels(6)),
+    "combine/figB25-B26": (labels(12), labels(6)),
+    "combine/fig13": (edges(0.8), edges(0.3)),
+    "combine/fig14": (deranged(2), deranged(20)),
+}
+JUDGED = [(claim, item) for claim in claims("combine").values() for item in claim.items]
+
+
+@pytest.mark.parametrize("claim, item", JUDGED, ids=lambda value: getattr(value, "name", value))
+def test_a_claim_can_be_confirmed_and_refuted(claim, item):
+    shown, refuted = (claim.judge(pd.DataFrame(table), item) for table in CASES[item])
+    assert shown and all(finding.holds for finding in shown), shown
+    assert refuted and not any(finding.holds for finding in refuted), refuted
+
+
+def test_every_item_of_a_claim_is_made():
+    assert {item for claim in claims("combine").values() for item in claim.items} <= set(read_index())
