@@ -75,7 +75,7 @@ def corners(edge: float, middle: float) -> list[dict]:
 def labels(differ: int) -> list[dict]:
     row = {f"{who}_{word}": 0 for who in ("a", "b", "both", "neither") for word in ("correct", "wrong")}
     row |= {"a_correct": differ // 2, "a_wrong": differ - differ // 2, "both_wrong": 10, "both_correct": 90 - differ}
-    return [{"model": "tiny", "scheme": "linear", "pair": pair, "x": 0, **row} for pair in PAIRS]
+    return [{"model": "tiny", "scheme": "linear", "kind": "permuted", "pair": pair, "x": 0, **row} for pair in PAIRS]
 
 
 def edges(permuted: float) -> list[dict]:

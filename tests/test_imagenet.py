@@ -70,9 +70,9 @@ def test_the_notebook_runs_on_a_streamed_folder(shapes, tmp_path):
     assert saved["fig5_right"]["runs"] == runs and saved["fig5_left"]["runs"] == runs[2:]
 
     table = pd.DataFrame(saved["fig5_left"]["table"])
-    assert list(table.groupby("network", sort=False).size().items()) == [
-        (network, 3) for network in ("direct", "aligned", "conv", "repaired")
-    ]
+    paths, midpoints = ("direct", "aligned", "conv", "repaired"), ("conv_bn_kept", "full_bn_reset")
+    expected = [(network, 3) for network in paths] + [(network, 1) for network in midpoints]
+    assert list(table.groupby("network", sort=False).size().items()) == expected
     loss = table.pivot(index="alpha", columns="network", values="loss")
     accuracy = table.pivot(index="alpha", columns="network", values="accuracy")
     for alpha, run in enumerate(runs[2:]):
@@ -81,7 +81,7 @@ def test_the_notebook_runs_on_a_streamed_folder(shapes, tmp_path):
             found = loss.loc[alpha, network], accuracy.loc[alpha, network]
             assert found == pytest.approx(expected, rel=1e-3), (run, network)
         assert loss.loc[alpha, "conv"] != pytest.approx(expected[0], rel=1e-3)
-    assert loss.loc[0.5].nunique() == 4  # four networks, and none the same function
+    assert loss.loc[0.5].nunique() == 6  # six networks, and none the same function
 
     filters = pd.DataFrame(saved["fig9"]["table"])
     assert sorted(filters["matched_unit"]) == list(filters["unit"]) == list(range(64))

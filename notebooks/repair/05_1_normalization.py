@@ -35,6 +35,7 @@ widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 0.75, 1], fast=[1, 2, 
 widths_ln = widths + by_scale(scale, smoke=[], quick=[], fast=[], paper=[32])
 width_of_paths = by_scale(scale, smoke=0.25, quick=1, fast=4, paper=4)
 points = by_scale(scale, smoke=3, quick=3, fast=5, paper=11)  # of a path whose barrier is measured, ends included
+calibration = by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000)  # images; `samples` of 04_repair shows why
 points_of_paths = by_scale(scale, smoke=3, quick=7, fast=11, paper=21)  # of a path that is drawn
 
 everything = [(norm, width) for norm in ("bn", "ln", "fixup") for width in widths]
@@ -82,7 +83,8 @@ BARRIERS = ("repair/fig4-left", "repair/fig4-middle", "repair/fig8-left", "repai
 start = time.perf_counter()
 networks = dict.fromkeys(network for item in BARRIERS for network in needs.get(item, []))
 configurations = [{"run": model.format(norm, width), "series": norm, "width": width} for norm, width in networks]
-barriers = barrier_rows(configurations, SEEDS, [i / (points - 1) for i in range(points)])
+alphas = [i / (points - 1) for i in range(points)]
+barriers = barrier_rows(configurations, SEEDS, alphas, calibration=calibration)
 measured = time.perf_counter() - start
 
 
@@ -159,7 +161,7 @@ alphas = [i / (points_of_paths - 1) for i in range(points_of_paths)]
 paths = [
     {"series": norm, "pair": name, **row}
     for norm, width in needs.get("repair/fig4-right") or needs.get("repair/fig10-right") or []
-    for name, pair in pairs_of(model.format(norm, width), SEEDS)
+    for name, pair in pairs_of(model.format(norm, width), SEEDS, calibration)
     for row in path_rows(pair, alphas)
 ]
 walked = time.perf_counter() - start
