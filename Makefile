@@ -42,7 +42,7 @@ test: $(INSTALLED)  ## lint, unit tests, doctests, and every notebook at smoke s
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; \
 	REPAIRLIB_RUNS="$$scratch/runs" REPAIRLIB_FIGURES="$$scratch/figures" OMP_NUM_THREADS=1 \
 	$(RUN) pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-	    --ignore-glob 'notebooks/*.py' notebooks tests repairlib workflow docs/guide.md || status=1; \
+	    --ignore-glob 'notebooks/*.py' notebooks tests repairlib companion workflow docs/guide.md || status=1; \
 	exit $$status
 # Empty folders for runs and figures, so that nothing made earlier hides a fault.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[:0] = [workflow.basedir, f"{workflow.basedir}/workflow"]
 import batch
 
-from repairlib import report
+from companion import report
 
 if sys.version_info < (3, 11):
     # Snakemake 7 finds the rule that makes a file with a datrie.Trie, a C extension without wheels for Python 3.10.
@@ -39,7 +39,7 @@ except Exception as error:
 # A run for some items has a stamp of its own, since it does not complete the notebook.
 SOME = f"+{zlib.crc32(repr(ITEMS).encode()):08x}" if ITEMS else ""
 STAMP = f"build/{SCALE}/{{notebook}}{SOME}.done"
-LIBRARY = [path.as_posix() for path in Path("repairlib").glob("*.py") if path.name != "store.py"]
+LIBRARY = [p.as_posix() for folder in ("repairlib", "companion") for p in Path(folder).glob("*.py") if p.name != "store.py"]
 GPU = 1 if shutil.which("nvidia-smi") else 0
 
 for name in NEEDS:

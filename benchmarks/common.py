@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from companion.report import environment
 from repairlib import models
 from repairlib.renorm import reset
-from repairlib.report import environment
 
 
 def arguments(description: str, number: int) -> argparse.Namespace:

@@ -7,11 +7,11 @@ Two pairs of networks, quick recipe, digits; nothing in the table is typed in by
 
 from pathlib import Path
 
+from companion.pairs import Pair, load_pair
+from companion.report import environment
 from repairlib.matching import match_activations
-from repairlib.pairs import Pair, load_pair
 from repairlib.permutations import agreement
 from repairlib.renorm import Repair
-from repairlib.report import environment
 from repairlib.weight_matching import match_weights
 
 MODELS = ("resnet20-bn-w1", "vgg11-fused-w0.25")

@@ -9,7 +9,7 @@ scale: str = "smoke"  # smoke: a few steps, to test; quick: the real thing on di
 items: str = ""  # not used here
 
 # %% tags=["runs"]
-from repairlib.report import by_scale
+from companion.report import by_scale
 
 runs = by_scale(
     scale,
@@ -21,8 +21,9 @@ runs = by_scale(
 
 # %%
 import repairlib
-from repairlib import diagnostics, plots
-from repairlib.pairs import load_pair
+from companion import plots
+from companion.pairs import load_pair
+from repairlib import diagnostics
 
 pair = load_pair(runs)  # trains what is not there yet
 print(f"endpoints: {pair.accuracy:.1%} on the test set")

@@ -9,7 +9,6 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from repairlib.graph import Batches, eval_mode
-from repairlib.pairs import Pair
 
 
 class MixedLogits(nn.Module):
@@ -104,31 +103,3 @@ def balance(logits: Float[Tensor, "n classes"], group: Sequence[int]) -> float:
     # Beyond the most extreme example all lie on one side; by one more, clear of rounding if all are alike.
     low, high = float(odds.min()) - even - 1, float(odds.max()) - even + 1
     return brentq(lambda shift: float((odds - shift).sigmoid().mean()) - share, low, high, xtol=1e-14, maxiter=5000)
-
-
-def baseline_rows(pair: Pair, whole: nn.Module, alphas: Iterable[float]) -> list[dict]:
-    """Tidy rows of what merged networks are measured against (Jordan et al. 2022, App. C, Fig. 13).
-
-    The endpoints are corrected on the pair's test images, whose labels are not used for it.
-
-    Args:
-        pair: A trained on data with more of the first half of the classes, B with more of the others.
-        whole: a network trained on all of the data.
-        alphas: the points at which the ensemble is evaluated.
-
-    Returns:
-        Rows {network, alpha, loss (nats), accuracy (in [0, 1])} on the test set: "ensemble" at every alpha, then
-        "corrected a", "corrected b" and "full data", which have no alpha (None). `plots.merging` draws them.
-    """
-    classes = range(pair.dataset.classes)
-    half = len(classes) // 2
-    rows = pair.path(lambda alpha: MixedLogits(pair.a, pair.b, alpha), alphas).table(network="ensemble")
-    levels = {
-        "corrected a": Balanced(pair.a, classes[:half], pair.test),
-        "corrected b": Balanced(pair.b, classes[half:], pair.test),
-        "full data": whole,
-    }
-    for network, model in levels.items():
-        loss, accuracy = pair.evaluate(model)
-        rows.append({"network": network, "alpha": None, "loss": loss, "accuracy": accuracy})
-    return rows

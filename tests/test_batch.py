@@ -12,7 +12,7 @@ import batch
 import matplotlib.pyplot as plt
 import pytest
 
-from repairlib import report
+from companion import report
 from repairlib.data import project_root
 
 NOTEBOOK = """\
@@ -25,7 +25,7 @@ runs = RUNS
 
 # %%
 import matplotlib.pyplot as plt
-from repairlib.report import save_item, wanted
+from companion.report import save_item, wanted
 
 for item in ("repair/fig2-left", "repair/sec3-theory"):
     if wanted(item, items):
@@ -80,7 +80,7 @@ def reader(project):
     cell = "runs = ['digits/mlp2-bn-w8/smoke/s2']\n"
     cell += "reads = ['repair/sec3-theory'] if wanted('repair/fig1-left', items) else []"
     path = write_notebook(project, runs="[]", name=READER)
-    path.write_text(path.read_text().replace("runs = []", f"from repairlib.report import wanted\n{cell}"))
+    path.write_text(path.read_text().replace("runs = []", f"from companion.report import wanted\n{cell}"))
 
 
 def test_what_is_read_is_made_first(reader):
@@ -236,7 +236,7 @@ def test_sync_takes_the_newer_and_strips_outputs(project):
 
 
 def test_the_batch_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
-    for name in ("repairlib", "workflow", "figures/index.yml", "Snakefile", "pyproject.toml"):
+    for name in ("repairlib", "companion", "workflow", "figures/index.yml", "Snakefile", "pyproject.toml"):
         source, target = project_root() / name, tmp_path / name
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from repairlib.report import read_index
-from repairlib.scorecard import claims
+from companion.report import read_index
+from companion.scorecard import claims
 
 
 def profile(direct: float, aligned: float, repaired: float = 1.0, goal: float = 1.0) -> list[dict]:

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from repairlib import combine, mixtures, train
+from companion import mixtures
+from companion.mixtures import SCHEMES, combination_rows, evaluate_rows, sample_barriers, stitching_rows
+from companion.pairs import load_pair
+from repairlib import combine, train
 from repairlib.data import iterate
 from repairlib.interpolate import interpolate_states, with_state
-from repairlib.mixtures import SCHEMES, combination_rows, evaluate_rows, sample_barriers, stitching_rows
-from repairlib.pairs import load_pair
 
 RUNS = ["digits/mlp2-ln-w16/smoke/s1", "digits/mlp2-ln-w16/smoke/s2"]
 

@@ -4,7 +4,7 @@ import shutil
 
 import batch
 
-from repairlib import report
+from companion import report
 from repairlib.data import project_root
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from companion.pairs import NETWORKS, barrier_means, barrier_rows, load_pair, name_means, path_rows, reduction_rows
 from repairlib import Repair, reset, train
-from repairlib.pairs import NETWORKS, barrier_means, barrier_rows, load_pair, name_means, path_rows, reduction_rows
 
 RUNS = ["digits/mlp2-plain-w16/smoke/s1", "digits/mlp2-plain-w16/smoke/s2"]
 

@@ -10,7 +10,8 @@ import plan
 import pytest
 from PIL import Image
 
-from repairlib import data, models, report
+from companion import report
+from repairlib import data, models
 from repairlib.store import Store
 
 NOTEBOOK = """\
@@ -210,7 +211,7 @@ def test_bad_questions_are_answered(project, capsys):
 
 
 def test_snakemake_says_which_notebooks_are_due(tmp_path, monkeypatch):
-    for name in ("repairlib", "workflow", "figures/index.yml", "Snakefile", "pyproject.toml"):
+    for name in ("repairlib", "companion", "workflow", "figures/index.yml", "Snakefile", "pyproject.toml"):
         source, target = data.project_root() / name, tmp_path / name
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from repairlib import plots
+from companion import plots
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from repairlib import combine, mixtures, plots, plots_combine
+from companion import mixtures, plots, plots_combine
+from repairlib import combine
 
 
 @pytest.fixture(autouse=True)

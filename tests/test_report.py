@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from repairlib import report
+from companion import report
 
 ITEM = "repair/fig2-left"
 TABLE = [{"layer": 1, "ratio": 0.7, "aligned": True}, {"layer": 2, "ratio": 0.4, "aligned": False}]
@@ -130,7 +130,7 @@ scale: str = "smoke"
 items: str = ""
 
 # %% tags=["runs"]
-from repairlib.report import by_scale
+from companion.report import by_scale
 
 runs = [f"digits/mlp2-bn-w8/smoke/s{s}" for s in by_scale(scale, smoke=[1], quick=[1, 2, 1], fast=[], paper=[])]
 

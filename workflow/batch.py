@@ -28,7 +28,7 @@ from typing import Any
 
 import filelock
 
-from repairlib import report, scorecard
+from companion import report, scorecard
 from repairlib.data import project_root
 from repairlib.files import atomic_write
 from repairlib.names import check

@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from repairlib import models, report, train
+from companion import report
+from repairlib import models, train
 from repairlib.data import ARCHIVES, DIGITS_TEST, Dataset, Split, base_name, data_root, project_root
 from repairlib.folders import halves_of, stream_folder
 from repairlib.store import Store

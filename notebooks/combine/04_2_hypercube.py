@@ -20,7 +20,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig2,com
 samples: int = 0  # aligned networks drawn at each point; 0: as many as the scale has
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 resnet = by_scale(
@@ -60,11 +60,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from repairlib import models, plots_combine
+from companion import plots_combine
+from companion.mixtures import KINDS, SCHEMES, evaluate_rows, maker, sample_barriers, states_of
+from companion.pairs import pairs_of
+from companion.report import save_item
+from repairlib import models
 from repairlib.combine import elementwise, extreme, stitch
-from repairlib.mixtures import KINDS, SCHEMES, evaluate_rows, maker, sample_barriers, states_of
-from repairlib.pairs import pairs_of
-from repairlib.report import save_item
 from repairlib.train import default_device, find_recipe, parse_run
 
 # %% [markdown]

@@ -17,7 +17,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig6"; empty: all
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 resnet = by_scale(
@@ -43,10 +43,10 @@ import time
 
 import pandas as pd
 
-from repairlib import plots_combine
-from repairlib.mixtures import sample_barriers, stitching_rows
-from repairlib.pairs import pairs_of
-from repairlib.report import save_item
+from companion import plots_combine
+from companion.mixtures import sample_barriers, stitching_rows
+from companion.pairs import pairs_of
+from companion.report import save_item
 
 # %% [markdown]
 # ## Stitch

@@ -29,7 +29,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig7"; e
 samples: int = 0  # networks drawn at each x; 0: the scale's. The paper does not print its number
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 resnet = by_scale(
@@ -62,9 +62,9 @@ import time
 
 import pandas as pd
 
-from repairlib import mixtures, plots_combine
-from repairlib.pairs import pairs_of
-from repairlib.report import save_item
+from companion import mixtures, plots_combine
+from companion.pairs import pairs_of
+from companion.report import save_item
 
 # %% [markdown]
 # ## Barriers

@@ -19,7 +19,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig8"; empty: all
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 resnet = by_scale(
@@ -47,12 +47,12 @@ import time
 import pandas as pd
 import torch
 
-from repairlib import plots_combine
+from companion import plots_combine
+from companion.mixtures import SCHEMES, evaluate_rows, states_of
+from companion.pairs import pairs_of
+from companion.report import save_item
 from repairlib.combine import extreme
 from repairlib.interpolate import interpolate_states
-from repairlib.mixtures import SCHEMES, evaluate_rows, states_of
-from repairlib.pairs import pairs_of
-from repairlib.report import save_item
 
 # %% [markdown]
 # ## From the Max to the Min model

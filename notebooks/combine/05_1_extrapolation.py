@@ -24,7 +24,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig9"; e
 samples: int = 0  # networks drawn for each point of a box; 0: the scale's
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 resnet = by_scale(
@@ -62,11 +62,11 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from repairlib import plots_combine
+from companion import plots_combine
+from companion.mixtures import SCHEMES, combination_rows
+from companion.pairs import pairs_of
+from companion.report import save_item
 from repairlib.data import iterate
-from repairlib.mixtures import SCHEMES, combination_rows
-from repairlib.pairs import pairs_of
-from repairlib.report import save_item
 from repairlib.train import default_device
 
 # %% [markdown]

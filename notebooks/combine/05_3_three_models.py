@@ -20,7 +20,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig11a"; empty: all
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 # Seeds of A, B and C.
 ONE = [(1, 2, 3)]
@@ -54,13 +54,14 @@ from functools import partial
 
 import pandas as pd
 
-from repairlib import plots_combine, store
+from companion import plots_combine
+from companion.mixtures import evaluate_rows, sample_barriers
+from companion.pairs import Pair, load_pair
+from companion.report import save_item
+from repairlib import store
 from repairlib.combine import simplex_grid
 from repairlib.interpolate import interpolate_states, mix_states
-from repairlib.mixtures import evaluate_rows, sample_barriers
-from repairlib.pairs import Pair, load_pair
 from repairlib.permutations import agreement, through
-from repairlib.report import save_item
 from repairlib.several import Several, match_several
 from repairlib.stacked import evaluate_many
 from repairlib.weight_matching import match_weights

@@ -20,7 +20,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig14"; 
 samples: int = 0  # derangements for each k, which the paper does not print; 0: the scale's
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 tiny = by_scale(
@@ -43,14 +43,14 @@ import time
 import numpy as np
 import pandas as pd
 
-from repairlib import plots_combine
+from companion import plots_combine
+from companion.mixtures import evaluate_rows, sample_barriers
+from companion.pairs import pairs_of
+from companion.report import save_item
 from repairlib.graph import Batches, permute, permute_state
 from repairlib.interpolate import interpolate_states
 from repairlib.matching import gather_groups
-from repairlib.mixtures import evaluate_rows, sample_barriers
-from repairlib.pairs import pairs_of
 from repairlib.permutations import derange
-from repairlib.report import save_item
 
 # %% [markdown]
 # ## Derange and interpolate

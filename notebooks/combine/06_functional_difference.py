@@ -26,7 +26,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig12"; 
 samples: int = 0  # networks at each point of a random scheme, which the paper does not print; 0: the scale's
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 resnet = by_scale(
@@ -58,10 +58,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from repairlib import plots_combine
-from repairlib.mixtures import KINDS, SCHEMES, label_agreement, maker, states_of
-from repairlib.pairs import pairs_of
-from repairlib.report import save_item
+from companion import plots_combine
+from companion.mixtures import KINDS, SCHEMES, label_agreement, maker, states_of
+from companion.pairs import pairs_of
+from companion.report import save_item
 from repairlib.train import default_device
 
 pairs = {run: dict(pairs_of(run, SEEDS, match="weights")) for run in dict.fromkeys(sum(networks.values(), []))}

@@ -14,7 +14,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig2-left,repair/sec3-theory"; empty: all
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 mlp = by_scale(
@@ -47,9 +47,10 @@ import time
 
 import pandas as pd
 
-from repairlib import diagnostics, plots
-from repairlib.pairs import pairs_of
-from repairlib.report import save_item
+from companion import plots
+from companion.pairs import pairs_of
+from companion.report import save_item
+from repairlib import diagnostics
 
 # %% [markdown]
 # ## Deep MLPs (Fig. 2 left)

@@ -19,7 +19,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig3-right,repair/samples"; empty: all
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 depths = by_scale(
@@ -62,10 +62,11 @@ import time
 import pandas as pd
 import torch
 
-from repairlib import Repair, diagnostics, plots, reset
+from companion import plots
+from companion.pairs import load_pair, pairs_of, path_rows
+from companion.report import save_item
+from repairlib import Repair, diagnostics, reset
 from repairlib.graph import eval_mode
-from repairlib.pairs import load_pair, pairs_of, path_rows
-from repairlib.report import save_item
 from repairlib.train import default_device
 
 

@@ -30,7 +30,7 @@ data: str = ""  # another image folder, for instance "photos@224", whose network
 recipe: str = ""  # another recipe, for instance "imported"; empty: the scale's
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 points = by_scale(scale, smoke=3, quick=5, fast=11, paper=51)  # of a path, ends included
@@ -70,11 +70,12 @@ import time
 
 import pandas as pd
 
-from repairlib import diagnostics, plots
+from companion import plots
+from companion.pairs import pairs_of, path_rows
+from companion.report import save_item
+from repairlib import diagnostics
 from repairlib.interpolate import barrier_of
 from repairlib.models import parse
-from repairlib.pairs import pairs_of, path_rows
-from repairlib.report import save_item
 from repairlib.train import default_device
 
 METHOD = "simultaneous"

@@ -16,7 +16,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig6-left,repair/fig6-right"; empty: all
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 data = by_scale(
@@ -67,9 +67,9 @@ import time
 
 import matplotlib.pyplot as plt
 
-from repairlib import plots
-from repairlib.pairs import barrier_means, barrier_rows, name_means
-from repairlib.report import save_item
+from companion import plots
+from companion.pairs import barrier_means, barrier_rows, name_means
+from companion.report import save_item
 from repairlib.train import default_device, parse_run
 
 # %% [markdown]

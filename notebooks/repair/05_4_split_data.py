@@ -20,7 +20,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig7"; empty: all
 
 # %% tags=["runs"]
-from repairlib.report import by_scale, wanted
+from companion.report import by_scale, wanted
 
 # Seeds of the pairs: A is trained on the first half and B on the other. The network trained on all data has A's seed.
 SEEDS = by_scale(scale, smoke=[(1, 2)], quick=[(1, 2), (2, 3), (3, 1)], fast=[(1, 2)], paper=[(1, 2)])
@@ -48,10 +48,10 @@ import time
 
 import pandas as pd
 
-from repairlib import plots, store
-from repairlib.ensembles import baseline_rows
-from repairlib.pairs import load_pair, path_rows
-from repairlib.report import save_item
+from companion import plots
+from companion.pairs import baseline_rows, load_pair, path_rows
+from companion.report import save_item
+from repairlib import store
 
 # %% [markdown]
 # ## Measure

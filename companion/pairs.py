@@ -12,6 +12,7 @@ from torch import nn
 
 from repairlib import store, train
 from repairlib.data import Batches, Dataset, iterate, load
+from repairlib.ensembles import Balanced, MixedLogits
 from repairlib.interpolate import Path, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check
@@ -308,3 +309,31 @@ def reduction_rows(tables: Iterable[Iterable[Mapping]], least: float = 0.01) -> 
                 "reduction": 100 * (row.before - row.after) / row.before,
             }  # fmt: skip
     return list(found.values())
+
+
+def baseline_rows(pair: Pair, whole: nn.Module, alphas: Iterable[float]) -> list[dict]:
+    """Tidy rows of what merged networks are measured against (Jordan et al. 2022, App. C, Fig. 13).
+
+    The endpoints are corrected on the pair's test images, whose labels are not used for it.
+
+    Args:
+        pair: A trained on data with more of the first half of the classes, B with more of the others.
+        whole: a network trained on all of the data.
+        alphas: the points at which the ensemble is evaluated.
+
+    Returns:
+        Rows {network, alpha, loss (nats), accuracy (in [0, 1])} on the test set: "ensemble" at every alpha, then
+        "corrected a", "corrected b" and "full data", which have no alpha (None). `plots.merging` draws them.
+    """
+    classes = range(pair.dataset.classes)
+    half = len(classes) // 2
+    rows = pair.path(lambda alpha: MixedLogits(pair.a, pair.b, alpha), alphas).table(network="ensemble")
+    levels = {
+        "corrected a": Balanced(pair.a, classes[:half], pair.test),
+        "corrected b": Balanced(pair.b, classes[half:], pair.test),
+        "full data": whole,
+    }
+    for network, model in levels.items():
+        loss, accuracy = pair.evaluate(model)
+        rows.append({"network": network, "alpha": None, "loss": loss, "accuracy": accuracy})
+    return rows

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from companion.report import SCALES, load_item
 from repairlib.names import check
-from repairlib.report import SCALES, load_item
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Claim:
 
 def claims(paper: str = "") -> dict[str, Claim]:
     """All claims by name, or those of one paper: "repair"."""
-    from repairlib import claims_combine, claims_repair  # here, since they take their dataclasses from this module
+    from companion import claims_combine, claims_repair  # here, since they take their dataclasses from this module
 
     found = {claim.name: claim for module in (claims_repair, claims_combine) for claim in module.CLAIMS}
     if paper:

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from torch import nn
 
+from companion.pairs import Pair
 from repairlib import combine
 from repairlib.data import iterate
 from repairlib.ensembles import predict
 from repairlib.interpolate import State, empirical_barrier, with_state
 from repairlib.names import check
-from repairlib.pairs import Pair
 from repairlib.stacked import evaluate_many
 
 

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from repairlib.mixtures import sample_barriers
-from repairlib.scorecard import Claim, Finding
+from companion.mixtures import sample_barriers
+from companion.scorecard import Claim, Finding
 
 NEAR = 10.0  # points of accuracy: combined networks that lose less than that stay near the endpoints
 LITTLE = 5.0  # points: what costs less costs little

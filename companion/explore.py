@@ -1,6 +1,6 @@
 """A panel of widgets over stored runs: a pair, a matching, a renormalisation, and what becomes of the path between.
 
-`Explorer` computes and draws, `panel` puts ipywidgets in front of it. Nothing else in the library needs ipywidgets.
+`Explorer` computes and draws, `panel` puts ipywidgets in front of it. Nothing else needs ipywidgets.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
 
-from repairlib import plots
+from companion import plots
+from companion.pairs import Pair, load_pair
+from companion.report import device_name
 from repairlib.corrections import target_nodes
 from repairlib.graph import Batches, trace
 from repairlib.interpolate import Path, interpolate_models
 from repairlib.moments import gather
 from repairlib.names import check
-from repairlib.pairs import Pair, load_pair
 from repairlib.renorm import Repair, reset
-from repairlib.report import device_name
 from repairlib.store import Store
 from repairlib.train import parse_run
 from repairlib.weight_matching import match_weights

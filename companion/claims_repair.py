@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from repairlib.pairs import barrier_means
-from repairlib.plots import LOOKS, SERIES
-from repairlib.scorecard import Claim, Finding
+from companion.pairs import barrier_means
+from companion.plots import LOOKS, SERIES
+from companion.scorecard import Claim, Finding
 
 FLAT = 5.0  # points of accuracy: what is less is no change of a barrier with depth
 

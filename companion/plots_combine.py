@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import RegularPolygon
 
-from repairlib.plots import COLUMN_WIDTH, OTHERS, STYLE, curves, style
+from companion.plots import COLUMN_WIDTH, OTHERS, STYLE, curves, style
 
 KINDS = {
     "permuted": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "aligned"},
