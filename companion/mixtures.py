@@ -4,19 +4,17 @@ A scheme is a family of distributions of coefficients with one real parameter x;
 from it. Alpha = 0 is model A throughout, see `combine`.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import nn
 
 from companion.pairs import Pair
 from repairlib import combine
 from repairlib.data import iterate
-from repairlib.ensembles import predict
-from repairlib.interpolate import State, empirical_barrier, with_state
+from repairlib.interpolate import State, empirical_barrier
 from repairlib.names import check
 from repairlib.stacked import evaluate_many
 
@@ -29,14 +27,21 @@ class Scheme:
         make: from x to the quantile function of one coefficient.
         low, high: the range of x.
         xlabel: what x is called.
-        random: whether two draws differ.
     """
 
     make: Callable[[float], combine.Quantile]
     low: float
     high: float
     xlabel: str
-    random: bool = True
+
+    def random(self, x: float) -> bool:
+        """Whether two draws differ: quantile functions are monotone, so only if that of x rises between 0 and 1.
+
+        >>> SCHEMES["subcube"].random(0.5), SCHEMES["subcube"].random(1), SCHEMES["linear"].random(0.5)
+        (True, False, False)
+        """
+        low, high = self.make(x)(torch.tensor([0.0, math.nextafter(1, 0)], dtype=torch.float64)).tolist()
+        return low != high
 
     def grid(self, points: int) -> list[float]:
         """Equidistant values of x, both ends included; exact at the ends and in the middle."""
@@ -44,8 +49,8 @@ class Scheme:
 
 
 SCHEMES = {
-    "linear": Scheme(lambda alpha: lambda u: torch.full_like(u, alpha), 0, 1, r"$\alpha$", random=False),
-    "extrapolation": Scheme(lambda alpha: lambda u: torch.full_like(u, alpha), -1, 2, r"$\alpha$", random=False),
+    "linear": Scheme(lambda alpha: lambda u: torch.full_like(u, alpha), 0, 1, r"$\alpha$"),
+    "extrapolation": Scheme(lambda alpha: lambda u: torch.full_like(u, alpha), -1, 2, r"$\alpha$"),
     "uniform": Scheme(combine.box, 0, 0.5, r"half edge $s$ of the cube about the midpoint"),
     "subcube": Scheme(combine.subcube, 0, 1, r"centre $\alpha$ of the sub-cube"),
     "hyperplane": Scheme(combine.hyperplane, 0, 1, r"mean coefficient $\alpha$"),
@@ -77,21 +82,25 @@ def states_of(pair: Pair, kind: str) -> tuple[State, State]:
 
 
 def evaluate_rows(
-    pair: Pair, named: Iterable[tuple[dict, Callable[[], State]]], splits: Sequence[str] = ("test",)
+    pair: Pair,
+    named: Iterable[tuple[dict, Callable[[], State]]],
+    splits: Sequence[str] = ("test",),
+    train_images: int | None = None,
 ) -> list[dict]:
     """Evaluate combinations of a pair together; a row each, in order.
 
     Args:
         pair: of the endpoints.
         named: columns that name a combination, and what makes its state dict.
-        splits: "test", "train" or both.
+        splits: "test", "train" (without augmentation) or both.
+        train_images: how many of the latter, see `data.iterate`; default all.
 
     Returns:
         Rows {**columns, split, loss (nats), accuracy (in [0, 1]), end_loss, end_accuracy: means of the endpoints}.
     """
     named, rows = list(named), []
     for split in splits:
-        batches = iterate(pair.dataset, split, batch_size=500)
+        batches = iterate(pair.dataset, split, batch_size=500, limit=train_images if split == "train" else None)
         ends = evaluate_many(pair.a, [pair.a.state_dict(), pair.b.state_dict()], batches)
         mean = {name: sum(end[i] for end in ends) / 2 for i, name in enumerate(("end_loss", "end_accuracy"))}
         found = evaluate_many(pair.a, _Lazy([make for _, make in named]), batches)
@@ -102,37 +111,61 @@ def evaluate_rows(
     return rows
 
 
-def combination_rows(
+def draw_networks(
     pair: Pair,
     scheme: str,
     grid: Iterable[float],
-    samples: int = 4,
+    samples: int | Mapping[str, int] = 4,
+    *,
+    kinds: Sequence[str] = KINDS,
+    seed: int = 0,
+) -> list[tuple[dict, Callable[[], State]]]:
+    """Networks drawn from a scheme at every point of a grid, each made when it is called; see `combination_rows`.
+
+    Returns:
+        Columns {scheme, kind, x, sample} and what makes the state dict.
+    """
+    check(scheme, SCHEMES, "scheme")
+    grid = list(grid)
+    named = []
+    for kind in kinds:
+        ends, most = states_of(pair, kind), samples if isinstance(samples, int) else samples[kind]
+        for x in grid:
+            for i in range(most if SCHEMES[scheme].random(x) else min(most, 1)):
+                columns = {"scheme": scheme, "kind": kind, "x": x, "sample": i}
+                named.append((columns, maker(ends, scheme, x, i, seed)))
+    return named
+
+
+def combination_rows(
+    pair: Pair,
+    grids: Mapping[str, Iterable[float]],
+    samples: int | Mapping[str, int] = 4,
     *,
     kinds: Sequence[str] = KINDS,
     splits: Sequence[str] = ("test",),
+    train_images: int | None = None,
     seed: int = 0,
 ) -> list[dict]:
-    """Networks drawn from a scheme at every point of a grid, evaluated.
+    """Networks drawn from some schemes at every point of their grids, evaluated together.
 
     Args:
         pair: of the endpoints.
-        scheme, seed: see `maker`.
-        samples: networks at each point; a scheme that is not random gives one.
-        grid: values of x, for instance ``SCHEMES[scheme].grid(25)``.
+        grids: scheme -> values of x, for instance ``{"subcube": SCHEMES["subcube"].grid(25)}``.
+        samples: networks at each point, or how many of each kind. Where nothing is left to chance, one is drawn.
         kinds: with B aligned ("permuted") and as trained ("naive").
-        splits: see `evaluate_rows`.
+        splits, train_images: see `evaluate_rows`.
+        seed: see `maker`.
 
     Returns:
         Rows of `evaluate_rows` with columns {scheme, kind, x, sample}.
     """
-    check(scheme, SCHEMES, "scheme")
-    numbers, grid = range(samples if SCHEMES[scheme].random else 1), list(grid)
-    ends = {kind: states_of(pair, kind) for kind in kinds}
     named = [
-        ({"scheme": scheme, "kind": kind, "x": x, "sample": i}, maker(ends[kind], scheme, x, i, seed))
-        for kind, x, i in itertools.product(kinds, grid, numbers)
+        each
+        for scheme, grid in grids.items()
+        for each in draw_networks(pair, scheme, grid, samples, kinds=kinds, seed=seed)
     ]
-    return evaluate_rows(pair, named, splits)
+    return evaluate_rows(pair, named, splits, train_images)
 
 
 def stitching_rows(pair: Pair, *, kinds: Sequence[str] = KINDS) -> list[dict]:
@@ -172,37 +205,6 @@ def sample_barriers(table: Iterable[dict], by: Sequence[str] = ("scheme", "kind"
             | {"loss_barrier": found["loss"], "accuracy_barrier": 100 * found["accuracy"]}
             | {"end_loss": end[0], "end_accuracy": end[1], "networks": len(group)}
         )
-    return rows
-
-
-def label_agreement(
-    model: nn.Module, states: Iterable[State], ends: tuple[State, State], batches: Iterable
-) -> list[dict]:
-    """Whose labels combined networks predict: A's, B's, both's or neither's (Csiszarik et al. 2023, Sec. 6.1).
-
-    Args:
-        model: the architecture. Untouched.
-        states: of the combined networks.
-        ends: of A and of B.
-        batches: (x, y).
-
-    Returns:
-        One row a network: counts of examples {a_correct, a_wrong, b_correct, b_wrong, both_correct, both_wrong,
-        neither_correct, neither_wrong}.
-    """
-    truth = torch.cat([y for _, y in batches])
-
-    def labels(state: State) -> torch.Tensor:
-        return predict(with_state(model, state), batches).argmax(1)
-
-    of_a, of_b = map(labels, ends)
-    rows = []
-    for state in states:
-        of = labels(state)
-        like_a, like_b, right = of == of_a, of == of_b, of == truth.to(of.device)
-        groups = {"a": like_a & ~like_b, "b": like_b & ~like_a, "both": like_a & like_b, "neither": ~like_a & ~like_b}
-        rows.append({f"{name}_{word}": int((group & ok).sum()) for name, group in groups.items()
-                     for word, ok in (("correct", right), ("wrong", ~right))})  # fmt: skip
     return rows
 
 

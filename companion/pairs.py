@@ -1,9 +1,8 @@
 """Two trained runs and the data to compare them on: what every experiment on a pair of networks starts from."""
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
@@ -33,6 +32,7 @@ class Pair:
         calibration: batches of training images without augmentation, for matching and statistics.
         test: batches of the test set.
         match: how units of B are matched with units of A: by "activations" or by "weights".
+        options: of `match_activations` or `match_weights`.
     """
 
     runs: tuple[str, str]
@@ -42,11 +42,13 @@ class Pair:
     calibration: Batches
     test: Batches
     match: str = "activations"
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
     def matching(self) -> Matching:
         """Units of B matched with units of A."""
-        return (match_activations if self.match == "activations" else match_weights)(self.a, self.b, self.calibration)
+        match = match_activations if self.match == "activations" else match_weights
+        return match(self.a, self.b, self.calibration, **self.options)
 
     @cached_property
     def aligned(self) -> nn.Module:
@@ -92,11 +94,7 @@ class Pair:
     @property
     def title(self) -> str:
         """The model and the data, to put over a figure."""
-        return f"{train.parse_run(self.runs[0], check_data=False).model} on {self.dataset.name}"
-
-    def origin(self, start: float) -> dict:
-        """How a result of this pair was made, as `report.save_item` records it; `start` is of time.perf_counter()."""
-        return {"runs": self.runs, "device": self.dataset.device, "seconds": time.perf_counter() - start}
+        return title_of(self.runs[0].rpartition("/")[0], self.dataset.name)
 
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Test loss (nats) and accuracy in [0, 1]."""
@@ -120,6 +118,7 @@ def load_pair(
     *,
     data: str | None = None,
     match: str = "activations",
+    **options,
 ) -> Pair:
     """The pair of two runs, trained first if they are not stored yet.
 
@@ -128,7 +127,7 @@ def load_pair(
         calibration: training images for matching and statistics (5,000 suffice, Jordan et al. 2022, Sec. 4.2).
         device: default `train.default_device()`.
         data: the data set to compare them on. Without it they must have been trained on one, which it is then.
-        match: how units are matched, see `Pair`.
+        match, **options: how units are matched, see `Pair`; for instance ``match="weights", restarts=10``.
 
     Raises:
         ValueError: not two runs of one model, of two data sets and none is named, or an unknown way to match.
@@ -143,7 +142,8 @@ def load_pair(
     a, b = (store.get(run, device) for run in runs)
     dataset = load(data or names[0].data, device=device)
     calibration_batches = iterate(dataset, "train", batch_size=500, limit=calibration)
-    return Pair(tuple(runs), a, b, dataset, calibration_batches, iterate(dataset, "test", batch_size=1000), match)
+    test = iterate(dataset, "test", batch_size=1000)
+    return Pair(tuple(runs), a, b, dataset, calibration_batches, test, match, options)
 
 
 def pairs_of(
@@ -158,6 +158,35 @@ def pairs_of(
     """
     for a, b in itertools.combinations(seeds, 2):
         yield f"{a}-{b}", load_pair([f"{run}/s{a}", f"{run}/s{b}"], calibration, device, **options)
+
+
+def match_rows(pair: Pair) -> list[dict]:
+    """Similarity of the weights of A and B before they are matched by weights and after every sweep over all layers.
+
+        <theta_A, P(theta_B)> / (|theta_A| |theta_B|),
+
+    the objective (Csiszarik et al. 2023, Algorithm 1) relative to what it is between equal networks, over all weights
+    that a permutation moves. Of several descents, that of the best.
+
+    Returns:
+        Rows {sweep, objective, similarity}.
+    """
+    names = {axis.tensor for group in pair.matching.spec.groups for axis in group.axes}
+    norms = [sum(float(model.state_dict()[n].norm()) ** 2 for n in names) ** 0.5 for model in (pair.a, pair.b)]
+    return [
+        {"sweep": i, "objective": objective, "similarity": objective / (norms[0] * norms[1])}
+        for i, objective in enumerate(pair.matching.history)
+    ]
+
+
+def title_of(run: str, data: str | None = None) -> str:
+    """The model and the data of a run without its seed, to put over a figure; or another data set.
+
+    >>> title_of("digits/tiny10-ln/quick")
+    'tiny10-ln-w1 on digits'
+    """
+    name = train.parse_run(f"{run}/s1", check_data=False)
+    return f"{name.model} on {data or name.data}"
 
 
 def path_rows(

@@ -14,7 +14,7 @@ from matplotlib.patches import RegularPolygon
 
 from companion.plots import COLUMN_WIDTH, OTHERS, STYLE, curves, style
 
-KINDS = {
+KIND_LOOKS = {
     "permuted": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "aligned"},
     "naive": {"color": "#999999", "linestyle": ":", "marker": "v", "label": "not aligned"},
     "transitive": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "through A"},
@@ -133,7 +133,7 @@ def edges(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
         for ax, (layer, rows) in zip(axes.flat, layers, strict=False):
             for kind, of in rows.groupby("kind", sort=False):
                 spread = 100 * of.groupby("bin_low")["share"].agg(["mean", "min", "max"])
-                bounds, look = [*spread.index, of["bin_high"].max()], KINDS[kind] | {"marker": ""}
+                bounds, look = [*spread.index, of["bin_high"].max()], KIND_LOOKS[kind] | {"marker": ""}
                 ax.stairs(spread["mean"], bounds, baseline=None, color=look["color"], ls=look["linestyle"],
                           label=look["label"])  # fmt: skip
                 ax.stairs(spread["max"], bounds, baseline=spread["min"], fill=True, color=look["color"], alpha=0.15)
@@ -168,10 +168,10 @@ def robustness(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
         for line, (layer, rows) in zip(axes, layers, strict=True):
             for ax, metric in zip(line, columns, strict=True):
                 spread = rows.groupby("share")[f"{metric}_barrier"].agg(["mean", "min", "max"])
-                look = KINDS["permuted"] | {"label": "aligned, then deranged"}
+                look = KIND_LOOKS["permuted"] | {"label": "aligned, then deranged"}
                 ax.plot(spread.index, spread["mean"], **look)
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=look["color"], alpha=0.15, lw=0)
-                ax.axhline(frame[f"naive_{metric}_barrier"].mean(), **KINDS["naive"] | {"marker": "", "ls": "--"})
+                ax.axhline(frame[f"naive_{metric}_barrier"].mean(), **KIND_LOOKS["naive"] | {"marker": "", "ls": "--"})
             line[0].set_ylabel(f"{layer}\n{rows['units'].iloc[0]} units", rotation=0, ha="right", va="center")
             line[0].set_xticks([0, 50, 100])
         for ax, name in zip(axes[0], columns.values(), strict=True):
@@ -182,7 +182,7 @@ def robustness(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
         return figure
 
 
-SCHEMES = {
+SCHEME_LOOKS = {
     "linear": {"color": "#000000", "marker": "v"},
     "uniform": {"color": "#56B4E9", "marker": "s"},
     "subcube": {"color": "#0072B2", "marker": "o"},
@@ -206,11 +206,11 @@ def widths(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
     with style():
         figure, axes = plt.subplots(2, sharex=True, figsize=(COLUMN_WIDTH, 4.6))
         for ax, metric in zip(axes, ("loss_barrier", "accuracy_barrier"), strict=True):
-            for place, (scheme, look) in enumerate(SCHEMES.items()):
+            for place, (scheme, look) in enumerate(SCHEME_LOOKS.items()):
                 for kind, rows in frame[frame["scheme"] == scheme].groupby("kind", sort=False):
                     spread = rows.groupby("width")[metric].agg(["mean", "min", "max"])
                     ends = [(spread["mean"] - spread["min"]).clip(0), (spread["max"] - spread["mean"]).clip(0)]
-                    at = spread.index * step ** (place - (len(SCHEMES) - 1) / 2)
+                    at = spread.index * step ** (place - (len(SCHEME_LOOKS) - 1) / 2)
                     how = {"ls": "-", "label": scheme}
                     if kind == "naive":
                         how = {"ls": ":", "label": f"{scheme}, not aligned", "mfc": "white"}
@@ -225,7 +225,7 @@ def widths(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
 
 
 def _panel(ax: Axes, frame: pd.DataFrame, x: str, metric: str) -> None:
-    options = {"percent": metric == "accuracy", "legend": "none", "ax": ax, "looks": KINDS}
+    options = {"percent": metric == "accuracy", "legend": "none", "ax": ax, "looks": KIND_LOOKS}
     curves(frame, x, metric, "kind", xlabel="", ylabel=METRICS[metric], **options)
     end = frame[f"end_{metric}"].mean() * (100 if metric == "accuracy" else 1)
     ax.axhline(end, color="black", lw=0.8, ls="--", label="mean of the endpoints", zorder=1)
@@ -355,7 +355,7 @@ def beyond(tables: Mapping[str, Sequence[dict] | pd.DataFrame], *, title: str = 
         for (above, below), (label, table) in zip(axes.T, tables.items(), strict=True):
             frame = pd.DataFrame(table)
             frame["line"] = frame["kind"] + " " + frame["split"]
-            looks = {f"{kind} {split}": KINDS[kind] | look | {"label": f"{KINDS[kind]['label']}, {split}"}
+            looks = {f"{kind} {split}": KIND_LOOKS[kind] | look | {"label": f"{KIND_LOOKS[kind]['label']}, {split}"}
                      for split, look in SPLITS.items() for kind in frame["kind"].unique()}  # fmt: skip
             for ax, metric in ((above, "loss"), (below, "accuracy")):
                 curves(frame, "x", metric, "line", xlabel="", ylabel=METRICS[metric].removeprefix("test "), ax=ax,
@@ -381,7 +381,7 @@ def plane(panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
         figure, axes = plt.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False, figsize=size)
         for ax, (name, points) in zip(axes[0], panels.items(), strict=True):
             ax.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, lw=0.6))
-            ax.plot(*zip(*points, strict=True), ".", color=KINDS["permuted"]["color"], ms=1.5, zorder=1)
+            ax.plot(*zip(*points, strict=True), ".", color=KIND_LOOKS["permuted"]["color"], ms=1.5, zorder=1)
             for which, at in (("A", (0, 0)), ("B", (1, 1))):
                 ax.plot(*at, "ko", ms=3)
                 behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}

@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 from repairlib.data import project_root
 from repairlib.files import atomic_write
 from repairlib.names import check
+from repairlib.train import default_device
 
 SCALES = ("smoke", "quick", "fast", "paper")
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "safetensors")
@@ -71,9 +72,9 @@ def save_item(
     summary: Mapping[str, float | bool | str],
     figure: Any = None,
     *,
-    runs: Sequence[str] = (),
-    device: Any = "cpu",
+    runs: Iterable[str] = (),
     seconds: float | None = None,
+    device: Any = None,
     root: str | Path | None = None,
 ) -> Path:
     """Save one item as <figures>/<scale>/<output>.json, and .png (200 dpi) and .svg of its figure, each atomically.
@@ -82,7 +83,8 @@ def save_item(
     table: the tidy table the figure was drawn from, a list of flat dicts or a DataFrame.
     summary: the few numbers to compare with the paper's, under the names of the index's `published`.
     figure: a matplotlib figure; only items of `kind: table` may leave it out.
-    runs, device, seconds: the training runs used, where it was computed and how long it took.
+    runs: the training runs used; one that is named twice counts once.
+    seconds, device: how long it took and where; default `train.default_device()`.
     root: another figures folder, see `figures_root`.
 
     Returns the path of the JSON. Raises ValueError for an unknown item or scale, for NaN and for infinity, TypeError
@@ -94,13 +96,14 @@ def save_item(
     if figure is None and entry.get("kind") != "table":
         raise ValueError(f"{item} needs a figure: only items with `kind: table` in figures/index.yml go without")
     rows = table.to_dict("records") if hasattr(table, "to_dict") else list(table)
+    runs = list(dict.fromkeys(runs))
     seeds = sorted({int(run.rpartition("/s")[2]) for run in runs})
     record = {
         "item": item,
         "scale": scale,
-        "device": device_name(device),
+        "device": device_name(device or default_device()),
         "seeds": seeds,
-        "runs": list(runs),
+        "runs": runs,
         "versions": versions(),
         "seconds": None if seconds is None else round(seconds, 1),
         "summary": {name: _plain(value, f"{item}: summary {name!r}") for name, value in summary.items()},

@@ -26,34 +26,46 @@ def test_grids_reach_their_ends_and_every_point_is_allowed(name):
     drawn = [scheme.make(x)(u) for x in grid]
     low, high = (-1, 2) if name == "extrapolation" else (-0.5, 0.5) if name == "centred" else (0, 1)
     assert all(c.shape == u.shape and c.min() >= low and c.max() <= high for c in drawn)
-    assert scheme.random == any(c.unique().numel() > 1 for c in drawn)
+    assert [scheme.random(x) for x in grid] == [c.unique().numel() > 1 for c in drawn]
 
 
 def test_rows_are_evaluations_of_the_networks_they_name(pair):
-    rows = combination_rows(pair, "subcube", [0, 0.3, 1], samples=2, seed=4)
+    rows = combination_rows(pair, {"subcube": [0, 0.3, 1]}, samples=2, seed=4)
     assert [(r["kind"], r["x"], r["sample"]) for r in rows] == [
-        (kind, x, i) for kind in ("permuted", "naive") for x in (0, 0.3, 1) for i in (0, 1)
+        (kind, x, i) for kind in ("permuted", "naive") for x, i in ((0, 0), (0.3, 0), (0.3, 1), (1, 0))
     ]
     ends = [pair.evaluate(model) for model in (pair.a, pair.b)]
     assert rows[0]["end_loss"] == pytest.approx(sum(loss for loss, _ in ends) / 2)
     assert rows[0]["end_accuracy"] == pytest.approx(sum(accuracy for _, accuracy in ends) / 2)
-    # At the ends of the range lie A and B, whatever is drawn; between, each sample is another network.
-    assert [row["loss"] for row in rows[:2] + rows[6:8]] == [pytest.approx(ends[0][0])] * 4
-    assert [row["loss"] for row in rows[4:6] + rows[10:]] == [pytest.approx(ends[1][0])] * 4
-    assert rows[2]["loss"] != rows[3]["loss"]
+    # At the ends of the range lie A and B, where nothing is drawn; between, each sample is another network.
+    assert [rows[0]["loss"], rows[4]["loss"]] == [pytest.approx(ends[0][0])] * 2
+    assert [rows[3]["loss"], rows[7]["loss"]] == [pytest.approx(ends[1][0])] * 2
+    assert rows[1]["loss"] != rows[2]["loss"]
     states = pair.a.state_dict(), pair.aligned.state_dict()
     again = combine.elementwise(*states, combine.subcube(0.3), 4 * 1_000_003 + 1)
-    assert rows[3]["loss"] == pytest.approx(pair.evaluate(with_state(pair.a, again))[0])
-    assert combination_rows(pair, "subcube", [0.3], samples=1, seed=4)[0]["loss"] == pytest.approx(rows[2]["loss"])
+    assert rows[2]["loss"] == pytest.approx(pair.evaluate(with_state(pair.a, again))[0])
+    assert combination_rows(pair, {"subcube": [0.3]}, samples=1, seed=4)[0]["loss"] == pytest.approx(rows[1]["loss"])
+
+
+def test_every_scheme_and_kind_has_its_own_grid_and_number_of_samples(pair):
+    rows = combination_rows(pair, {"bernoulli": [0.5], "linear": [0.25, 0.5]}, {"permuted": 3, "naive": 1})
+    assert [(r["scheme"], r["kind"], r["x"], r["sample"]) for r in rows] == [
+        *(("bernoulli", "permuted", 0.5, i) for i in range(3)),
+        ("bernoulli", "naive", 0.5, 0),
+        *(("linear", kind, x, 0) for kind in ("permuted", "naive") for x in (0.25, 0.5)),
+    ]
 
 
 def test_a_scheme_that_is_not_random_gives_one_network(pair):
-    rows = combination_rows(pair, "extrapolation", [1.5], samples=9, kinds=["naive"], splits=("test", "train"))
+    rows = combination_rows(pair, {"extrapolation": [1.5]}, samples=9, kinds=["naive"], splits=("test", "train"))
     assert [row["split"] for row in rows] == ["test", "train"]
     model = with_state(pair.a, interpolate_states(pair.a.state_dict(), pair.b.state_dict(), 1.5))
     for row in rows:
         expected = train.evaluate(model, iterate(pair.dataset, row["split"], 500))
         assert (row["loss"], row["accuracy"]) == pytest.approx(expected)
+    (row,) = combination_rows(pair, {"extrapolation": [1.5]}, kinds=["naive"], splits=["train"], train_images=50)
+    expected = train.evaluate(model, iterate(pair.dataset, "train", 500, limit=50))
+    assert (row["loss"], row["accuracy"]) == pytest.approx(expected)
 
 
 def test_only_one_state_is_made_at_a_time(pair):
@@ -93,42 +105,8 @@ def test_barriers_of_samples_are_of_the_worst():
 
 def test_unknown_names_have_a_nearest(pair):
     with pytest.raises(ValueError, match="the nearest is 'subcube'"):
-        combination_rows(pair, "subcubes", [0.5])
+        combination_rows(pair, {"subcubes": [0.5]})
     with pytest.raises(ValueError, match="the nearest is 'permuted'"):
         mixtures.states_of(pair, "permute")
     with pytest.raises(ValueError, match="the nearest is 'weights'"):
         load_pair(RUNS, match="weight")
-
-
-def test_labels_of_the_ends_agree_with_themselves(pair):
-    states = pair.a.state_dict(), pair.b.state_dict()
-    of_a, of_b, between = mixtures.label_agreement(
-        pair.a, [*states, interpolate_states(*states, 0.5)], states, pair.test
-    )
-    n = len(pair.dataset.test)
-    for row in (of_a, of_b, between):
-        assert sum(row.values()) == n
-    assert of_a["b_correct"] == of_a["b_wrong"] == of_a["neither_correct"] == of_a["neither_wrong"] == 0
-    assert of_b["a_correct"] == of_b["a_wrong"] == 0
-    accuracy = [pair.evaluate(model)[1] for model in (pair.a, pair.b)]
-    assert (of_a["a_correct"] + of_a["both_correct"]) / n == accuracy[0]
-    assert (of_b["b_correct"] + of_b["both_correct"]) / n == accuracy[1]
-    assert of_a["both_correct"] == of_b["both_correct"]
-
-
-def test_labels_that_are_known_are_counted_as_what_they_are(pair):
-    """Networks that give every image one label: the head's bias alone."""
-    state = {name: torch.zeros_like(value) for name, value in pair.a.state_dict().items()}
-    last = list(state)[-1]
-
-    def saying(label):
-        return state | {last: torch.nn.functional.one_hot(torch.tensor(label), 10).float()}
-
-    y = pair.dataset.test.labels
-    ends = saying(3), saying(5)
-    counted = mixtures.label_agreement(pair.a, [saying(3), saying(5), saying(7)], ends, pair.test)
-    for row, whose, label in zip(counted, ("a", "b", "neither"), (3, 5, 7), strict=True):
-        right = int((y == label).sum())
-        assert {k: n for k, n in row.items() if n} == {f"{whose}_correct": right, f"{whose}_wrong": len(y) - right}
-    (row,) = mixtures.label_agreement(pair.a, [saying(3)], (saying(3), saying(3)), pair.test)
-    assert row["both_correct"] + row["both_wrong"] == len(y)

@@ -25,17 +25,17 @@ def width_table(kinds):
             "loss_barrier": size,
             "accuracy_barrier": 2 * size,
         }
-        for scheme, kind, width, pair in itertools.product(plots_combine.SCHEMES, kinds, (0.5, 1, 2), (-1, 1))
+        for scheme, kind, width, pair in itertools.product(plots_combine.SCHEME_LOOKS, kinds, (0.5, 1, 2), (-1, 1))
         for size in [(10 if kind == "permuted" else 100) / width + pair]
     ]
 
 
 def test_widths_draw_every_scheme_at_every_width_with_bars_from_least_to_greatest():
     figure = plots_combine.widths(width_table(["permuted", "naive"]), title="resnet8")
-    names = [name for scheme in plots_combine.SCHEMES for name in (scheme, f"{scheme}, not aligned")]
+    names = [name for scheme in plots_combine.SCHEME_LOOKS for name in (scheme, f"{scheme}, not aligned")]
     assert [text.get_text() for text in figure.legends[0].texts] == names
     for ax, factor in zip(figure.axes, (1, 2), strict=True):
-        assert len(ax.containers) == 2 * len(plots_combine.SCHEMES)
+        assert len(ax.containers) == 2 * len(plots_combine.SCHEME_LOOKS)
         for i, container in enumerate(ax.containers):
             line, _, (bars,) = container.lines
             size = 10 if i % 2 == 0 else 100
@@ -53,7 +53,7 @@ def test_widths_draw_every_scheme_at_every_width_with_bars_from_least_to_greates
 def test_widths_of_aligned_networks_alone_are_drawn_alone_and_their_legend_lies_below():
     figure = plots_combine.widths(width_table(["permuted"]))
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == [*plots_combine.SCHEMES]
+    assert [text.get_text() for text in legend.texts] == [*plots_combine.SCHEME_LOOKS]
     figure.canvas.draw()
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
 

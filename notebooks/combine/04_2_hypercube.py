@@ -37,6 +37,7 @@ tiny = by_scale(
     fast="cifar10/tiny10-ln-w4/fast",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of the parameter, ends included
 samples = samples or by_scale(scale, smoke=1, quick=2, fast=5, paper=10)
 FIGURES = {
@@ -50,7 +51,8 @@ schemes = {  # by network
     tiny: list(FIGURES.values()) if wanted("combine/figB15-B18", items) else [],
 }
 networks = [run for run in schemes if schemes[run] or wanted("combine/algorithm1", items)]
-runs = [f"{run}/s{seed}" for run in networks for seed in SEEDS]
+runs_of = {run: [f"{run}/s{seed}" for seed in SEEDS] for run in networks}
+runs = [run for used in runs_of.values() for run in used]
 
 # %%
 import itertools
@@ -61,12 +63,12 @@ import torch
 from torch import nn
 
 from companion import plots_combine
-from companion.mixtures import KINDS, SCHEMES, evaluate_rows, maker, sample_barriers, states_of
-from companion.pairs import pairs_of
+from companion.mixtures import SCHEMES, combination_rows, sample_barriers
+from companion.pairs import match_rows, pairs_of, title_of
 from companion.report import save_item
 from repairlib import models
 from repairlib.combine import elementwise, extreme, stitch
-from repairlib.train import default_device, find_recipe, parse_run
+from repairlib.train import find_recipe, parse_run
 
 # %% [markdown]
 # ## Kinds of combinations (Fig. 1)
@@ -101,7 +103,7 @@ coefficient = pd.DataFrame(cells).groupby("network", sort=False)["coefficient"]
 if wanted("combine/fig1", items):
     fig1 = {f"mean_coefficient_{name.replace(' ', '_')}": mean for name, mean in coefficient.mean().items()}
     figure = plots_combine.schematic(cells)
-    save_item("combine/fig1", scale, cells, fig1, figure, device=default_device())
+    save_item("combine/fig1", scale, cells, fig1, figure)
     print(pd.Series(fig1).round(3).to_string())
 
 # %% [markdown]
@@ -138,37 +140,22 @@ figure = plots_combine.coefficients(histograms)
 
 
 # %%
-def sample_networks(pair, schemes: list[str]) -> list[dict]:
+def hypercube_rows(pair, schemes: list[str]) -> list[dict]:
     """Rows of networks drawn from some schemes, at every point of their grids, aligned and not."""
-    seeds = {scheme: seed for seed, scheme in enumerate(FIGURES.values())}  # at a half, three are one distribution
-    ends, counts = {kind: states_of(pair, kind) for kind in KINDS}, {"permuted": samples, "naive": 1}
-    named = [
-        ({"scheme": scheme, "kind": kind, "x": x, "sample": i}, maker(ends[kind], scheme, x, i, seeds[scheme]))
-        for scheme, kind in itertools.product(schemes, KINDS)
-        for x in SCHEMES[scheme].grid(points)
-        for i in range(1 if x in (0, 1) else counts[kind])  # there, nothing is left to chance
-    ]
-    return evaluate_rows(pair, named) if named else []
+    counts, found = {"permuted": samples, "naive": 1}, []
+    for seed, scheme in enumerate(FIGURES.values()):  # one each: at a half, three are one distribution
+        if scheme in schemes:
+            found += combination_rows(pair, {scheme: SCHEMES[scheme].grid(points)}, counts, seed=seed)
+    return found
 
 
-def match_rows(pair) -> list[dict]:
-    """The similarity of a pair's weights before matching and after every sweep."""
-    names = {axis.tensor for group in pair.matching.spec.groups for axis in group.axes}
-    norms = [sum(float(model.state_dict()[n].norm()) ** 2 for n in names) ** 0.5 for model in (pair.a, pair.b)]
-    return [
-        {"sweep": i, "objective": objective, "similarity": objective / (norms[0] * norms[1])}
-        for i, objective in enumerate(pair.matching.history)
-    ]
-
-
-rows, sweeps, titles, seconds = {run: [] for run in networks}, [], {}, {}
+rows, sweeps, seconds = {run: [] for run in networks}, [], {}
 for run in networks:
     start = time.perf_counter()
-    for name, pair in pairs_of(run, SEEDS, match="weights"):
+    for name, pair in pairs_of(run, SEEDS, match="weights", restarts=restarts):
         of = {"model": str(parse_run(pair.runs[0]).model), "pair": name}
-        rows[run] += [of | row for row in sample_networks(pair, schemes[run])]
+        rows[run] += [of | row for row in hypercube_rows(pair, schemes[run])]
         sweeps += [of | row for row in match_rows(pair)]
-        titles[run] = pair.title
     seconds[run] = time.perf_counter() - start
 
 
@@ -182,12 +169,6 @@ for run in networks:
 
 
 # %%
-def origin(*of: str) -> dict:
-    """Where and of what an item was made."""
-    used = [f"{run}/s{seed}" for run in of for seed in SEEDS]
-    return {"runs": used, "device": default_device(), "seconds": sum(seconds[run] for run in of)}
-
-
 def mean_barriers(table: list[dict]) -> pd.DataFrame:
     """Empirical barriers by scheme and kind, means over pairs: loss (nats) and accuracy (fraction)."""
     found = pd.DataFrame(sample_barriers(table, ("scheme", "kind", "pair")))
@@ -201,8 +182,8 @@ def save_scheme(item: str) -> None:
     table = [row for row in rows[resnet] if row["scheme"] == scheme]
     mean = mean_barriers(table).loc[scheme]
     summary = {**mean.loc["permuted"], **mean.loc["naive"].add_suffix("_naive")}
-    figure = plots_combine.performance(table, xlabel=SCHEMES[scheme].xlabel, title=titles[resnet])
-    save_item(item, scale, table, summary, figure, **origin(resnet))
+    figure = plots_combine.performance(table, xlabel=SCHEMES[scheme].xlabel, title=title_of(resnet))
+    save_item(item, scale, table, summary, figure, runs=runs_of[resnet], seconds=seconds[resnet])
     print(mean.round(3).to_string())
 
 
@@ -257,8 +238,8 @@ if wanted("combine/figB15-B18", items):
         for column, value in row.items()
     }
     xlabels = {scheme: SCHEMES[scheme].xlabel for scheme in FIGURES.values()}
-    figure = plots_combine.performances(rows[tiny], xlabels, title=titles[tiny])
-    save_item("combine/figB15-B18", scale, rows[tiny], figB15, figure, **origin(tiny))
+    figure = plots_combine.performances(rows[tiny], xlabels, title=title_of(tiny))
+    save_item("combine/figB15-B18", scale, rows[tiny], figB15, figure, runs=runs_of[tiny], seconds=seconds[tiny])
     print(mean.round(3).to_string())
 
 # %% [markdown]
@@ -288,7 +269,7 @@ if wanted("combine/tableA1", items):
     tableA1 = {f"{column}_{name}": getattr(recipe, column) for name, recipe in recipes.items()
                for column in ("epochs", "lr", "batch_size", "weight_decay")}  # fmt: skip
     tableA1 |= {"convolutions": sum(row["part"] == "layer" for row in tableA1_rows)}
-    save_item("combine/tableA1", scale, tableA1_rows, tableA1, device=default_device())
+    save_item("combine/tableA1", scale, tableA1_rows, tableA1)
     print(pd.DataFrame(tableA1_rows).fillna("").to_string(index=False))
 
 # %% [markdown]
@@ -310,7 +291,8 @@ if wanted("combine/algorithm1", items):
         for name, (_, row) in zip(("resnet", "tiny"), mean.iterrows(), strict=True)
         for column, value in zip(("similarity_before", "similarity_after", "sweeps"), row, strict=True)
     }
-    save_item("combine/algorithm1", scale, sweeps, algorithm1, plots_combine.descents(sweeps), **origin(resnet, tiny))
+    figure, of = plots_combine.descents(sweeps), {"runs": runs, "seconds": sum(seconds.values())}
+    save_item("combine/algorithm1", scale, sweeps, algorithm1, figure, **of)
     print(ends.round(3).to_string())
 
 # %% [markdown]

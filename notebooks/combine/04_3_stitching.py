@@ -34,9 +34,11 @@ tiny = by_scale(
     fast="cifar10/tiny10-ln-w4/fast",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 networks = {"combine/fig6": resnet, "combine/figB19": tiny}
 networks = {item: run for item, run in networks.items() if wanted(item, items)}
-runs = [f"{run}/s{seed}" for run in networks.values() for seed in SEEDS]
+runs_of = {item: [f"{run}/s{seed}" for seed in SEEDS] for item, run in networks.items()}
+runs = [run for used in runs_of.values() for run in used]
 
 # %%
 import time
@@ -45,7 +47,7 @@ import pandas as pd
 
 from companion import plots_combine
 from companion.mixtures import sample_barriers, stitching_rows
-from companion.pairs import pairs_of
+from companion.pairs import pairs_of, title_of
 from companion.report import save_item
 
 # %% [markdown]
@@ -56,13 +58,11 @@ from companion.report import save_item
 # meet in the additions: a block that is cut adds what B's layers make of it to the stream that A's layers have left.
 
 # %%
-tables, titles, origins = {}, {}, {}
+tables, seconds = {}, {}
 for item, run in networks.items():
-    start, table = time.perf_counter(), []
-    for name, pair in pairs_of(run, SEEDS, match="weights"):
-        table += [{"pair": name} | row for row in stitching_rows(pair)]
-    tables[item], titles[item] = table, pair.title
-    origins[item] = pair.origin(start) | {"runs": [f"{run}/s{seed}" for seed in SEEDS]}
+    start, pairs = time.perf_counter(), pairs_of(run, SEEDS, match="weights", restarts=restarts)
+    tables[item] = [{"pair": name} | row for name, pair in pairs for row in stitching_rows(pair)]
+    seconds[item] = time.perf_counter() - start
 
 
 # %% [markdown]
@@ -77,11 +77,11 @@ def save_stitching(item: str) -> None:
     barriers = pd.DataFrame(sample_barriers(table, ("pair", "kind"))).groupby("kind", sort=False)
     means = barriers[["loss_barrier", "accuracy_barrier"]].mean()
     summary = {f"{metric}_{name[kind]}": row[metric] for kind, row in means.iterrows() for metric in means}
-    figure = plots_combine.performance(table, "layer", xlabel="layers of model A", title=titles[item])
+    figure = plots_combine.performance(table, "layer", xlabel="layers of model A", title=title_of(networks[item]))
     last = max(row["layer"] for row in table)
     ticks = [*range(0, last - 1, 2), last]
     figure.axes[1].set_xticks(ticks, ["0\nmodel B", *ticks[1:-1], f"{last}\nmodel A"])
-    save_item(item, scale, table, summary, figure, **origins[item])
+    save_item(item, scale, table, summary, figure, runs=runs_of[item], seconds=seconds[item])
     layers = pd.DataFrame(table).groupby(["layer", "name", "kind"], sort=False)[["loss", "accuracy"]].mean()
     print(pd.Series(summary).round(3).to_string(), layers.unstack("kind").round(3).to_string(), sep="\n\n")
 

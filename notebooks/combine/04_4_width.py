@@ -48,6 +48,7 @@ tiny = by_scale(
 )
 multipliers = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 2], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16, 32])
 widths = {"combine/fig7": multipliers, "combine/figB21": [width for width in multipliers if width <= 16]}
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # values of x
 draws = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
 
@@ -62,7 +63,8 @@ import time
 
 import pandas as pd
 
-from companion import mixtures, plots_combine
+from companion import plots_combine
+from companion.mixtures import SCHEMES, combination_rows, sample_barriers, stitching_rows
 from companion.pairs import pairs_of
 from companion.report import save_item
 
@@ -75,22 +77,26 @@ from companion.report import save_item
 # are given the same uniform numbers.
 
 # %%
-schemes = {"linear": mixtures.KINDS} | dict.fromkeys(("uniform", "subcube", "hyperplane", "bernoulli"), ("permuted",))
-grids = {scheme: mixtures.SCHEMES[scheme].grid(points)[1 : None if scheme == "uniform" else -1] for scheme in schemes}
-tables, origins = {}, {}
+grids = {scheme: SCHEMES[scheme].grid(points)[1:-1] for scheme in ("linear", "subcube", "hyperplane", "bernoulli")}
+grids["uniform"] = SCHEMES["uniform"].grid(points)[1:]
+
+
+def width_rows(pair) -> list[dict]:
+    """Barriers of every scheme."""
+    rows = combination_rows(pair, grids, draws, kinds=("permuted",))
+    rows += combination_rows(pair, {"linear": grids["linear"]}, kinds=("naive",))
+    rows += [{"scheme": "stitching"} | row for row in stitching_rows(pair, kinds=("permuted",))]
+    return sample_barriers(rows)
+
+
+tables, seconds = {}, {}
 for item, found in networks.items():
     start, tables[item] = time.perf_counter(), []
     for width, run in found.items():
-        for name, pair in pairs_of(run, SEEDS, match="weights"):
-            ends = {kind: mixtures.states_of(pair, kind) for kind in mixtures.KINDS}
-            named = [({"scheme": scheme, "kind": kind}, mixtures.maker(ends[kind], scheme, x, draw))
-                     for scheme, kinds in schemes.items() for kind in kinds for x in grids[scheme]
-                     for draw in range(draws if mixtures.SCHEMES[scheme].random else 1)]  # fmt: skip
-            rows = mixtures.evaluate_rows(pair, named)
-            rows += [{"scheme": "stitching"} | row for row in mixtures.stitching_rows(pair, kinds=("permuted",))]
-            of = {"model": models[item].split("/")[1].partition("-w")[0], "width": width, "pair": name}
-            tables[item] += [of | row for row in mixtures.sample_barriers(rows)]
-    origins[item] = pair.origin(start) | {"runs": runs_of[item]}
+        pairs = pairs_of(run, SEEDS, match="weights", restarts=restarts)
+        of = {"model": models[item].split("/")[1].partition("-w")[0], "width": width}
+        tables[item] += [of | {"pair": name} | row for name, pair in pairs for row in width_rows(pair)]
+    seconds[item] = time.perf_counter() - start
 
 
 # %%
@@ -104,7 +110,8 @@ def save_widths(item: str) -> None:
     summary = {f"{scheme}_{barrier}_{width:g}x": aligned.loc[scheme, (barrier, width)]
                for barrier in barriers for scheme in aligned.index for width in (narrow, wide)}  # fmt: skip
     title = f"{frame['model'][0]} on {models[item].split('/')[0]}"
-    save_item(item, scale, frame, summary, plots_combine.widths(frame, title=title), **origins[item])
+    figure = plots_combine.widths(frame, title=title)
+    save_item(item, scale, frame, summary, figure, runs=runs_of[item], seconds=seconds[item])
     print(means.round(3).to_string())
 
 

@@ -36,20 +36,23 @@ tiny = by_scale(
     fast="cifar10/tiny10-ln-w4/fast",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=9, fast=25, paper=25)  # of the path, ends included
 networks = {"combine/fig8": resnet, "combine/figB22": tiny}
 networks = {item: run for item, run in networks.items() if wanted(item, items)}
-runs = [f"{run}/s{seed}" for run in networks.values() for seed in SEEDS]
+runs_of = {item: [f"{run}/s{seed}" for seed in SEEDS] for item, run in networks.items()}
+runs = [run for used in runs_of.values() for run in used]
 
 # %%
 import time
+from functools import partial
 
 import pandas as pd
 import torch
 
 from companion import plots_combine
 from companion.mixtures import SCHEMES, evaluate_rows, states_of
-from companion.pairs import pairs_of
+from companion.pairs import pairs_of, title_of
 from companion.report import save_item
 from repairlib.combine import extreme
 from repairlib.interpolate import interpolate_states
@@ -59,20 +62,24 @@ from repairlib.interpolate import interpolate_states
 #
 # All parameters are chosen from, those of LayerNorm too.
 
+
 # %%
-tables, titles, origins = {}, {}, {}
+def extreme_rows(pair) -> list[dict]:
+    """Rows of the path from the Max to the Min model."""
+    trained = states_of(pair, "permuted")
+    ends = extreme(trained, "max"), extreme(trained, "min")
+    middles = [interpolate_states(*states, 0.5) for states in (ends, trained)]
+    assert all(torch.equal(middles[0][entry], middles[1][entry]) for entry in middles[0])  # of A and B
+    named = [({"kind": "permuted", "alpha": alpha}, partial(interpolate_states, *ends, alpha))
+             for alpha in SCHEMES["linear"].grid(points)]  # fmt: skip
+    return evaluate_rows(pair, named)
+
+
+tables, seconds = {}, {}
 for item, run in networks.items():
-    start, table = time.perf_counter(), []
-    for name, pair in pairs_of(run, SEEDS, match="weights"):
-        trained = states_of(pair, "permuted")
-        ends = extreme(trained, "max"), extreme(trained, "min")
-        named = [({"pair": name, "kind": "permuted", "alpha": alpha}, lambda e=ends, x=alpha: interpolate_states(*e, x))
-                 for alpha in SCHEMES["linear"].grid(points)]  # fmt: skip
-        middles = [interpolate_states(*states, 0.5) for states in (ends, trained)]
-        assert all(torch.equal(middles[0][entry], middles[1][entry]) for entry in middles[0])  # of A and B
-        table += evaluate_rows(pair, named)
-    tables[item], titles[item] = table, pair.title
-    origins[item] = pair.origin(start) | {"runs": [f"{run}/s{seed}" for seed in SEEDS]}
+    start, pairs = time.perf_counter(), pairs_of(run, SEEDS, match="weights", restarts=restarts)
+    tables[item] = [{"pair": name} | row for name, pair in pairs for row in extreme_rows(pair)]
+    seconds[item] = time.perf_counter() - start
 
 
 # %%
@@ -83,9 +90,9 @@ def save_path(item: str) -> None:
     summary = {f"{which}_{metric}": means[metric][alpha]
                for which, alpha in (("max", 0), ("min", 1)) for metric in means}  # fmt: skip
     summary |= {"endpoint_loss": frame["end_loss"].mean(), "endpoint_accuracy": 100 * frame["end_accuracy"].mean()}
-    figure = plots_combine.performance(tables[item], "alpha", xlabel=r"$\alpha$", title=titles[item])
+    figure = plots_combine.performance(tables[item], "alpha", xlabel=r"$\alpha$", title=title_of(networks[item]))
     figure.axes[1].set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nMax", "0.25", "0.5", "0.75", "1\nMin"])
-    save_item(item, scale, tables[item], summary, figure, **origins[item])
+    save_item(item, scale, tables[item], summary, figure, runs=runs_of[item], seconds=seconds[item])
     print(pd.Series(summary).round(3).to_string(), means.round(3).to_string(), sep="\n\n")
 
 

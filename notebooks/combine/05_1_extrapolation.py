@@ -41,6 +41,7 @@ tiny = by_scale(
     fast="cifar10/tiny10-ln-w4/fast",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 ALPHAS, EDGES = [-1 + i / 8 for i in range(25)], [i / 48 for i in range(25)]
 grids = {
     "extrapolation": by_scale(
@@ -53,21 +54,19 @@ train_images = by_scale(scale, smoke=200, quick=200, fast=10000, paper=50000)  #
 
 needs = {"combine/fig9": resnet, "combine/fig10": resnet, "combine/figB23-B24": tiny}
 needs = {item: run for item, run in needs.items() if wanted(item, items)}
-runs = [f"{run}/s{seed}" for run in dict.fromkeys(needs.values()) for seed in SEEDS]
+runs_of = {item: [f"{run}/s{seed}" for seed in SEEDS] for item, run in needs.items()}
+runs = [run for used in runs_of.values() for run in used]
 
 # %%
 import time
-from dataclasses import replace
 
 import pandas as pd
 import torch
 
 from companion import plots_combine
 from companion.mixtures import SCHEMES, combination_rows
-from companion.pairs import pairs_of
+from companion.pairs import pairs_of, title_of
 from companion.report import save_item
-from repairlib.data import iterate
-from repairlib.train import default_device
 
 # %% [markdown]
 # What is sampled, for two of the weights, with A at (0, 0) and B at (1, 1): every point is a network.
@@ -86,16 +85,19 @@ plots_combine.plane(boxes)
 # %%
 SPLITS = {"extrapolation": ("test", "train"), "centred": ("test",)}
 used = {"combine/fig9": ["extrapolation"], "combine/fig10": ["centred"], "combine/figB23-B24": list(SPLITS)}
-tables, titles, seconds = {}, {}, {}
+
+
+def rows_beyond(pair, schemes: list[str]) -> list[dict]:
+    """Rows of some schemes, each on its own grid and splits."""
+    options = {"samples": draws, "train_images": train_images}
+    return [row for scheme in schemes
+            for row in combination_rows(pair, {scheme: grids[scheme]}, splits=SPLITS[scheme], **options)]  # fmt: skip
+
+
+tables, seconds = {}, {}
 for item, run in needs.items():
-    start = time.perf_counter()
-    tables[item] = []
-    for which, pair in pairs_of(run, SEEDS, match="weights"):
-        part = iterate(pair.dataset, "train", limit=train_images).split
-        pair, titles[item] = replace(pair, dataset=replace(pair.dataset, train=part)), pair.title
-        for scheme in used[item]:
-            rows = combination_rows(pair, scheme, grids[scheme], draws, splits=SPLITS[scheme])
-            tables[item] += [{"model": run, "pair": which} | row for row in rows]
+    start, pairs = time.perf_counter(), pairs_of(run, SEEDS, match="weights", restarts=restarts)
+    tables[item] = [{"model": run, "pair": name} | row for name, pair in pairs for row in rows_beyond(pair, used[item])]
     seconds[item] = time.perf_counter() - start
 
 
@@ -140,9 +142,8 @@ def save(item: str, summary: dict[str, float]) -> None:
     """Draw, print and save an item."""
     frame = pd.DataFrame(tables[item])
     by_label = {SCHEMES[scheme].xlabel: rows for scheme, rows in frame.groupby("scheme", sort=False)}
-    figure = plots_combine.beyond(by_label, title=titles[item])
-    run = {"runs": [f"{needs[item]}/s{seed}" for seed in SEEDS], "device": default_device(), "seconds": seconds[item]}
-    save_item(item, scale, frame, summary, figure, **run)
+    figure = plots_combine.beyond(by_label, title=title_of(needs[item]))
+    save_item(item, scale, frame, summary, figure, runs=runs_of[item], seconds=seconds[item])
     print(pd.Series(summary).round(3).to_string())
 
 

@@ -40,13 +40,15 @@ tiny = by_scale(
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
 wide = by_scale(scale, smoke=resnet, quick=resnet, fast=resnet, paper="cifar10/resnet20-ln-w40/csiszarik")
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=9, fast=25, paper=25)  # of a path, ends included
 steps = by_scale(scale, smoke=2, quick=6, fast=20, paper=20)  # along each edge of the triangle
 
 needs = {"combine/fig11a": resnet, "combine/figB20": tiny, "combine/fig11b": wide}
 needs = {item: run for item, run in needs.items() if wanted(item, items)}
 seeds = sorted({seed for triple in TRIPLES for seed in triple})
-runs = [f"{run}/s{seed}" for run in dict.fromkeys(needs.values()) for seed in seeds]
+runs_of = {item: [f"{run}/s{seed}" for seed in seeds] for item, run in needs.items()}
+runs = [run for used in runs_of.values() for run in used]
 
 # %%
 import time
@@ -56,7 +58,7 @@ import pandas as pd
 
 from companion import plots_combine
 from companion.mixtures import evaluate_rows, sample_barriers
-from companion.pairs import Pair, load_pair
+from companion.pairs import Pair, load_pair, title_of
 from companion.report import save_item
 from repairlib import store
 from repairlib.combine import simplex_grid
@@ -100,21 +102,21 @@ def agreement_table(pair: Pair, several: Several) -> list[dict]:
 
 # %%
 alphas = [i / (points - 1) for i in range(points)]
-tables, agreements, titles, origins = {}, {}, {}, {}
+tables, agreements, seconds = {}, {}, {}
 for item, run in needs.items():
     start = time.perf_counter()
     tables[item], agreements[item] = [], []
     for triple in TRIPLES:
         columns = {"model": run, "triple": "-".join(map(str, triple))}
         a, b, c = (f"{run}/s{seed}" for seed in triple)
-        pair = load_pair([b, c], match="weights")
+        pair = load_pair([b, c], match="weights", restarts=restarts)
         networks = [store.get(a, pair.dataset.device), pair.a, pair.b]
-        several = match_several(networks, lambda x, y, data=pair.calibration: match_weights(x, y, data))
+        several = match_several(networks, partial(match_weights, data=pair.calibration, restarts=restarts))
         rows = triangle_table(pair, several, steps) if item == "combine/fig11b" else path_table(pair, several, alphas)
         tables[item] += [columns | row for row in rows]
         if item != "combine/fig11b":
             agreements[item] += [columns | row for row in agreement_table(pair, several)]
-    titles[item], origins[item] = pair.title, pair.origin(start) | {"runs": [f"{run}/s{seed}" for seed in seeds]}
+    seconds[item] = time.perf_counter() - start
 
 
 # %%
@@ -134,8 +136,8 @@ def path_summary(item: str) -> dict[str, float]:
 def save_path(item: str, summary: dict[str, float]) -> None:
     """Draw, print and save the paths."""
     label = r"$\alpha$ (0: model B, 1: model C)"
-    figure = plots_combine.performance(tables[item], "alpha", xlabel=label, title=titles[item])
-    save_item(item, scale, tables[item], summary, figure, **origins[item])
+    figure = plots_combine.performance(tables[item], "alpha", xlabel=label, title=title_of(needs[item]))
+    save_item(item, scale, tables[item], summary, figure, runs=runs_of[item], seconds=seconds[item])
     print(pd.Series(summary).round(3).to_string())
 
 
@@ -184,8 +186,9 @@ if wanted("combine/fig11b", items):
     fig11b |= {"best_loss": by_triple.loss.min().mean(), "best_corner_loss": corners.loss.min().mean()}
     fig11b |= {f"best_in_{place}": int((best.place == place).sum()) for place in ("interior", "edge", "corner")}
     fig11b["beats_all_three"] = int((best.accuracy > corners.accuracy.max()).sum())
-    figure = plots_combine.triangle(frame, title=titles["combine/fig11b"])
-    save_item("combine/fig11b", scale, frame, fig11b, figure, **origins["combine/fig11b"])
+    figure = plots_combine.triangle(frame, title=title_of(wide))
+    of = {"runs": runs_of["combine/fig11b"], "seconds": seconds["combine/fig11b"]}
+    save_item("combine/fig11b", scale, frame, fig11b, figure, **of)
     print(pd.Series(fig11b).round(4).to_string())
 
 # %% [markdown]

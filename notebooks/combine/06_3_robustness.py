@@ -30,6 +30,7 @@ tiny = by_scale(
     fast="cifar10/tiny10-ln-w4/fast",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 steps = by_scale(scale, smoke=2, quick=4, fast=8, paper=16)  # values of k, besides 2: N / steps, 2 N / steps, ..., N
 samples = samples or by_scale(scale, smoke=1, quick=2, fast=3, paper=5)
 alphas = by_scale(scale, smoke=[0.5], quick=[0.5], fast=[0.5], paper=[0.25, 0.5, 0.75])  # the worst is the barrier
@@ -37,20 +38,16 @@ alphas = by_scale(scale, smoke=[0.5], quick=[0.5], fast=[0.5], paper=[0.25, 0.5,
 runs = [f"{tiny}/s{seed}" for seed in SEEDS] if wanted("combine/fig14", items) else []
 
 # %%
-import itertools
 import time
 
 import numpy as np
 import pandas as pd
 
 from companion import plots_combine
-from companion.mixtures import evaluate_rows, sample_barriers
-from companion.pairs import pairs_of
+from companion.comparisons import derangement_rows, derangements
+from companion.pairs import pairs_of, title_of
 from companion.report import save_item
-from repairlib.graph import Batches, permute, permute_state
-from repairlib.interpolate import interpolate_states
-from repairlib.matching import gather_groups
-from repairlib.permutations import derange
+from repairlib.graph import permute
 
 # %% [markdown]
 # ## Derange and interpolate
@@ -59,44 +56,12 @@ from repairlib.permutations import derange
 # Barriers are of the worst network among the values of $\alpha$, which `smoke`, `quick` and `fast` have one of, the
 # midpoint: against the mean of A and B, in nats and in points of accuracy (Def. 3.3).
 
-
 # %%
-def correlations(pair) -> dict:
-    """Correlation of matched units behind each group's non-linearity, in A's order."""
-    spec = pair.matching.spec
-    moments = gather_groups(pair.a, pair.aligned, Batches(pair.calibration, pair.a), spec, "post")
-    return {group.name: moments[group.taps["post"]].corr().diagonal() for group in spec.groups}
-
-
-def disturbed(pair) -> list[tuple[dict, dict]]:
-    """Matchings of which the k least correlated pairs of a layer are deranged, each under the columns that name it."""
-    found, correlation = [], correlations(pair)
-    for group, n in ((group.name, group.size) for group in pair.matching.spec.groups):
-        for k in sorted({0, 2} | {max(2, n * i // steps) for i in range(1, steps + 1)}):
-            for draw in range(samples if k else 1):
-                matching = derange(pair.matching.permutation, correlation, group, k, seed=draw)
-                found.append(({"layer": group, "k": k, "units": n, "draw": draw}, matching))
-    return found
-
-
-def layer_rows(pair) -> list[dict]:
-    """Barriers between A and B, disturbed in every way, beside those of A and B as trained."""
-    spec, a, b = pair.matching.spec, pair.a.state_dict(), pair.b.state_dict()
-
-    def make(alpha: float, permutation: dict):
-        return lambda: interpolate_states(a, permute_state(b, spec, permutation) if permutation else b, alpha)
-
-    what = [*disturbed(pair), ({"layer": "", "k": 0, "units": 0, "draw": 0}, {})]
-    named = [(columns, make(alpha, matching)) for (columns, matching), alpha in itertools.product(what, alphas)]
-    *rows, naive = sample_barriers(evaluate_rows(pair, named), by=("layer", "k", "units", "draw"))
-    naive = {f"naive_{metric}_barrier": naive[f"{metric}_barrier"] for metric in ("loss", "accuracy")}
-    return [row | naive for row in rows]
-
-
 if wanted("combine/fig14", items):
-    start, table = time.perf_counter(), []
-    for which, pair in pairs_of(tiny, SEEDS, match="weights"):
-        table += [{"pair": which} | row for row in layer_rows(pair)]
+    start = time.perf_counter()
+    pairs = dict(pairs_of(tiny, SEEDS, match="weights", restarts=restarts))
+    table = [{"pair": name} | row for name, pair in pairs.items()
+             for row in derangement_rows(pair, steps, samples, alphas)]  # fmt: skip
     frame = pd.DataFrame(table)
     print(frame.groupby(["layer", "k"])[["loss_barrier", "accuracy_barrier"]].mean().round(3).to_string())
 
@@ -116,8 +81,8 @@ if wanted("combine/fig14", items):
         added = pd.Series({layer: barrier[layer, k] - barrier[layer, 0] for layer, k in reached.items()})
         fig14 |= {f"{name}_worst": added.max(), f"{name}_mean": added.mean()}
         print(name, added.round(2).to_dict())
-    figure = plots_combine.robustness(table, title=pair.title)
-    save_item("combine/fig14", scale, table, fig14, figure, **(pair.origin(start) | {"runs": runs}))
+    figure = plots_combine.robustness(table, title=title_of(tiny))
+    save_item("combine/fig14", scale, table, fig14, figure, runs=runs, seconds=time.perf_counter() - start)
 
 # %% [markdown]
 # ## Check
@@ -130,9 +95,10 @@ if wanted("combine/fig14", items):
 # %%
 if wanted("combine/fig14", items):
     assert (frame[frame["k"] == 0].groupby("pair")["loss_barrier"].agg(np.ptp) < 1e-9).all(), frame
+    *_, pair = pairs.values()
     loss = pair.evaluate(pair.b)[0]
-    for columns, matching in disturbed(pair):
-        if columns["k"] == columns["units"] and columns["draw"] == 0:
+    for columns, matching in derangements(pair, steps, draws=1):
+        if columns["k"] == columns["units"]:
             assert abs(pair.evaluate(permute(pair.b, pair.matching.spec, matching))[0] - loss) < 1e-4, columns
     if scale == "quick":
         assert fig14["undisturbed"] < fig14["naive"] / 3, fig14

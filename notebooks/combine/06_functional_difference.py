@@ -43,12 +43,14 @@ tiny = by_scale(
     fast="cifar10/tiny10-ln-w4/fast",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
+restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of each scheme's parameter, ends included
 samples = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
 
 networks = {"combine/fig12": [resnet], "combine/fig13": [tiny], "combine/figB25-B26": [tiny, resnet]}
 networks = {item: used for item, used in networks.items() if wanted(item, items)}
-runs = [f"{run}/s{seed}" for run in dict.fromkeys(sum(networks.values(), [])) for seed in SEEDS]
+runs_of = {item: [f"{run}/s{seed}" for run in used for seed in SEEDS] for item, used in networks.items()}
+runs = [run for used in runs_of.values() for run in used]
 
 # %%
 import functools
@@ -59,23 +61,13 @@ import pandas as pd
 import torch
 
 from companion import plots_combine
-from companion.mixtures import KINDS, SCHEMES, label_agreement, maker, states_of
-from companion.pairs import pairs_of
+from companion.comparisons import edge_rows, label_rows
+from companion.mixtures import KINDS, SCHEMES
+from companion.pairs import pairs_of, title_of
 from companion.report import save_item
-from repairlib.train import default_device
 
-pairs = {run: dict(pairs_of(run, SEEDS, match="weights")) for run in dict.fromkeys(sum(networks.values(), []))}
-
-
-def title(run: str) -> str:
-    return f"{run.split('/')[1]} on {run.split('/')[0]}"
-
-
-def origin(item: str, start: float) -> dict:
-    """How an item was made, as `save_item` records it."""
-    used = [f"{run}/s{seed}" for run in networks[item] for seed in SEEDS]
-    return {"runs": used, "device": default_device(), "seconds": time.perf_counter() - start}
-
+every = dict.fromkeys(run for used in networks.values() for run in used)
+pairs = {run: dict(pairs_of(run, SEEDS, match="weights", restarts=restarts)) for run in every}
 
 # %% [markdown]
 # What is sampled: the coefficients of the four random schemes, at three values of their parameters.
@@ -105,15 +97,9 @@ ALL = (*LINEAR, *(("permuted", scheme) for scheme in SAMPLED))
 @functools.cache  # an item of several networks shares what another has counted
 def agreement_rows(run: str, kind: str, scheme: str) -> list[dict]:
     """Counts of labels: a row for each network of a kind and scheme."""
-    at = [{"x": x, "sample": i} for x in SCHEMES[scheme].grid(points)
-          for i in range(samples if SCHEMES[scheme].random else 1)]  # fmt: skip
-    rows = []
-    for which, pair in pairs[run].items():
-        ends = states_of(pair, kind)
-        counts = label_agreement(pair.a, (maker(ends, scheme, **of)() for of in at), ends, pair.test)
-        here = {"model": run.split("/")[1].split("-")[0], "pair": which, "kind": kind, "scheme": scheme}
-        rows += [here | of | count for of, count in zip(at, counts, strict=True)]
-    return rows
+    model, grid = run.split("/")[1].split("-")[0], SCHEMES[scheme].grid(points)
+    return [{"model": model, "pair": name} | row for name, pair in pairs[run].items()
+            for row in label_rows(pair, scheme, grid, samples, kind)]  # fmt: skip
 
 
 def differences(table: list[dict]) -> dict[str, float]:
@@ -130,8 +116,9 @@ if wanted("combine/fig12", items):
     start = time.perf_counter()
     tables["combine/fig12"] = table = [row for panel in ALL for row in agreement_rows(resnet, *panel)]
     summaries["combine/fig12"] = fig12 = differences(table)
-    figure = plots_combine.agreement(table, title=title(resnet))
-    save_item("combine/fig12", scale, table, fig12, figure, **origin("combine/fig12", start))
+    figure = plots_combine.agreement(table, title=title_of(resnet))
+    of = {"runs": runs_of["combine/fig12"], "seconds": time.perf_counter() - start}
+    save_item("combine/fig12", scale, table, fig12, figure, **of)
     print({name: round(value, 1) for name, value in fig12.items()})
 
 # %% [markdown]
@@ -144,10 +131,9 @@ if wanted("combine/figB25-B26", items):
     of_resnet = [row for panel in LINEAR for row in agreement_rows(resnet, *panel)]
     tables["combine/figB25-B26"] = table = of_tiny + of_resnet
     summaries["combine/figB25-B26"] = b25 = differences(of_tiny)
-    figure = plots_combine.agreement(
-        table, title=f"{tiny.split('/')[1]}, {resnet.split('/')[1]} on {tiny.split('/')[0]}"
-    )
-    save_item("combine/figB25-B26", scale, table, b25, figure, **origin("combine/figB25-B26", start))
+    figure = plots_combine.agreement(table, title=f"{title_of(tiny)}, {title_of(resnet)}")
+    of = {"runs": runs_of["combine/figB25-B26"], "seconds": time.perf_counter() - start}
+    save_item("combine/figB25-B26", scale, table, b25, figure, **of)
     print({name: round(value, 1) for name, value in b25.items()})
 
 # %% [markdown]
@@ -160,23 +146,6 @@ if wanted("combine/figB25-B26", items):
 # first layer and the last two.
 
 # %%
-BINS = np.linspace(0, 4, 41)  # what is longer, counts in the last
-
-
-def edge_rows(pair, kind: str) -> list[dict]:
-    """Share of a layer's edge lengths in every bin, and their median, for every layer."""
-    ends, rows = states_of(pair, kind), []
-    for name in [name for name, weight in ends[0].items() if weight.ndim > 1]:
-        a, b = (end[name].double().flatten().cpu().numpy() for end in ends)
-        size = np.sqrt((a**2 + b**2).mean() / 2)
-        length = abs(a - b) / size
-        share = np.histogram(length.clip(max=BINS[-1]), BINS)[0] / len(length)
-        here = {"kind": kind, "layer": name.removesuffix(".weight"), "rms": size, "median": np.median(length)}
-        rows += [here | {"bin_low": low, "bin_high": high, "share": s}
-                 for low, high, s in zip(BINS, BINS[1:], share, strict=False)]  # fmt: skip
-    return rows
-
-
 if wanted("combine/fig13", items):
     start = time.perf_counter()
     edges = [{"pair": which} | row for which, pair in pairs[tiny].items() for kind in KINDS
@@ -185,8 +154,9 @@ if wanted("combine/fig13", items):
     mean = shortest.groupby("kind")[["median", "share"]].mean()
     fig13 = {f"median_{kind}": mean["median"][kind] for kind in KINDS}
     fig13 |= {f"shorter_than_a_tenth_{kind}": 100 * mean["share"][kind] for kind in KINDS}
-    figure = plots_combine.edges(edges, title=title(tiny))
-    save_item("combine/fig13", scale, edges, fig13, figure, **origin("combine/fig13", start))
+    figure = plots_combine.edges(edges, title=title_of(tiny))
+    of = {"runs": runs_of["combine/fig13"], "seconds": time.perf_counter() - start}
+    save_item("combine/fig13", scale, edges, fig13, figure, **of)
     print({name: round(value, 2) for name, value in fig13.items()})
 
 # %% [markdown]

@@ -40,7 +40,8 @@ resnet = by_scale(
 )
 needs = {"repair/fig2-left": mlp, "repair/sec3-theory": mlp, "repair/fig2-middle": vgg, "repair/fig2-right": resnet}
 needs = {item: run for item, run in needs.items() if wanted(item, items)}
-runs = list(dict.fromkeys(f"{run}/s{seed}" for run in needs.values() for seed in SEEDS))
+runs_of = {item: [f"{run}/s{seed}" for seed in SEEDS] for item, run in needs.items()}
+runs = list(dict.fromkeys(run for names in runs_of.values() for run in names))
 
 # %%
 import time
@@ -79,10 +80,8 @@ def collapse(item: str, xlabel: str, **options) -> dict:
     summary = {f"last_layer_{name}": ratio for name, ratio in ratios.iloc[-1].items()}
     summary |= {f"accuracy_{name}": 100 * value for name, value in pd.DataFrame(accuracies).mean().items()}
     summary["final_layer_decay"] = 1 / summary["last_layer_aligned"]
-    used = [f"{needs[item]}/s{seed}" for seed in SEEDS]
     figure = plots.variance_profile(table, title=pair.title, xlabel=xlabel)
-    origin = {"runs": used, "device": pair.dataset.device, "seconds": time.perf_counter() - start}
-    save_item(item, scale, table, summary, figure, **origin)
+    save_item(item, scale, table, summary, figure, runs=runs_of[item], seconds=time.perf_counter() - start)
     print(ratios.round(4).to_string(), {name: round(value, 3) for name, value in summary.items()}, sep="\n")
     return summary
 
@@ -140,10 +139,9 @@ if wanted("repair/sec3-theory", items):
     theory["largest_error_eq5"] = max(abs(row["eq5"] / row["measured"] - 1) for row in table)
 
 # %%
-if wanted("repair/sec3-theory", items):
+if wanted(item := "repair/sec3-theory", items):
     figure = plots.prediction(table, title=f"first layer, {pair.title}")
-    origin = {"device": pair.dataset.device, "seconds": time.perf_counter() - start}
-    save_item("repair/sec3-theory", scale, table, theory, figure, runs=[f"{mlp}/s{seed}" for seed in SEEDS], **origin)
+    save_item(item, scale, table, theory, figure, runs=runs_of[item], seconds=time.perf_counter() - start)
     print(pd.DataFrame(theories).round(4), {name: round(value, 6) for name, value in theory.items()}, sep="\n")
 
 # %% [markdown]

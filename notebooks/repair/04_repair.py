@@ -45,15 +45,14 @@ resnet = by_scale(
 )
 sample_depth = by_scale(scale, smoke=4, quick=20, fast=20, paper=20)
 needs = {  # what is measured over all pairs, and what on the first one
-    "repair/fig3-left": ([resnet], SEEDS[:2]),
-    "repair/fig3-middle": ([resnet], SEEDS),
-    "repair/fig3-right": ([mlp.format(depth) for depth in depths], SEEDS),
-    "repair/samples": ([mlp.format(sample_depth)], SEEDS[:2]),
-    "repair/equivalence": ([resnet], SEEDS[:2]),
+    "repair/fig3-left": [f"{resnet}/s{seed}" for seed in SEEDS[:2]],
+    "repair/fig3-middle": [f"{resnet}/s{seed}" for seed in SEEDS],
+    "repair/fig3-right": [f"{mlp.format(depth)}/s{seed}" for depth in depths for seed in SEEDS],
+    "repair/samples": [f"{mlp.format(sample_depth)}/s{seed}" for seed in SEEDS[:2]],
+    "repair/equivalence": [f"{resnet}/s{seed}" for seed in SEEDS[:2]],
 }
-needs = {item: need for item, need in needs.items() if wanted(item, items)}
-runs = [f"{run}/s{seed}" for names, seeds in needs.values() for run in names for seed in seeds]
-runs = list(dict.fromkeys(runs))
+needs = {item: names for item, names in needs.items() if wanted(item, items)}
+runs = list(dict.fromkeys(run for names in needs.values() for run in names))
 
 # %%
 import copy
@@ -67,15 +66,6 @@ from companion.pairs import load_pair, pairs_of, path_rows
 from companion.report import save_item
 from repairlib import Repair, diagnostics, reset
 from repairlib.graph import eval_mode
-from repairlib.train import default_device
-
-
-def origin(item: str, start: float) -> dict:
-    """The runs behind an item, the device, and the seconds since `start`."""
-    names, seeds = needs[item]
-    used = [f"{run}/s{seed}" for run in names for seed in seeds]
-    return {"runs": used, "device": default_device(), "seconds": time.perf_counter() - start}
-
 
 # %% [markdown]
 # ## One layer, channel by channel (Fig. 3 left)
@@ -86,7 +76,7 @@ def origin(item: str, start: float) -> dict:
 # %%
 if wanted("repair/fig3-left", items):
     start = time.perf_counter()
-    pair = load_pair([f"{resnet}/s{seed}" for seed in SEEDS[:2]])
+    pair = load_pair(needs["repair/fig3-left"])
     layer = "stages_2_0_conv1"
     networks = {
         "endpoint a": pair.a, "endpoint b": pair.aligned,
@@ -98,9 +88,9 @@ if wanted("repair/fig3-left", items):
     fig3_left = {"ratio_aligned": mean["aligned"] / ends, "ratio_repaired": mean["repaired"] / ends}
 
 # %%
-if wanted("repair/fig3-left", items):
+if wanted(item := "repair/fig3-left", items):
     figure = plots.channels(table, title=f"{pair.title}, stage 3")
-    save_item("repair/fig3-left", scale, table, fig3_left, figure, **origin("repair/fig3-left", start))
+    save_item(item, scale, table, fig3_left, figure, runs=needs[item], seconds=time.perf_counter() - start)
 
 # %% [markdown]
 # ## Along the path (Fig. 3 middle)
@@ -118,7 +108,7 @@ if wanted("repair/fig3-middle", items):
         table += [{"run": resnet, "pair": name, **row} for row in rows]
 
 # %%
-if wanted("repair/fig3-middle", items):
+if wanted(item := "repair/fig3-middle", items):
     mean = pd.DataFrame(table).groupby(["network", "alpha"], sort=False)[["loss", "accuracy"]].mean()
     middle, ends = mean.xs(0.5, level="alpha"), mean.loc["aligned"].loc[[0, 1]].mean()
     fig3_middle = {
@@ -128,7 +118,7 @@ if wanted("repair/fig3-middle", items):
     fig3_middle["endpoints"] = 100 * ends.accuracy
     fig3_middle |= {f"loss_rise_{network}": loss - ends.loss for network, loss in middle.loss.items()}
     figure = plots.path(table, title=pair.title)
-    save_item("repair/fig3-middle", scale, table, fig3_middle, figure, **origin("repair/fig3-middle", start))
+    save_item(item, scale, table, fig3_middle, figure, runs=needs[item], seconds=time.perf_counter() - start)
     print(pd.Series(fig3_middle).round(2).to_string())
 
 # %% [markdown]
@@ -150,7 +140,7 @@ if wanted("repair/fig3-right", items):
             table += [{"network": n, **row, "accuracy": pair.evaluate(model)[1]} for n, model in networks.items()]
 
 # %%
-if wanted("repair/fig3-right", items):
+if wanted(item := "repair/fig3-right", items):
     mean = pd.DataFrame(table).groupby(["network", "depth"])["accuracy"].mean()
     fig3_right = {
         f"deepest_over_90_{network.replace('-', '_').replace('aligned', 'before')}": max(
@@ -160,7 +150,7 @@ if wanted("repair/fig3-right", items):
     }
     fig3_right["worst_endpoint"] = 100 * min(row["accuracy"] for row in table if row["network"].startswith("endpoint"))
     figure = plots.depth(table, title=f"midpoints of fused MLPs on {pair.dataset.name}", threshold=0.9)
-    save_item("repair/fig3-right", scale, table, fig3_right, figure, **origin("repair/fig3-right", start))
+    save_item(item, scale, table, fig3_right, figure, runs=needs[item], seconds=time.perf_counter() - start)
     print(fig3_right)
 
 # %% [markdown]
@@ -172,7 +162,7 @@ if wanted("repair/fig3-right", items):
 # %%
 if wanted("repair/samples", items):
     start = time.perf_counter()
-    pair = load_pair([f"{mlp.format(sample_depth)}/s{seed}" for seed in SEEDS[:2]])
+    pair = load_pair(needs["repair/samples"])
     size = len(pair.dataset.train)
     counts = [n for n in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000) if n < size] + [size]
     table = []
@@ -187,7 +177,7 @@ if wanted("repair/samples", items):
 # all training images.
 
 # %%
-if wanted("repair/samples", items):
+if wanted(item := "repair/samples", items):
     before = pair.accuracy - pair.evaluate(pair.midpoint())[1]
     mean = pd.DataFrame(table).groupby(["examples", "network"])["barrier"].mean().unstack()
     settled = ((mean - mean.iloc[-1]).abs() < 0.005)[::-1].cummin()[::-1]  # from here on, all are close to the last
@@ -196,7 +186,7 @@ if wanted("repair/samples", items):
     samples |= {f"barrier_{m.replace('-', '_')}": 100 * mean[m].iloc[-1] for m in mean}
     samples["barrier_before"] = 100 * before
     figure = plots.samples(table, before=before, title=pair.title)
-    save_item("repair/samples", scale, table, samples, figure, **origin("repair/samples", start))
+    save_item(item, scale, table, samples, figure, runs=needs[item], seconds=time.perf_counter() - start)
     print(pd.Series(samples).round(2).to_string())
 
 # %% [markdown]
@@ -242,7 +232,7 @@ def compare_with_reset(eps: float) -> list[dict]:
 # %%
 if wanted("repair/equivalence", items):
     start = time.perf_counter()
-    pair = load_pair([f"{resnet}/s{seed}" for seed in SEEDS[:2]])
+    pair = load_pair(needs["repair/equivalence"])
     images, labels = (torch.cat(parts) for parts in zip(*pair.test, strict=True))
     images, data = images.double(), [x.double() for x, _ in pair.calibration]
     table = [row for eps in (1e-5, 1e-12) for row in compare_with_reset(eps)]
@@ -253,7 +243,7 @@ if wanted("repair/equivalence", items):
 # to RESET there.
 
 # %%
-if wanted("repair/equivalence", items):
+if wanted(item := "repair/equivalence", items):
     ratio = diagnostics.std_over_root_variance(pair.a, pair.aligned, pair.calibration)
     equivalence = {
         "difference_reset": found["conv REPAIR, reset", 1e-12]["difference"],
@@ -264,7 +254,7 @@ if wanted("repair/equivalence", items):
         "mean_std_over_root_variance": sum(ratio.values()) / len(ratio),
     }
     table += [{"network": "std over root variance", "node": node, "ratio": r} for node, r in ratio.items()]
-    save_item("repair/equivalence", scale, table, equivalence, **origin("repair/equivalence", start))
+    save_item(item, scale, table, equivalence, runs=needs[item], seconds=time.perf_counter() - start)
     print({name: float(f"{value:.3g}") for name, value in equivalence.items()})
 
 # %% [markdown]

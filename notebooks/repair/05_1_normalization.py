@@ -49,8 +49,11 @@ needs = {
     "repair/fig10-right": [("bn", width_of_paths), ("ln", width_of_paths)],
 }
 needs = {item: networks for item, networks in needs.items() if wanted(item, items)}
-runs = [f"{model.format(*network)}/s{seed}" for networks in needs.values() for network in networks for seed in SEEDS]
-runs = list(dict.fromkeys(runs))
+runs_of = {
+    item: [f"{model.format(*network)}/s{seed}" for network in networks for seed in SEEDS]
+    for item, networks in needs.items()
+}
+runs = list(dict.fromkeys(run for names in runs_of.values() for run in names))
 
 # %%
 import time
@@ -60,16 +63,8 @@ import pandas as pd
 from companion import plots
 from companion.pairs import barrier_means, barrier_rows, name_means, pairs_of, path_rows
 from companion.report import read_index, save_item
-from repairlib.train import default_device
 
 title = f"{model.split('/')[1].split('-')[0]} on {model.split('/')[0]}"
-
-
-def origin(item: str, seconds: float) -> dict:
-    """The runs behind an item, the device, and the seconds that measuring took, for all items that share it."""
-    used = [f"{model.format(*network)}/s{seed}" for network in needs[item] for seed in SEEDS]
-    return {"runs": list(dict.fromkeys(used)), "device": default_device(), "seconds": seconds}
-
 
 # %% [markdown]
 # ## Measure the barriers
@@ -85,7 +80,7 @@ networks = dict.fromkeys(network for item in BARRIERS for network in needs.get(i
 configurations = [{"run": model.format(norm, width), "series": norm, "width": width} for norm, width in networks]
 alphas = [i / (points - 1) for i in range(points)]
 barriers = barrier_rows(configurations, SEEDS, alphas, calibration=calibration)
-measured = time.perf_counter() - start
+measured = time.perf_counter() - start  # recorded with every item that shows them
 
 
 def rows_of(item: str) -> list[dict]:
@@ -105,20 +100,20 @@ if barriers:
 # After REPAIR the paper's BatchNorm and LayerNorm networks of 16x are below 0.05 nats.
 
 # %%
-if wanted("repair/fig4-left", items):
-    table = rows_of("repair/fig4-left")
+if wanted(item := "repair/fig4-left", items):
+    table = rows_of(item)
     fig4_left = {name: loss[name] for name in loss if name.endswith((f"_{widths[0]:g}x", f"_{widths[-1]:g}x"))}
     if 16 in widths:
         fig4_left["bn_ln_loss_barrier_at_16x"] = max(loss["bn_after_16x"], loss["ln_after_16x"])
     figure = plots.barriers(table, "width", title=title)
-    save_item("repair/fig4-left", scale, table, fig4_left, figure, **origin("repair/fig4-left", measured))
+    save_item(item, scale, table, fig4_left, figure, runs=runs_of[item], seconds=measured)
 
 # %%
-if wanted("repair/fig10-left", items):
-    table = rows_of("repair/fig10-left")
+if wanted(item := "repair/fig10-left", items):
+    table = rows_of(item)
     fig10_left = {name: accuracy[name] for name in accuracy if name.endswith(f"_{widths[-1]:g}x")}
     figure = plots.barriers(table, "width", metric="accuracy", title=title)
-    save_item("repair/fig10-left", scale, table, fig10_left, figure, **origin("repair/fig10-left", measured))
+    save_item(item, scale, table, fig10_left, figure, runs=runs_of[item], seconds=measured)
 
 # %% [markdown]
 # ## LayerNorm's low barrier before REPAIR (Fig. 4 middle)
@@ -126,11 +121,11 @@ if wanted("repair/fig10-left", items):
 # The numbers beside the figure are the accuracies at the middle of the path, which the paper prints for 8x.
 
 # %%
-if wanted("repair/fig4-middle", items):
-    table = rows_of("repair/fig4-middle")
+if wanted(item := "repair/fig4-middle", items):
+    table = rows_of(item)
     fig4_middle = {f"midpoint_{name}": midpoint[name] for name in midpoint if name.startswith(("bn", "ln"))}
     figure = plots.barriers(table, "width", show={"bn": ("after",)}, title=title)
-    save_item("repair/fig4-middle", scale, table, fig4_middle, figure, **origin("repair/fig4-middle", measured))
+    save_item(item, scale, table, fig4_middle, figure, runs=runs_of[item], seconds=measured)
 
 # %% [markdown]
 # ## Against Git Re-Basin (Fig. 8 left)
@@ -139,15 +134,15 @@ if wanted("repair/fig4-middle", items):
 # paper's plot. At `smoke` and `quick` ours are of other networks on other data.
 
 # %%
-if wanted("repair/fig8-left", items):
-    table = rows_of("repair/fig8-left")
+if wanted(item := "repair/fig8-left", items):
+    table = rows_of(item)
     published = read_index()["repair/fig8-left"]["published"]  # git_re_basin_1x and so on
     crosses = {int(name.split("_")[-1].removesuffix("x")): barrier for name, barrier in published.items()}
     fig8_left = {name: loss[name] for name in loss if name.startswith("ln")}
     figure = plots.barriers(
         table, "width", title=title, published=crosses, published_label="Git Re-Basin, CIFAR-10\n(published)"
     )
-    save_item("repair/fig8-left", scale, table, fig8_left, figure, **origin("repair/fig8-left", measured))
+    save_item(item, scale, table, fig8_left, figure, runs=runs_of[item], seconds=measured)
 
 # %% [markdown]
 # ## Along the path (Fig. 4 right; in loss: Fig. 10 right)
@@ -170,19 +165,19 @@ if paths:
     middle["accuracy"] *= 100
 
 # %%
-if wanted("repair/fig4-right", items):
+if wanted(item := "repair/fig4-right", items):
     fig4_right = {f"{norm}_midpoint": middle.accuracy[norm, "aligned"] for norm in ("bn", "ln")}
     fig4_right |= {f"{norm}_after": middle.accuracy[norm, "repaired"] for norm in ("bn", "ln")}
     fig4_right["both_after"] = min(fig4_right["bn_after"], fig4_right["ln_after"])
     figure = plots.path(paths, title=f"{title}, {width_of_paths:g}x wide")
-    save_item("repair/fig4-right", scale, paths, fig4_right, figure, **origin("repair/fig4-right", walked))
+    save_item(item, scale, paths, fig4_right, figure, runs=runs_of[item], seconds=walked)
 
 # %%
-if wanted("repair/fig10-right", items):
+if wanted(item := "repair/fig10-right", items):
     fig10_right = {f"{norm}_midpoint": middle.loss[norm, "aligned"] for norm in ("bn", "ln")}
     fig10_right |= {f"{norm}_after": middle.loss[norm, "repaired"] for norm in ("bn", "ln")}
     figure = plots.path(paths, metric="loss", title=f"{title}, {width_of_paths:g}x wide")
-    save_item("repair/fig10-right", scale, paths, fig10_right, figure, **origin("repair/fig10-right", walked))
+    save_item(item, scale, paths, fig10_right, figure, runs=runs_of[item], seconds=walked)
 
 # %% [markdown]
 # ## Check

@@ -76,7 +76,6 @@ from companion.report import save_item
 from repairlib import diagnostics
 from repairlib.interpolate import barrier_of
 from repairlib.models import parse
-from repairlib.train import default_device
 
 METHOD = "simultaneous"
 labels = {name: f"ResNet{parse(models[name]).depth}" + " 2x" * name.endswith("x2") for name in names}
@@ -98,7 +97,7 @@ for name in names:
         rows += [here | row for row in path_rows(pair, alphas, networks=list(kinds), method=METHOD)]
         if name == "resnet50":
             pairs[which] = pair
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = time.perf_counter() - start  # recorded with every item that shows these paths
 
 # %% [markdown]
 # Means over pairs: accuracy in the middle (percent), and barriers (points, Eq. 1), which are measured from the
@@ -120,12 +119,6 @@ if rows:
 
 
 # %%
-def origin(item: str) -> dict:
-    """The runs behind an item, the device, and the seconds that measuring took, for all items that share it."""
-    used = [run for name in needs[item] for run in runs_of[name]]
-    return {"runs": used, "device": default_device(), "seconds": sum(seconds[name] for name in needs[item])}
-
-
 def table_of(item: str, *columns: str) -> list[dict]:
     """Rows of the paths that an item shows."""
     columns = [*columns, "pair", "network", "alpha", "loss", "accuracy"]
@@ -169,7 +162,9 @@ if wanted("repair/fig5-left", items):
     found = 100 * frame.pivot(index="pair", columns="network", values="accuracy")
     print(found.round(1).to_string())
     fig5_left |= {name: found[name].mean() for name in others}
-    save_item("repair/fig5-left", scale, table, fig5_left, figure, **origin("repair/fig5-left"))
+    save_item(
+        "repair/fig5-left", scale, table, fig5_left, figure, runs=runs_of["resnet50"], seconds=seconds["resnet50"]
+    )
 
 # %% [markdown]
 # ## Larger and wider networks (Fig. 5 right)
@@ -182,7 +177,7 @@ if wanted("repair/fig5-right", items):
     fig5_right |= {f"{name}_barrier_before": barrier.aligned[name] for name in models}
     fig5_right |= {f"{name}_endpoints": ends[name] for name in models}
     figure = plots.path(table, title=f"aligned ResNets on {source}", lines=("--", "-"))
-    save_item("repair/fig5-right", scale, table, fig5_right, figure, **origin("repair/fig5-right"))
+    save_item("repair/fig5-right", scale, table, fig5_right, figure, runs=runs, seconds=sum(seconds.values()))
 
 # %% [markdown]
 # ## Against Git Re-Basin (Fig. 8 right)
@@ -196,7 +191,9 @@ if wanted("repair/fig8-right", items):
     fig8_right = {f"midpoint_{network}": middle[network]["resnet50"] for network in NETWORKS["repair/fig8-right"]}
     fig8_right |= {f"barrier_{network}": barrier[network]["resnet50"] for network in ("reset", "repaired")}
     figure = plots.path(table, title=next(iter(pairs.values())).title)
-    save_item("repair/fig8-right", scale, table, fig8_right, figure, **origin("repair/fig8-right"))
+    save_item(
+        "repair/fig8-right", scale, table, fig8_right, figure, runs=runs_of["resnet50"], seconds=seconds["resnet50"]
+    )
 
 # %% [markdown]
 # ## First-layer filters (Fig. 9)
@@ -228,7 +225,7 @@ if wanted("repair/fig9", items):
     weights = {name: network.conv1.weight.detach().cpu().numpy() for name, network in networks.items()}
     note = "mean correlation with model A: {correlation_matched:.2f} matched, {correlation_as_trained:.2f} as trained"
     figure = plots.filters(weights, note=note.format(**fig9), title=pair.title)
-    save_item("repair/fig9", scale, table, fig9, figure, **pair.origin(start))
+    save_item("repair/fig9", scale, table, fig9, figure, runs=pair.runs, seconds=time.perf_counter() - start)
 
 # %% [markdown]
 # ## Check

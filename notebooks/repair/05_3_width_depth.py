@@ -70,7 +70,7 @@ import matplotlib.pyplot as plt
 from companion import plots
 from companion.pairs import barrier_means, barrier_rows, name_means
 from companion.report import save_item
-from repairlib.train import default_device, parse_run
+from repairlib.train import parse_run
 
 # %% [markdown]
 # ## Barriers
@@ -116,8 +116,7 @@ def save_panel(panel: str) -> None:
     """Save one panel of Fig. 6 and print its means."""
     item = f"repair/fig6-{panel}"
     figure, summary = draw(panel, "accuracy"), name_means(means[panel, "accuracy"], form=FORMS[panel])
-    origin = {"runs": runs_of[panel], "device": default_device(), "seconds": seconds[panel]}
-    save_item(item, scale, tables[panel], summary, figure, **origin)
+    save_item(item, scale, tables[panel], summary, figure, runs=runs_of[panel], seconds=seconds[panel])
     print(means[panel, "accuracy"].round(1))
 
 
@@ -153,9 +152,7 @@ if wanted("repair/fig12", items):
             draw(panel, "loss", place.subplots())
     table = [{"panel": panel} | row for panel, rows in tables.items() for row in rows]
     summary = {k: v for panel in panels for k, v in name_means(means[panel, "loss"], form=FORMS[panel]).items()}
-    save_item(
-        "repair/fig12", scale, table, summary, figure, runs=runs, device=default_device(), seconds=sum(seconds.values())
-    )
+    save_item("repair/fig12", scale, table, summary, figure, runs=runs, seconds=sum(seconds.values()))
     print(*(means[panel, "loss"].round(3) for panel in panels), sep="\n")
 
 # %% [markdown]

@@ -86,11 +86,6 @@ for (_, a, b), ends, whole in zip(pairs, halves, wholes, strict=True):
 
 
 # %%
-def origin(item: str) -> dict:
-    """The runs behind an item, the device, and the seconds that measuring took."""
-    return pair.origin(start) | {"runs": list(dict.fromkeys(needs[item]))}
-
-
 def means(rows: list[dict]) -> pd.DataFrame:
     """Loss (nats) and accuracy (%) by series, network and alpha, means over pairs."""
     frame = pd.DataFrame(rows).assign(accuracy=lambda rows: 100 * rows.accuracy)
@@ -111,7 +106,7 @@ print(paths.round(3).unstack("network").to_string())
 # the one before REPAIR shows where it is REPAIR that matters: shallow MLPs hardly need it.
 
 # %%
-if wanted("repair/fig7", items):
+if wanted(item := "repair/fig7", items):
     fig7 = {"best_loss": between.loss.min(), "best_alpha": between.loss.idxmin()}
     fig7["best_accuracy"] = between.accuracy.max()
     fig7 |= {f"endpoint_{end}_{metric}": path[metric].iloc[i]
@@ -119,14 +114,15 @@ if wanted("repair/fig7", items):
     names = {0: "endpoint a", 1: "endpoint b"}
     ends = [row | {"network": names[row["alpha"]], "alpha": None} for row in merged
             if row["alpha"] in names and row["network"] == "repaired"]  # fmt: skip
-    save_item("repair/fig7", scale, merged, fig7, plots.merging(merged + ends), **origin("repair/fig7"))
+    figure = plots.merging(merged + ends)
+    save_item(item, scale, merged, fig7, figure, runs=needs[item], seconds=time.perf_counter() - start)
     print(pd.Series(fig7).round(3).to_string())
 
 # %% [markdown]
 # ## Against baselines (Fig. 13)
 
 # %%
-if wanted("repair/fig13", items):
+if wanted(item := "repair/fig13", items):
     levels = means(baselines)
     ensemble = levels.loc[first, "ensemble"]
     fig13 = {"best_ensemble_loss": ensemble.loss.min(), "best_ensemble_accuracy": ensemble.accuracy.max()}
@@ -134,7 +130,8 @@ if wanted("repair/fig13", items):
         level = levels.loc[first, name].iloc[0]
         fig13 |= {f"{name.replace(' ', '_')}_{metric}": level[metric] for metric in ("loss", "accuracy")}
     table = [row for row in merged if row["network"] == "repaired"] + baselines
-    save_item("repair/fig13", scale, table, fig13, plots.merging(table), **origin("repair/fig13"))
+    figure = plots.merging(table)
+    save_item(item, scale, table, fig13, figure, runs=needs[item], seconds=time.perf_counter() - start)
     print(levels.round(3).unstack("network").to_string())
 
 # %% [markdown]

@@ -51,7 +51,7 @@ import pandas as pd
 from companion import plots, scorecard
 from companion.pairs import pairs_of, path_rows, reduction_rows
 from companion.report import load_item, save_item
-from repairlib.train import RECIPES, default_device, parse_run
+from repairlib.train import RECIPES, parse_run
 
 # %% [markdown]
 # ## What has been made
@@ -67,14 +67,7 @@ for name in reads:
     except FileNotFoundError as error:
         print(error)
 READ = {item: names for item, names in READ.items() if set(names) <= set(made)}
-
-
-def origin(item: str) -> dict:
-    """The runs behind an item that was made of others, and their device."""
-    records = [made[name] for name in READ[item]]
-    used = list(dict.fromkeys(run for record in records for run in record["runs"]))
-    return {"runs": used, "device": default_device()}
-
+runs_of = {item: [run for name in names for run in made[name]["runs"]] for item, names in READ.items()}
 
 # %% [markdown]
 # ## Variance, layer by layer (Fig. 1 left)
@@ -94,7 +87,7 @@ if "repair/fig1-left" in READ:
     ratio = pd.DataFrame(table).groupby(["series", "network", "layer"])["ratio"].mean().groupby(level=[0, 1])
     fig1_left = {f"{series}_{network}_least": value for (series, network), value in ratio.min().items()}
     figure = plots.variance_scatter(table, title="aligned midpoints")
-    save_item("repair/fig1-left", scale, table, fig1_left, figure, **origin("repair/fig1-left"))
+    save_item("repair/fig1-left", scale, table, fig1_left, figure, runs=runs_of["repair/fig1-left"])
     print(pd.Series(fig1_left).round(5).to_string())
 
 # %% [markdown]
@@ -111,7 +104,7 @@ if "repair/fig1-middle" in READ:
     run = parse_run(record["runs"][0])
     figure = plots.path(table, title=f"{run.model} on {run.data}")
     plots.mark_reduction(figure.axes[0], before, after, ends)
-    save_item("repair/fig1-middle", scale, table, fig1_middle, figure, **origin("repair/fig1-middle"))
+    save_item("repair/fig1-middle", scale, table, fig1_middle, figure, runs=runs_of["repair/fig1-middle"])
     print(pd.Series(fig1_middle).round(1).to_string())
 
 # %% [markdown]
@@ -129,7 +122,7 @@ if "repair/fig1-right" in READ:
     fig1_right = {"least": mean.min(), "median": mean.median(), "greatest": mean.max()}
     fig1_right |= {"networks": len(mean), "share_within_60_to_100": 100 * inside.mean()}
     figure = plots.reductions(table)
-    save_item("repair/fig1-right", scale, table, fig1_right, figure, **origin("repair/fig1-right"))
+    save_item("repair/fig1-right", scale, table, fig1_right, figure, runs=runs_of["repair/fig1-right"])
     print(mean.round(0).unstack(["row", "norm"]).T.to_string(na_rep=""))
 
 # %% [markdown]
@@ -149,7 +142,7 @@ if "repair/fig11" in READ:
     middle = pd.DataFrame(table).query("alpha == 0.5").fillna({"series": "midpoint"})
     middle = middle.groupby(["panel", "series", "network"], sort=False)["loss"].mean()
     fig11 = {"_".join((panel.partition("/")[2], *key)): value for (panel, *key), value in middle.items()}
-    save_item("repair/fig11", scale, table, fig11, figure, **origin("repair/fig11"))
+    save_item("repair/fig11", scale, table, fig11, figure, runs=runs_of["repair/fig11"])
     print(pd.Series(fig11).round(3).to_string())
 
 # %% [markdown]
@@ -185,8 +178,7 @@ if wanted("repair/fig14", items):
         ax.set_xlabel("")
     middle = 100 * frame[frame["alpha"] == 0.5].groupby(["series", "network"])["accuracy"].mean()
     fig14 = {f"{series}_{network}".replace(" ", "_"): value for (series, network), value in middle.items()}
-    made_of = {"runs": runs, "device": default_device(), "seconds": time.perf_counter() - start}
-    save_item("repair/fig14", scale, table, fig14, figure, **made_of)
+    save_item("repair/fig14", scale, table, fig14, figure, runs=runs, seconds=time.perf_counter() - start)
     print(middle.round(1).unstack("network").to_string())
 
 # %% [markdown]

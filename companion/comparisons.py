@@ -1,0 +1,136 @@
+"""How alike two aligned networks are, and how much of their alignment matters (Csiszarik et al. 2023, Sec. 6)."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from companion.mixtures import draw_networks, evaluate_rows, sample_barriers, states_of
+from companion.pairs import Pair
+from repairlib.ensembles import predict
+from repairlib.graph import Batches, Permutation, permute_state
+from repairlib.interpolate import State, interpolate_states, with_state
+from repairlib.matching import gather_groups
+from repairlib.permutations import derange
+
+
+def label_agreement(
+    model: nn.Module, states: Iterable[State], ends: tuple[State, State], batches: Iterable
+) -> list[dict]:
+    """Whose labels combined networks predict: A's, B's, both's or neither's (Csiszarik et al. 2023, Sec. 6.1).
+
+    Args:
+        model: the architecture. Untouched.
+        states: of the combined networks.
+        ends: of A and of B.
+        batches: (x, y).
+
+    Returns:
+        One row a network: counts of examples {a_correct, a_wrong, b_correct, b_wrong, both_correct, both_wrong,
+        neither_correct, neither_wrong}.
+    """
+    truth = torch.cat([y for _, y in batches])
+
+    def labels(state: State) -> torch.Tensor:
+        return predict(with_state(model, state), batches).argmax(1)
+
+    of_a, of_b = map(labels, ends)
+    rows = []
+    for state in states:
+        of = labels(state)
+        like_a, like_b, right = of == of_a, of == of_b, of == truth.to(of.device)
+        groups = {"a": like_a & ~like_b, "b": like_b & ~like_a, "both": like_a & like_b, "neither": ~like_a & ~like_b}
+        rows.append({f"{name}_{word}": int((group & ok).sum()) for name, group in groups.items()
+                     for word, ok in (("correct", right), ("wrong", ~right))})  # fmt: skip
+    return rows
+
+
+def label_rows(pair: Pair, scheme: str, grid: Iterable[float], samples: int = 1, kind: str = "permuted") -> list[dict]:
+    """`label_agreement` on the test set of networks drawn from a scheme, see `mixtures.combination_rows`.
+
+    Returns:
+        Rows {scheme, kind, x, sample, **counts}.
+    """
+    named = draw_networks(pair, scheme, grid, samples, kinds=[kind])
+    counts = label_agreement(pair.a, (make() for _, make in named), states_of(pair, kind), pair.test)
+    return [columns | count for (columns, _), count in zip(named, counts, strict=True)]
+
+
+def edge_rows(
+    pair: Pair, kind: str = "permuted", bins: Sequence[float] = tuple(i / 10 for i in range(41))
+) -> list[dict]:
+    """How long the edges of the hypercube between A and B are, layer by layer (Csiszarik et al. 2023, Fig. 13).
+
+        |a_i - b_i| / sqrt(mean_i (a_i^2 + b_i^2) / 2)
+
+    in units of the root mean square of the layer's weights, so that layers can be compared: on average over the weights
+    the square is 2 between networks that have nothing to do with each other. Biases and normalisations are left out.
+
+    Args:
+        kind: with B's units in A's order ("permuted") or as trained ("naive").
+        bins: edges of the histogram; what is longer counts in the last bin.
+
+    Returns:
+        Rows {kind, layer, rms: of its weights, median: length, bin_low, bin_high, share: of the weights, in [0, 1]}.
+    """
+    ends, rows = states_of(pair, kind), []
+    for name in [name for name, weight in ends[0].items() if weight.ndim > 1]:
+        a, b = (end[name].double().flatten().cpu().numpy() for end in ends)
+        size = np.sqrt((a**2 + b**2).mean() / 2)
+        length = abs(a - b) / size
+        share = np.histogram(length.clip(max=bins[-1]), bins)[0] / len(length)
+        here = {"kind": kind, "layer": name.removesuffix(".weight"), "rms": size, "median": np.median(length)}
+        rows += [here | {"bin_low": low, "bin_high": high, "share": part}
+                 for low, high, part in zip(bins, bins[1:], share, strict=False)]  # fmt: skip
+    return rows
+
+
+def group_correlations(pair: Pair) -> dict[str, Tensor]:
+    """Correlation of matched units behind each group's non-linearity (units,), in A's order."""
+    spec = pair.matching.spec
+    moments = gather_groups(pair.a, pair.aligned, Batches(pair.calibration, pair.a), spec, "post")
+    return {group.name: moments[group.taps["post"]].corr().diagonal() for group in spec.groups}
+
+
+def derangements(pair: Pair, steps: int, draws: int) -> list[tuple[dict, Permutation]]:
+    """Matchings of which the k least correlated pairs of one layer are deranged, see `permutations.derange`.
+
+    Args:
+        steps: k is 0, 2 and 1/steps, 2/steps... of the layer's units.
+        draws: derangements for each k.
+
+    Returns:
+        Columns {layer, k, units, draw} and the matching.
+    """
+    found, correlation = [], group_correlations(pair)
+    for group, n in ((group.name, group.size) for group in pair.matching.spec.groups):
+        for k in sorted({0, 2} | {max(2, n * i // steps) for i in range(1, steps + 1)}):
+            for draw in range(draws if k else 1):
+                matching = derange(pair.matching.permutation, correlation, group, k, seed=draw)
+                found.append(({"layer": group, "k": k, "units": n, "draw": draw}, matching))
+    return found
+
+
+def derangement_rows(pair: Pair, steps: int, draws: int, alphas: Sequence[float] = (0.5,)) -> list[dict]:
+    """Barriers between A and B whose matching is disturbed in every way of `derangements` (Csiszarik et al. 2023, 6.3).
+
+    Args:
+        steps, draws: see `derangements`.
+        alphas: points of the path; the worst of them is the barrier.
+
+    Returns:
+        Rows {layer, k, units, draw, loss_barrier (nats), accuracy_barrier (points), end_loss, end_accuracy, networks,
+        naive_loss_barrier, naive_accuracy_barrier: with B's units as trained}.
+    """
+    spec, a, b = pair.matching.spec, pair.a.state_dict(), pair.b.state_dict()
+
+    def make(alpha: float, permutation: Permutation):
+        return lambda: interpolate_states(a, permute_state(b, spec, permutation) if permutation else b, alpha)
+
+    what = [*derangements(pair, steps, draws), ({"layer": "", "k": 0, "units": 0, "draw": 0}, {})]
+    named = [(columns, make(alpha, matching)) for (columns, matching), alpha in itertools.product(what, alphas)]
+    *rows, naive = sample_barriers(evaluate_rows(pair, named), by=("layer", "k", "units", "draw"))
+    beside = {f"naive_{metric}_barrier": naive[f"{metric}_barrier"] for metric in ("loss", "accuracy")}
+    return [row | beside for row in rows]

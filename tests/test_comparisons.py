@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+
+from companion.comparisons import (
+    derangement_rows,
+    derangements,
+    edge_rows,
+    group_correlations,
+    label_agreement,
+    label_rows,
+)
+from companion.pairs import load_pair
+from repairlib.graph import permute
+from repairlib.interpolate import interpolate_states, with_state
+
+RUNS = ["digits/mlp2-ln-w16/smoke/s1", "digits/mlp2-ln-w16/smoke/s2"]
+
+
+@pytest.fixture
+def pair():
+    return load_pair(RUNS, calibration=200, match="weights")
+
+
+def test_labels_of_the_ends_agree_with_themselves(pair):
+    states = pair.a.state_dict(), pair.b.state_dict()
+    of_a, of_b, between = label_agreement(pair.a, [*states, interpolate_states(*states, 0.5)], states, pair.test)
+    n = len(pair.dataset.test)
+    for row in (of_a, of_b, between):
+        assert sum(row.values()) == n
+    assert of_a["b_correct"] == of_a["b_wrong"] == of_a["neither_correct"] == of_a["neither_wrong"] == 0
+    assert of_b["a_correct"] == of_b["a_wrong"] == 0
+    accuracy = [pair.evaluate(model)[1] for model in (pair.a, pair.b)]
+    assert (of_a["a_correct"] + of_a["both_correct"]) / n == accuracy[0]
+    assert (of_b["b_correct"] + of_b["both_correct"]) / n == accuracy[1]
+    assert of_a["both_correct"] == of_b["both_correct"]
+
+
+def test_labels_that_are_known_are_counted_as_what_they_are(pair):
+    """Networks that give every image one label: the head's bias alone."""
+    state = {name: torch.zeros_like(value) for name, value in pair.a.state_dict().items()}
+    last = list(state)[-1]
+
+    def saying(label):
+        return state | {last: torch.nn.functional.one_hot(torch.tensor(label), 10).float()}
+
+    y = pair.dataset.test.labels
+    ends = saying(3), saying(5)
+    counted = label_agreement(pair.a, [saying(3), saying(5), saying(7)], ends, pair.test)
+    for row, whose, label in zip(counted, ("a", "b", "neither"), (3, 5, 7), strict=True):
+        right = int((y == label).sum())
+        assert {k: n for k, n in row.items() if n} == {f"{whose}_correct": right, f"{whose}_wrong": len(y) - right}
+    (row,) = label_agreement(pair.a, [saying(3)], (saying(3), saying(3)), pair.test)
+    assert row["both_correct"] + row["both_wrong"] == len(y)
+
+
+def test_rows_of_labels_name_the_networks_that_they_count(pair):
+    rows = label_rows(pair, "bernoulli", [0, 0.5, 1], samples=2, kind="naive")
+    assert [(r["kind"], r["x"], r["sample"]) for r in rows] == [
+        ("naive", x, i) for x, i in ((0, 0), (0.5, 0), (0.5, 1), (1, 0))
+    ]
+    counts = [{k: v for k, v in r.items() if k.endswith(("_correct", "_wrong"))} for r in rows]
+    assert all(sum(count.values()) == len(pair.dataset.test) for count in counts)
+    ends = pair.a.state_dict(), pair.b.state_dict()
+    assert [counts[0], counts[3]] == label_agreement(pair.a, ends, ends, pair.test)
+
+
+def test_edges_are_lengths_in_units_of_the_weights(pair):
+    same = edge_rows(load_pair([RUNS[0]] * 2, calibration=200, match="weights"))
+    assert all(row["share"] == (row["bin_low"] == 0) and row["median"] == 0 for row in same)
+    rows = edge_rows(pair, "naive", bins=[0, 1, 2])
+    assert [row["layer"] for row in rows[::2]] == [
+        name.removesuffix(".weight") for name, w in pair.a.state_dict().items() if w.ndim > 1
+    ]
+    a, b = (model.state_dict()[rows[0]["layer"] + ".weight"].double() for model in (pair.a, pair.b))
+    size = float(((a**2).mean() + (b**2).mean()).div(2).sqrt())
+    lengths = (a - b).abs().flatten() / size
+    assert rows[0]["rms"] == pytest.approx(size)
+    assert rows[0]["median"] == pytest.approx(float(lengths.quantile(0.5)))
+    assert rows[0]["share"] == pytest.approx(float((lengths < 1).double().mean()))
+    assert rows[0]["share"] + rows[1]["share"] == pytest.approx(1)
+
+
+def test_edges_of_unrelated_weights_have_mean_square_two(pair):
+    pair.a.load_state_dict({k: torch.randn_like(v) for k, v in pair.a.state_dict().items()})
+    pair.b.load_state_dict({k: 3 * torch.randn_like(v) for k, v in pair.b.state_dict().items()})
+    bins = [i / 50 for i in range(401)]
+    rows = [row for row in edge_rows(pair, "naive", bins) if row["layer"] == edge_rows(pair, "naive")[0]["layer"]]
+    square = sum(row["share"] * ((row["bin_low"] + row["bin_high"]) / 2) ** 2 for row in rows)
+    assert square == pytest.approx(2, rel=0.1)  # 4,096 weights: a standard error of 0.03
+
+
+def test_the_least_correlated_pairs_are_deranged_and_others_stay(pair):
+    correlation, whole = group_correlations(pair), pair.matching.permutation
+    found = derangements(pair, steps=2, draws=3)
+    assert [c["k"] for c, _ in found if c["layer"] == next(iter(whole))] == [0, 2, 2, 2, 8, 8, 8, 16, 16, 16]
+    loss = pair.evaluate(pair.b)[0]
+    for columns, matching in found:
+        moved = matching[columns["layer"]] != whole[columns["layer"]]
+        assert int(moved.sum()) == columns["k"]
+        assert all(torch.equal(matching[name], whole[name]) for name in whole if name != columns["layer"])
+        if 0 < columns["k"] < columns["units"]:
+            of = correlation[columns["layer"]]
+            assert of[moved].max() <= of[~moved].min()
+        assert pair.evaluate(permute(pair.b, pair.matching.spec, matching))[0] == pytest.approx(loss, abs=1e-5)
+
+
+def test_barriers_of_disturbed_matchings_start_at_that_of_the_matching(pair):
+    rows = derangement_rows(pair, steps=2, draws=1, alphas=[0.25, 0.5])
+    ends = pair.a.state_dict(), pair.aligned.state_dict()
+    loss = [pair.evaluate(with_state(pair.a, interpolate_states(*ends, alpha)))[0] for alpha in (0.25, 0.5)]
+    mean = sum(pair.evaluate(model)[0] for model in (pair.a, pair.b)) / 2
+    for row in rows:
+        if row["k"] == 0:
+            assert row["loss_barrier"] == pytest.approx(max(loss) - mean, abs=1e-5)
+        assert math.isfinite(row["loss_barrier"]) and row["networks"] == 2
+    naive = [pair.evaluate(pair.direct(alpha))[0] for alpha in (0.25, 0.5)]
+    assert rows[0]["naive_loss_barrier"] == pytest.approx(max(naive) - mean, abs=1e-5)
