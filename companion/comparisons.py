@@ -1,19 +1,21 @@
 """How alike two aligned networks are, and how much of their alignment matters (Csiszarik et al. 2023, Sec. 6)."""
 
+import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.mixtures import draw_networks, evaluate_rows, sample_barriers, states_of
+from companion.mixtures import Lazy, draw_networks, evaluate_rows, sample_barriers, states_of
 from companion.pairs import Pair
 from repairlib.ensembles import predict
 from repairlib.graph import Batches, Permutation, permute_state
-from repairlib.interpolate import State, interpolate_states, with_state
+from repairlib.interpolate import State, interpolate_states
 from repairlib.matching import gather_groups
 from repairlib.permutations import derange
+from repairlib.progress import bar
 
 
 def label_agreement(
@@ -23,7 +25,7 @@ def label_agreement(
 
     Args:
         model: the architecture. Untouched.
-        states: of the combined networks.
+        states: of the combined networks, taken one at a time.
         ends: of A and of B.
         batches: (x, y).
 
@@ -32,18 +34,22 @@ def label_agreement(
         neither_correct, neither_wrong}.
     """
     truth = torch.cat([y for _, y in batches])
+    net = copy.deepcopy(model)  # takes up one state after the other
 
     def labels(state: State) -> torch.Tensor:
-        return predict(with_state(model, state), batches).argmax(1)
+        net.load_state_dict(state)
+        return predict(net, batches).argmax(1)
 
     of_a, of_b = map(labels, ends)
     rows = []
-    for state in states:
-        of = labels(state)
-        like_a, like_b, right = of == of_a, of == of_b, of == truth.to(of.device)
-        groups = {"a": like_a & ~like_b, "b": like_b & ~like_a, "both": like_a & like_b, "neither": ~like_a & ~like_b}
-        rows.append({f"{name}_{word}": int((group & ok).sum()) for name, group in groups.items()
-                     for word, ok in (("correct", right), ("wrong", ~right))})  # fmt: skip
+    with bar(len(states) if isinstance(states, Sized) else None, "networks", "net") as networks:
+        for of in map(labels, states):
+            like_a, like_b, right = of == of_a, of == of_b, of == truth.to(of.device)
+            groups = {"a": like_a & ~like_b, "b": like_b & ~like_a, "both": like_a & like_b,
+                      "neither": ~like_a & ~like_b}  # fmt: skip
+            rows.append({f"{name}_{word}": int((group & ok).sum()) for name, group in groups.items()
+                         for word, ok in (("correct", right), ("wrong", ~right))})  # fmt: skip
+            networks.update()
     return rows
 
 
@@ -54,7 +60,8 @@ def label_rows(pair: Pair, scheme: str, grid: Iterable[float], samples: int = 1,
         Rows {scheme, kind, x, sample, **counts}.
     """
     named = draw_networks(pair, scheme, grid, samples, kinds=[kind])
-    counts = label_agreement(pair.a, (make() for _, make in named), states_of(pair, kind), pair.test)
+    states = Lazy([make for _, make in named])
+    counts = label_agreement(pair.a, states, states_of(pair, kind), pair.test)
     return [columns | count for (columns, _), count in zip(named, counts, strict=True)]
 
 
@@ -99,7 +106,7 @@ def derangements(pair: Pair, steps: int, draws: int) -> list[tuple[dict, Permuta
 
     Args:
         steps: k is 0, 2 and 1/steps, 2/steps... of the layer's units.
-        draws: derangements for each k.
+        draws: derangements for each k; there is only one of two pairs.
 
     Returns:
         Columns {layer, k, units, draw} and the matching.
@@ -107,7 +114,7 @@ def derangements(pair: Pair, steps: int, draws: int) -> list[tuple[dict, Permuta
     found, correlation = [], group_correlations(pair)
     for group, n in ((group.name, group.size) for group in pair.matching.spec.groups):
         for k in sorted({0, 2} | {max(2, n * i // steps) for i in range(1, steps + 1)}):
-            for draw in range(draws if k else 1):
+            for draw in range(draws if k > 2 else 1):
                 matching = derange(pair.matching.permutation, correlation, group, k, seed=draw)
                 found.append(({"layer": group, "k": k, "units": n, "draw": draw}, matching))
     return found
@@ -121,8 +128,8 @@ def derangement_rows(pair: Pair, steps: int, draws: int, alphas: Sequence[float]
         alphas: points of the path; the worst of them is the barrier.
 
     Returns:
-        Rows {layer, k, units, draw, loss_barrier (nats), accuracy_barrier (points), end_loss, end_accuracy, networks,
-        naive_loss_barrier, naive_accuracy_barrier: with B's units as trained}.
+        Rows {layer, k, units, draw, loss_barrier (nats), accuracy_barrier (a fraction), end_loss, end_accuracy,
+        networks, naive_loss_barrier, naive_accuracy_barrier: with B's units as trained}.
     """
     spec, a, b = pair.matching.spec, pair.a.state_dict(), pair.b.state_dict()
 

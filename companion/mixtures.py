@@ -4,8 +4,9 @@ A scheme is a family of distributions of coefficients with one real parameter x;
 from it. Alpha = 0 is model A throughout, see `combine`.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -103,7 +104,7 @@ def evaluate_rows(
         batches = iterate(pair.dataset, split, batch_size=500, limit=train_images if split == "train" else None)
         ends = evaluate_many(pair.a, [pair.a.state_dict(), pair.b.state_dict()], batches)
         mean = {name: sum(end[i] for end in ends) / 2 for i, name in enumerate(("end_loss", "end_accuracy"))}
-        found = evaluate_many(pair.a, _Lazy([make for _, make in named]), batches)
+        found = evaluate_many(pair.a, Lazy([make for _, make in named]), batches)
         rows += [
             columns | {"split": split, "loss": loss, "accuracy": accuracy} | mean
             for (columns, _), (loss, accuracy) in zip(named, found, strict=True)
@@ -193,7 +194,8 @@ def sample_barriers(table: Iterable[dict], by: Sequence[str] = ("scheme", "kind"
         by: columns; each combination of their values is a sample of its own. Name the pair among them.
 
     Returns:
-        Rows {**by, loss_barrier (nats), accuracy_barrier (points), end_loss, end_accuracy, networks}.
+        Rows {**by, loss_barrier (nats), accuracy_barrier (a fraction: 0.01 is a point), end_loss, end_accuracy,
+        networks}.
     """
     rows = []
     for key, group in pd.DataFrame(table).groupby(list(by), sort=False):
@@ -202,13 +204,50 @@ def sample_barriers(table: Iterable[dict], by: Sequence[str] = ("scheme", "kind"
         found = {m: empirical_barrier(sample, end, end, m) for m in ("loss", "accuracy")}
         rows.append(
             dict(zip(by, key, strict=True))
-            | {"loss_barrier": found["loss"], "accuracy_barrier": 100 * found["accuracy"]}
+            | {"loss_barrier": found["loss"], "accuracy_barrier": found["accuracy"]}
             | {"end_loss": end[0], "end_accuracy": end[1], "networks": len(group)}
         )
     return rows
 
 
-class _Lazy(Sequence):
+def mean_barriers(table: Iterable[dict], by: Sequence[str] = ("kind",), each: str = "pair") -> pd.DataFrame:
+    """Means over pairs of empirical barriers, see `sample_barriers`.
+
+    Args:
+        table: rows of `evaluate_rows`.
+        by: columns of which each combination of values is a sample of its own.
+        each: what to average over, the pair or another column.
+
+    Returns:
+        Columns loss_barrier (nats) and accuracy_barrier (a fraction), indexed by `by`.
+    """
+    found = pd.DataFrame(sample_barriers(table, [*by, each])).groupby(list(by), sort=False)
+    return found[["loss_barrier", "accuracy_barrier"]].mean()
+
+
+def best_combinations(table: Iterable[dict] | pd.DataFrame, by: str) -> pd.DataFrame:
+    """The row of the highest accuracy for each value of a column, of several the one of the lowest loss."""
+    frame = pd.DataFrame(table).sort_values(["accuracy", "loss"], ascending=[False, True])
+    return frame.drop_duplicates(by).set_index(by).sort_index()
+
+
+def weight_rows(networks: Mapping[str, State], a: State, b: State) -> list[dict]:
+    """Every weight of small networks with matrices as layers, for `plots_combine.schematic`.
+
+    Returns:
+        Rows {network, layer, row, column, weight, coefficient: of B, in [0, 1]}.
+    """
+    rows = []
+    for name, state in networks.items():
+        for layer, weights in state.items():
+            coefficients = ((weights - a[layer]) / (b[layer] - a[layer])).clamp(0, 1)
+            for row, column in itertools.product(*map(range, weights.shape)):
+                values = {"weight": float(weights[row, column]), "coefficient": float(coefficients[row, column])}
+                rows.append({"network": name, "layer": layer, "row": row, "column": column} | values)
+    return rows
+
+
+class Lazy:
     """State dicts that are made when they are asked for, and not kept; its length serves the progress bar."""
 
     def __init__(self, makers: Sequence[Callable[[], State]]):
@@ -217,5 +256,5 @@ class _Lazy(Sequence):
     def __len__(self) -> int:
         return len(self._makers)
 
-    def __getitem__(self, i: int) -> State:
-        return self._makers[i]()
+    def __iter__(self) -> Iterator[State]:
+        return (make() for make in self._makers)

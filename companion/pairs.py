@@ -142,7 +142,7 @@ def load_pair(
     a, b = (store.get(run, device) for run in runs)
     dataset = load(data or names[0].data, device=device)
     calibration_batches = iterate(dataset, "train", batch_size=500, limit=calibration)
-    test = iterate(dataset, "test", batch_size=1000)
+    test = iterate(dataset, "test", batch_size=500)
     return Pair(tuple(runs), a, b, dataset, calibration_batches, test, match, options)
 
 
@@ -161,22 +161,25 @@ def pairs_of(
 
 
 def match_rows(pair: Pair) -> list[dict]:
-    """Similarity of the weights of A and B before they are matched by weights and after every sweep over all layers.
+    """Similarity of the weights of A and B as trained, and while B's units are being matched by weights.
 
         <theta_A, P(theta_B)> / (|theta_A| |theta_B|),
 
     the objective (Csiszarik et al. 2023, Algorithm 1) relative to what it is between equal networks, over all weights
-    that a permutation moves. Of several descents, that of the best.
+    that a permutation moves. Of several descents it is the best, which need not start at the order as trained.
 
     Returns:
-        Rows {sweep, objective, similarity}.
+        Rows {sweep: over all layers, from 0, similarity, as_trained: without any permutation}.
     """
-    names = {axis.tensor for group in pair.matching.spec.groups for axis in group.axes}
-    norms = [sum(float(model.state_dict()[n].norm()) ** 2 for n in names) ** 0.5 for model in (pair.a, pair.b)]
-    return [
-        {"sweep": i, "objective": objective, "similarity": objective / (norms[0] * norms[1])}
-        for i, objective in enumerate(pair.matching.history)
-    ]
+    matching = pair.matching
+    moved = {axis.tensor for group in matching.spec.groups for axis in group.axes}
+    a, b = (
+        torch.cat([value.detach().double().flatten() for name, value in model.named_parameters() if name in moved])
+        for model in (pair.a, pair.b)
+    )
+    whole = float(a.norm() * b.norm())
+    start = {"as_trained": float(a @ b) / whole}
+    return [{"sweep": i, "similarity": value / whole} | start for i, value in enumerate(matching.history)]
 
 
 def title_of(run: str, data: str | None = None) -> str:

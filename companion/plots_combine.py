@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import RegularPolygon
 
+from companion.mixtures import best_combinations
 from companion.plots import COLUMN_WIDTH, OTHERS, STYLE, curves, style
 
 KIND_LOOKS = {
@@ -24,8 +25,15 @@ SPLITS = {"test": {}, "train": {"linestyle": "--", "markerfacecolor": "white"}}
 METRICS = {"loss": "test loss (nats)", "accuracy": "test accuracy (%)"}
 
 
-def performance(table: Sequence[dict] | pd.DataFrame, x: str = "x", *, xlabel: str, title: str = "") -> Figure:
-    """Loss (nats) over accuracy (%) of combined networks, aligned and not (Csiszarik et al. 2023, Figs. 2 to 10).
+def performance(
+    table: Sequence[dict] | pd.DataFrame,
+    x: str = "x",
+    *,
+    xlabel: str,
+    title: str = "",
+    marks: Mapping[float, str] | None = None,
+) -> Figure:
+    """Loss (nats) over accuracy (%) of combined networks, aligned and not (Csiszarik et al. 2023, Figs. 2 to 6, 8).
 
     Lines are means over samples and pairs, bands go from the worst to the best of them; a dashed line is the mean of
     the endpoints.
@@ -33,6 +41,7 @@ def performance(table: Sequence[dict] | pd.DataFrame, x: str = "x", *, xlabel: s
     Args:
         table: rows of `mixtures.evaluate_rows`, of one split, with a column `kind`.
         x: column of the horizontal axis.
+        marks: what lies at some places of that axis, such as {0: "model A", 1: "model B"}.
     """
     frame = pd.DataFrame(table)
     with style():
@@ -41,6 +50,10 @@ def performance(table: Sequence[dict] | pd.DataFrame, x: str = "x", *, xlabel: s
             _panel(ax, frame, x, metric)
         axes[0].set_title(title)
         axes[1].set_xlabel(xlabel)
+        if marks:
+            between = [tick for tick in axes[1].get_xticks() if min(marks) < tick < max(marks) and tick not in marks]
+            ticks = {tick: f"{tick:g}" for tick in between} | {at: f"{at:g}\n{name}" for at, name in marks.items()}
+            axes[1].set_xticks(list(ticks), list(ticks.values()))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return figure
 
@@ -65,7 +78,7 @@ def agreement_shares(table: Sequence[dict] | pd.DataFrame) -> pd.DataFrame:
     """Counts of labels as percent of the test images, with their sums: both, a, b, neither, and wrong.
 
     Args:
-        table: rows of `mixtures.label_agreement`; other columns stay.
+        table: rows of `comparisons.label_rows`; other columns stay.
     """
     frame = pd.DataFrame(table)
     parts = [f"{name}_{word}" for name in AGREEMENT for word in ("correct", "wrong")]
@@ -77,10 +90,11 @@ def agreement_shares(table: Sequence[dict] | pd.DataFrame) -> pd.DataFrame:
 def agreement(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
     """Whose labels combined networks predict, in percent of the images (Csiszarik et al. 2023, Figs. 12, B.25, B.26).
 
-    Means over samples and pairs, one upon the other, correct labels light and wrong ones dark.
+    Means over samples and pairs, one upon the other, correct labels light and wrong ones dark; dotted lines are where
+    "neither" begins in the best and the worst of them. Panels of aligned networks begin where something happens.
 
     Args:
-        table: rows of `mixtures.label_agreement` with columns model, kind, scheme and x; each kind and scheme of each
+        table: rows of `comparisons.label_rows` with a column `model`; each kind and scheme of each
             model has a panel, in their order in the table.
     """
     frame = agreement_shares(table)
@@ -94,12 +108,21 @@ def agreement(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figur
         size = (COLUMN_WIDTH, 0.9 + (1.4 if several else 1.25) * lines)
         figure = plt.figure(figsize=size)
         body = figure.subfigures()  # apart from the legend
-        axes = body.subplots(lines, 2, sharey=True, squeeze=False)
+        axes = body.subplots(lines, 2, squeeze=False)
+        shared = 10 * (frame.loc[frame["kind"] != "naive", "both"].min() // 10)
         for ax, ((model, scheme, kind), rows) in zip(axes.flat, panels, strict=False):
             mean = rows.groupby("x")[list(parts)].mean()
             ax.stackplot(mean.index, mean.T, labels=labels, colors=colors, lw=0)
             name = f"{model}\n" * several + scheme + ", not aligned" * (kind == "naive")
-            ax.set(title=name, xlabel=SHORT[scheme], ylim=(0, 100), xlim=(mean.index[0], mean.index[-1]))
+            for how, label in (("min", "neither begins, best and worst"), ("max", None)):
+                shares = 100 - rows.groupby("x")["neither"].agg(how)
+                ax.plot(shares.index, shares, color="black", lw=0.7, ls=":", label=label)
+            ax.set(
+                title=name,
+                xlabel=SHORT[scheme],
+                ylim=(0 if kind == "naive" else shared, 100),
+                xlim=(mean.index[0], mean.index[-1]),
+            )
             if scheme == "uniform":  # does not go from A to B
                 ax.set_xticks([0, 0.25, 0.5])
             else:
@@ -120,8 +143,7 @@ def edges(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
     Lines are means over pairs, bands go from the least to the greatest of them.
 
     Args:
-        table: rows {pair, kind, layer, bin_low, bin_high: lengths in units of the layer's root mean square weight,
-            share: of the layer's weights, in [0, 1]}.
+        table: rows of `comparisons.edge_rows` with a column `pair`.
     """
     frame = pd.DataFrame(table)
     layers = list(frame.groupby("layer", sort=False))
@@ -154,8 +176,7 @@ def robustness(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
     least to the greatest of them; dashed is the mean barrier of networks of which no unit is matched.
 
     Args:
-        table: rows {pair, layer, k, units, draw, loss_barrier, accuracy_barrier, naive_loss_barrier,
-            naive_accuracy_barrier}.
+        table: rows of `comparisons.derangement_rows`.
     """
     frame = pd.DataFrame(table)
     frame["share"] = 100 * frame["k"] / frame["units"]
@@ -167,11 +188,13 @@ def robustness(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
         axes = panels.subplots(len(layers), 2, sharex=True, sharey="col", squeeze=False)
         for line, (layer, rows) in zip(axes, layers, strict=True):
             for ax, metric in zip(line, columns, strict=True):
-                spread = rows.groupby("share")[f"{metric}_barrier"].agg(["mean", "min", "max"])
+                unit = 100 if metric == "accuracy" else 1
+                spread = rows.groupby("share")[f"{metric}_barrier"].agg(["mean", "min", "max"]) * unit
                 look = KIND_LOOKS["permuted"] | {"label": "aligned, then deranged"}
                 ax.plot(spread.index, spread["mean"], **look)
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=look["color"], alpha=0.15, lw=0)
-                ax.axhline(frame[f"naive_{metric}_barrier"].mean(), **KIND_LOOKS["naive"] | {"marker": "", "ls": "--"})
+                naive = frame[f"naive_{metric}_barrier"].mean() * unit
+                ax.axhline(naive, **KIND_LOOKS["naive"] | {"marker": "", "ls": "--"})
             line[0].set_ylabel(f"{layer}\n{rows['units'].iloc[0]} units", rotation=0, ha="right", va="center")
             line[0].set_xticks([0, 50, 100])
         for ax, name in zip(axes[0], columns.values(), strict=True):
@@ -205,10 +228,10 @@ def widths(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
     step = (ticks[-1] / ticks[0]) ** 0.012  # between bars at one width, which stand side by side
     with style():
         figure, axes = plt.subplots(2, sharex=True, figsize=(COLUMN_WIDTH, 4.6))
-        for ax, metric in zip(axes, ("loss_barrier", "accuracy_barrier"), strict=True):
+        for ax, metric, unit in zip(axes, ("loss_barrier", "accuracy_barrier"), (1, 100), strict=True):
             for place, (scheme, look) in enumerate(SCHEME_LOOKS.items()):
                 for kind, rows in frame[frame["scheme"] == scheme].groupby("kind", sort=False):
-                    spread = rows.groupby("width")[metric].agg(["mean", "min", "max"])
+                    spread = rows.groupby("width")[metric].agg(["mean", "min", "max"]) * unit
                     ends = [(spread["mean"] - spread["min"]).clip(0), (spread["max"] - spread["mean"]).clip(0)]
                     at = spread.index * step ** (place - (len(SCHEME_LOOKS) - 1) / 2)
                     how = {"ls": "-", "label": scheme}
@@ -325,7 +348,7 @@ def descents(table: Sequence[dict] | pd.DataFrame) -> Figure:
     """Similarity of two networks' weights while their units are being matched, a line for each pair (Algorithm 1).
 
     Args:
-        table: rows {model, pair, sweep, similarity: of the weights, 1 for equal ones}.
+        table: rows of `pairs.match_rows` with columns model and pair. Short dashes at the left are weights as trained.
     """
     frame = pd.DataFrame(table)
     with style():
@@ -334,6 +357,7 @@ def descents(table: Sequence[dict] | pd.DataFrame) -> Figure:
             for i, (_, of) in enumerate(rows.groupby("pair", sort=False)):
                 label = {} if i else {"label": model}
                 ax.plot(of["sweep"], of["similarity"], color=color, marker=marker, ms=3, lw=1, **label)
+                ax.plot([-0.7, -0.3], [of["as_trained"].iloc[0]] * 2, color=color)
         ax.set(xlabel="sweeps over all layers", ylabel="cosine similarity of\nthe weights of A and B")
         ax.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -391,6 +415,24 @@ def plane(panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
         return figure
 
 
+def matchings(found: Mapping[str, Sequence[int]]) -> Figure:
+    """Permutations as points (unit of A, unit of B), panel beside panel; what differs from the first one is orange.
+
+    Args:
+        found: title -> the unit of B that each unit of A is matched with.
+    """
+    first = np.asarray(next(iter(found.values())))
+    with style():
+        figure, axes = plt.subplots(1, len(found), sharey=True, squeeze=False, figsize=(COLUMN_WIDTH, 1.7))
+        for ax, (title, units) in zip(axes[0], found.items(), strict=True):
+            units, places = np.asarray(units), np.arange(len(first))
+            for which, look in ((units == first, OTHERS[0]), (units != first, ("#E69F00", "s"))):
+                ax.plot(places[which], units[which], look[1], color=look[0], ms=4)
+            ax.set(title=title, xlabel="unit of A", aspect="equal", xticks=[0, len(first) - 1])
+        axes[0, 0].set(ylabel="unit of B", yticks=[0, len(first) - 1])
+        return figure
+
+
 CORNERS = {"a": (0.0, 0.0, "A"), "b": (1.0, 0.0, r"$\pi_B$(B)"), "c": (0.5, 0.75**0.5, r"$\pi_C$(C)")}
 
 
@@ -398,36 +440,40 @@ def triangle(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure
     """Test accuracy (%) of combinations of three models as an equilateral triangle (Csiszarik et al. 2023, Fig. 11b).
 
     A cell is a combination: a corner is one model, an edge lies between two. Each triple has a panel of its own, in
-    which the best combination is marked; of several with its accuracy, that of the lowest loss.
+    which the best combination is marked; of several with its accuracy, that of the lowest loss. Aligned models stand
+    above, others below, each with a scale of their own.
 
     Args:
-        table: rows {triple: seeds of the three such as "1-2-3", w_a, w_b, w_c: weights of `combine.simplex_grid`,
-            loss (nats), accuracy (in [0, 1])}.
+        table: rows {kind: "permuted" or "naive", triple: seeds of the three such as "1-2-3", w_a, w_b, w_c: weights of
+            `combine.simplex_grid`, loss (nats), accuracy (in [0, 1])}.
     """
     frame = pd.DataFrame(table)
     frame["accuracy"] *= 100
     frame["x"], frame["y"] = (sum(frame[f"w_{name}"] * at[i] for name, at in CORNERS.items()) for i in (0, 1))
     radius = frame.loc[frame["w_a"] > 0, "w_a"].min() / 3**0.5  # of hexagons that fill the plane
-    triples = list(frame.groupby("triple", sort=False))
+    kinds, triples = list(frame.groupby("kind", sort=False)), frame["triple"].nunique()
     with style():
-        size = (COLUMN_WIDTH * (1 + len(triples)) / 2, 2.9)
-        figure, axes = plt.subplots(1, len(triples), squeeze=False, figsize=size)
-        for ax, (triple, rows) in zip(axes[0], triples, strict=True):
-            centres = rows[["x", "y"]].to_numpy()
-            cells = PatchCollection([RegularPolygon(at, 6, radius=radius) for at in centres], edgecolor="face", lw=0.3)
-            cells.set(array=rows["accuracy"], clim=(frame["accuracy"].min(), frame["accuracy"].max()))
-            ax.add_collection(cells)
-            best = rows.sort_values(["accuracy", "loss"], ascending=[False, True]).iloc[0]
-            star = {"color": "white", "markeredgecolor": "black", "label": r"$\Theta^*$, the best combination"}
-            ax.plot(best["x"], best["y"], "*", ms=9, linestyle="", **star)
-            for name, (x, y, label) in CORNERS.items():
-                text = f"{label}\n{rows.loc[rows[f'w_{name}'].idxmax(), 'accuracy']:.1f} %"
-                side, align = (-1, "top") if y == 0 else (1, "bottom")
-                ax.annotate(text, (x, y + 1.3 * side * radius), ha="center", va=align, fontsize=7)
-            ax.set_title(f"A, B, C: seeds {triple.replace('-', ', ')}\nthe best {best['accuracy']:.1f} %")
-            ax.set(aspect="equal", xlim=(-0.12 - radius, 1.12 + radius), ylim=(-0.25 - radius, 1.1 + radius))
-            ax.set_axis_off()
+        size = (COLUMN_WIDTH * (1 + triples) / 2, 0.4 + 2.5 * len(kinds))
+        figure, axes = plt.subplots(len(kinds), triples, squeeze=False, figsize=size)
+        for row, (kind, those) in zip(axes, kinds, strict=True):
+            best = best_combinations(those, "triple")
+            for ax, (triple, rows) in zip(row, those.groupby("triple", sort=False), strict=True):
+                hexagons = [RegularPolygon(at, 6, radius=radius) for at in rows[["x", "y"]].to_numpy()]
+                cells = PatchCollection(hexagons, edgecolor="face", lw=0.3)
+                cells.set(array=rows["accuracy"], clim=(those["accuracy"].min(), those["accuracy"].max()))
+                ax.add_collection(cells)
+                star = {"color": "white", "markeredgecolor": "black", "label": r"$\Theta^*$, the best combination"}
+                ax.plot(best.loc[triple, "x"], best.loc[triple, "y"], "*", ms=9, linestyle="", **star)
+                for name, (x, y, label) in CORNERS.items():
+                    label = label if kind == "permuted" else name.upper()
+                    text = f"{label}\n{rows.loc[rows[f'w_{name}'].idxmax(), 'accuracy']:.1f} %"
+                    side, align = (-1, "top") if y == 0 else (1, "bottom")
+                    ax.annotate(text, (x, y + 1.3 * side * radius), ha="center", va=align, fontsize=7)
+                seeds = f"A, B, C: seeds {triple.replace('-', ', ')}\n" if kind == kinds[0][0] else ""
+                ax.set_title(f"{seeds}{KIND_LOOKS[kind]['label']}, the best {best.loc[triple, 'accuracy']:.1f} %")
+                ax.set(aspect="equal", xlim=(-0.12 - radius, 1.12 + radius), ylim=(-0.25 - radius, 1.1 + radius))
+                ax.set_axis_off()
+            figure.colorbar(cells, ax=row, label="test accuracy (%)", shrink=0.8)
         figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
-        figure.colorbar(cells, ax=axes, label="test accuracy (%)", shrink=0.8)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center")
         return figure

@@ -136,7 +136,9 @@ def extreme(
     """The 'Min' or 'Max' model: of all models' values of an entry, the one smallest or largest (Sec. 4.5.1).
 
     Args:
-        states: state dicts of one architecture; of equal values, the first one's is taken.
+        states: state dicts of one architecture. Of values that tie, as a and -a do by magnitude, "max" takes the first
+            and "min" the last, not both the first as the paper's formulas do: so of two models Min has every entry that
+            Max has not, and their midpoint is that of the models.
         which: "min" or "max".
         by: "magnitude" compares |theta|, as the paper does; "value" compares theta.
 
@@ -146,11 +148,11 @@ def extreme(
     if which not in ("min", "max") or by not in ("magnitude", "value"):
         raise ValueError(f"which is 'min' or 'max', by is 'magnitude' or 'value', not {which!r} and {by!r}")
     check_compatible(*states)
-    before = torch.lt if which == "min" else torch.gt
     key = torch.abs if by == "magnitude" else torch.Tensor.detach
 
     def pick(x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(before(key(y), key(x)), y, x)
+        larger = key(y) > key(x)  # one comparison for both: what the one takes, the other leaves
+        return torch.where(larger, y, x) if which == "max" else torch.where(larger, x, y)
 
     return {
         name: functools.reduce(pick, (state[name] for state in states)).clone() if x.is_floating_point() else x.clone()

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 
@@ -10,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from repairlib.graph import eval_mode
 from repairlib.interpolate import State, check_compatible
+from repairlib.progress import bar
 from repairlib.train import evaluate
 
 # Elements of a stack's largest activation on a CPU (2 MB in float32): beyond, it leaves the cache, and networks run
@@ -37,14 +36,16 @@ def evaluate_many(
 
     Args:
         model: the architecture, and the device and precision to compute on. Untouched.
-        states: state dicts, for instance from a generator: no more than a chunk of them is alive at a time.
+        states: state dicts, for instance from a generator: one at a time is taken, copied and let go, and no more than
+            a chunk of copies is alive.
         batches: (x [b, ...], y int64 [b]), read once a chunk; a one-shot iterator is kept in memory.
-        chunk: networks in a stack; default: as many as `memory` holds, at most 64; on a CPU, as the largest activation,
-            for the first batch, goes into `CPU_STACK` elements.
-        stacked: default: on a GPU always, on a CPU if the default chunk is 4 or more; and one after the other if vmap
-            cannot run the model (True raises then).
-        memory: bytes that the weights and four of the largest activations of a stack may take, if chunk is None.
-        progress: show a bar if stdout is a terminal.
+        chunk: networks in a stack; default: as many as `memory` holds, at least 1 and at most 64; on a CPU, as the
+            largest activation, for the first batch, goes into `CPU_STACK` elements.
+        stacked: default: on a GPU if the default chunk is 2 or more, on a CPU if it is 4 or more; and one after the
+            other if vmap cannot run the model (True raises then).
+        memory: bytes that the weights and four of the largest activations of a stack may take, if chunk is None. One
+            network is evaluated however large it is.
+        progress: show a bar if somebody is looking, see `progress.watched`.
 
     Raises:
         ValueError: there are no batches, or a state does not fit the model.
@@ -59,12 +60,11 @@ def evaluate_many(
     largest = _largest_activation(net, batches)
     size = sum(value.numel() * value.element_size() for value in own.values()) + 4 * floats[0].element_size() * largest
     fits = min(64, int(memory / size), 64 if floats[0].is_cuda else CPU_STACK // largest)
-    forced, stacked = stacked, floats[0].is_cuda or fits >= 4 if stacked is None else stacked
+    forced, stacked = stacked, fits >= (2 if floats[0].is_cuda else 4) if stacked is None else stacked
     chunk = chunk or max(1, fits if count is None else min(fits, count))
     results: list[tuple[float, float]] = []
     left = iter(states)
-    quiet = not (progress and sys.stdout.isatty())
-    with tqdm(total=count, desc="networks", unit="net", file=sys.stdout, disable=quiet) as bar:
+    with bar(count, "networks", "net", progress) as networks:
         while group := _stack(own, left, chunk if stacked else 1, len(results)):
             number = len(next(iter(group.values())))
             if stacked:
@@ -78,7 +78,8 @@ def evaluate_many(
                 for i in range(number):
                     net.load_state_dict({name: values[i] for name, values in group.items()})
                     results.append(evaluate(net, batches))
-            bar.update(number)
+            networks.update(number)
+            del group  # before the next one is made
     return results
 
 
@@ -86,11 +87,13 @@ def _stack(own: State, states: Iterator[State], chunk: int, before: int) -> dict
     """The next states, at most `chunk`, one above the other; nothing if there are none."""
     out: dict[str, Tensor] = {}
     n = 0
-    for n, state in enumerate(itertools.islice(states, chunk), 1):
-        check_compatible(own, state, names=("the model", f"state {before + n - 1}"), types=False)
+    for state in itertools.islice(states, chunk):  # not enumerated: enumerate keeps what it gave
+        check_compatible(own, state, names=("the model", f"state {before + n}"), types=False)
         out = out or {name: value.new_empty((chunk, *value.shape)) for name, value in own.items()}
         for name, values in out.items():
-            values[n - 1].copy_(state[name])
+            values[n].copy_(state[name])
+        n += 1
+        del state  # before the next one is made
     return {name: values[:n] for name, values in out.items()}
 
 

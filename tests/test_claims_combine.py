@@ -28,7 +28,7 @@ ALL = ("uniform", "subcube", "hyperplane", "bernoulli")
 def widths(narrow: float, wide: float, bernoulli: float = 0.0) -> list[dict]:
     return [
         {"scheme": scheme, "kind": "permuted", "width": width, "pair": pair, "loss_barrier": 0.1}
-        | {"accuracy_barrier": barrier + (bernoulli if scheme == "bernoulli" else 0)}
+        | {"accuracy_barrier": (barrier + (bernoulli if scheme == "bernoulli" else 0)) / 100}
         for scheme in ("uniform", "bernoulli")
         for width, barrier in {1: narrow, 2: wide}.items()
         for pair in PAIRS
@@ -37,8 +37,10 @@ def widths(narrow: float, wide: float, bernoulli: float = 0.0) -> list[dict]:
 
 def ends(least: float) -> list[dict]:
     return [
-        {"pair": p, "alpha": a, "accuracy": v, **END} for p in PAIRS for a, v in {0: 0.8, 0.5: 0.6, 1: least}.items()
-    ]
+        {"pair": p, "kind": kind, "alpha": a, "accuracy": v, **END}
+        for p in PAIRS for kind, worst in {"permuted": least, "naive": 0.5}.items()
+        for a, v in {0: 0.8, 0.5: 0.6, 1: worst}.items()
+    ]  # fmt: skip
 
 
 def beyond(permuted: float, naive: float, box: float = 0.88) -> list[dict]:
@@ -67,8 +69,9 @@ def three(transitive: float, naive: float) -> list[dict]:
 def corners(edge: float, middle: float) -> list[dict]:
     weights = [((1, 0, 0), 0.9), ((0, 1, 0), 0.9), ((0, 0, 1), 0.88), ((0.5, 0.5, 0), edge), ((1 / 3,) * 3, middle)]
     return [
-        {"triple": t, **dict(zip(("w_a", "w_b", "w_c"), w, strict=True)), "loss": 1.0, "accuracy": accuracy}
-        for t in ("123", "231") for w, accuracy in weights
+        {"kind": kind, "triple": t, "loss": 1.0, "accuracy": accuracy - (kind == "naive") / 2}
+        | dict(zip(("w_a", "w_b", "w_c"), w, strict=True))
+        for kind in ("permuted", "naive") for t in ("123", "231") for w, accuracy in weights
     ]  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def edges(permuted: float) -> list[dict]:
 def deranged(half: float) -> list[dict]:
     return [
         {"pair": p, "layer": layer, "k": k, "units": 8, "draw": 0, "loss_barrier": 0.1, "accuracy_barrier": barrier}
-        for p in PAIRS for layer in ("conv1", "conv2") for k, barrier in {2: 3.0, 4: 3.0 + half, 8: 60.0}.items()
+        for p in PAIRS for layer in ("conv1", "conv2") for k, barrier in {2: 0.03, 4: 0.03 + half / 100, 8: 0.6}.items()
     ]  # fmt: skip
 
 

@@ -179,15 +179,44 @@ def test_extrapolated_variances_stay_valid(name):
 @pytest.mark.parametrize("which", ["min", "max"])
 def test_extremes_against_numpy(which, by):
     states = [make("resnet8-bn-w0.5", s).state_dict() for s in range(3)]
+    for value in (v for state in states for v in state.values() if v.is_floating_point()):
+        value.mul_(8).round_().div_(8)  # to steps so coarse that many tie
     out = combine.extreme(states, which, by)
     for name, value in out.items():
         rows = np.stack([s[name].numpy() for s in states])
         keys = np.abs(rows) if by == "magnitude" else rows
-        index = (keys.argmin(0) if which == "min" else keys.argmax(0))[None]
+        index = (len(rows) - 1 - keys[::-1].argmin(0) if which == "min" else keys.argmax(0))[None]
         np.testing.assert_array_equal(value, np.take_along_axis(rows, index, 0)[0])
         assert value.data_ptr() != states[0][name].data_ptr()
     with pytest.raises((ValueError, TypeError), match="which"):  # the checker of annotations is first in the tests
         combine.extreme(states, "median")
+
+
+def test_of_values_that_tie_max_takes_the_first_and_min_the_last():
+    a, b, c = ({"w": torch.tensor(w)} for w in ([2.0, -2.0, 1.0, -5.0], [-2.0, 2.0, -4.0, 5.0], [2.0, -2.0, 4.0, -1.0]))
+    assert combine.extreme([a, b], "max")["w"].tolist() == [2, -2, -4, -5]
+    assert combine.extreme([a, b], "min")["w"].tolist() == [-2, 2, 1, 5]
+    assert combine.extreme([a, b, c], "max")["w"].tolist() == [2, -2, -4, -5]
+    assert combine.extreme([a, b, c], "min")["w"].tolist() == [2, -2, 1, -1]
+    assert combine.extreme([b, c, a], "max")["w"].tolist() == [-2, 2, -4, 5]
+    assert combine.extreme([c, a, b], "min")["w"].tolist() == [-2, 2, 1, -1]
+    assert combine.extreme([c, b], "min")["w"].tolist() == [-2, 2, -4, -1]
+
+
+# Values of few sizes in both signs, so that most lists have ties; -0.0 is equal to 0.0, and yet another entry.
+FEW = st.sampled_from([-0.0, 0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(FEW, FEW), min_size=1, max_size=40), st.sampled_from(["magnitude", "value"]))
+@example([(1.0, -1.0), (-1.0, 1.0), (0.0, -0.0), (-0.0, 0.0), (2.0, 2.0)], "magnitude")
+@example([(0.0, -0.0), (-0.0, 0.0), (-0.0, -0.0)], "value")
+def test_min_and_max_of_two_models_are_opposite_vertices(entries, by):
+    a, b = torch.tensor(entries, dtype=torch.float32).T.contiguous()
+    most, least = (combine.extreme([{"w": a}, {"w": b}], which, by) for which in ("max", "min"))
+    assert same_bits({"w": most["w"] + least["w"]}, {"w": a + b})
+    of_a = (most["w"] == a) & (most["w"].signbit() == a.signbit())
+    assert same_bits({"w": torch.where(of_a, a, b)}, most) and same_bits({"w": torch.where(of_a, b, a)}, least)
 
 
 def test_simplex_grid_has_every_point_once():

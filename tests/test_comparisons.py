@@ -1,5 +1,7 @@
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from companion.comparisons import (
     label_rows,
 )
 from companion.pairs import load_pair
+from repairlib.data import iterate
 from repairlib.graph import permute
 from repairlib.interpolate import interpolate_states, with_state
 
@@ -91,10 +94,27 @@ def test_edges_of_unrelated_weights_have_mean_square_two(pair):
     assert square == pytest.approx(2, rel=0.1)  # 4,096 weights: a standard error of 0.03
 
 
+def test_correlations_are_of_matched_units_behind_the_nonlinearity(pair):
+    """By hand, over all images at once: unit i of A goes with unit ``permutation[i]`` of B as trained."""
+    pair = replace(pair, calibration=iterate(pair.dataset, "train", batch_size=64, limit=200))  # the last batch has 8
+    x = torch.cat([x for x, _ in pair.calibration]).flatten(1)
+    a, b, found = x, x, group_correlations(pair)
+    assert len(x) == 200 and list(found) == ["fc1", "fc2"]
+    for i, name in enumerate(found, 1):
+        with torch.no_grad():
+            a, b = (torch.relu(net.get_submodule(f"ln{i}")(net.get_submodule(name)(y)))
+                    for net, y in ((pair.a, a), (pair.b, b)))  # fmt: skip
+        columns = a.double().numpy().T, b[:, pair.matching.permutation[name]].double().numpy().T
+        alive = np.logical_and(*(column.std(1) > 0 for column in columns))
+        expected = [np.corrcoef(u, v)[0, 1] if ok else 0 for u, v, ok in zip(*columns, alive, strict=True)]
+        assert alive.sum() > 8 and np.ptp(expected) > 0.5
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+
+
 def test_the_least_correlated_pairs_are_deranged_and_others_stay(pair):
     correlation, whole = group_correlations(pair), pair.matching.permutation
     found = derangements(pair, steps=2, draws=3)
-    assert [c["k"] for c, _ in found if c["layer"] == next(iter(whole))] == [0, 2, 2, 2, 8, 8, 8, 16, 16, 16]
+    assert [c["k"] for c, _ in found if c["layer"] == next(iter(whole))] == [0, 2, 8, 8, 8, 16, 16, 16]
     loss = pair.evaluate(pair.b)[0]
     for columns, matching in found:
         moved = matching[columns["layer"]] != whole[columns["layer"]]

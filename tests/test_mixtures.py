@@ -4,7 +4,7 @@ import torch
 from companion import mixtures
 from companion.mixtures import SCHEMES, combination_rows, evaluate_rows, sample_barriers, stitching_rows
 from companion.pairs import load_pair
-from repairlib import combine, train
+from repairlib import combine, stacked, train
 from repairlib.data import iterate
 from repairlib.interpolate import interpolate_states, with_state
 
@@ -68,8 +68,8 @@ def test_a_scheme_that_is_not_random_gives_one_network(pair):
     assert (row["loss"], row["accuracy"]) == pytest.approx(expected)
 
 
-def test_only_one_state_is_made_at_a_time(pair):
-    alive, most = set(), []
+def test_one_network_is_made_at_a_time_and_none_kept_while_it_is_evaluated(pair, monkeypatch):
+    alive, most, during = set(), [], []
 
     class State(dict):
         def __init__(self, *args):
@@ -80,8 +80,19 @@ def test_only_one_state_is_made_at_a_time(pair):
         def __del__(self):
             alive.discard(id(self))
 
+    evaluate = stacked.evaluate
+    monkeypatch.setattr(stacked, "evaluate", lambda *args: during.append(len(alive)) or evaluate(*args))
+    monkeypatch.setattr(stacked, "CPU_STACK", 0)  # one by one
     evaluate_rows(pair, [({"i": i}, lambda: State(pair.a.state_dict())) for i in range(6)])
-    assert len(most) >= 6 and max(most) <= 2  # the next is made before the last is let go; beartype looks at one too
+    assert most == [1] * 6 and during == [0] * 8  # and the two ends
+
+
+def test_a_network_that_cannot_be_made_is_no_end_of_the_list(pair):
+    def fail():
+        raise IndexError("no such layer")
+
+    with pytest.raises(IndexError, match="no such layer"):
+        evaluate_rows(pair, [({}, pair.a.state_dict), ({}, fail), ({}, pair.a.state_dict)])
 
 
 def test_stitching_begins_with_b_and_ends_with_a(pair):
@@ -99,8 +110,8 @@ def test_barriers_of_samples_are_of_the_worst():
     ]
     permuted, naive = sample_barriers(rows)
     assert (permuted["scheme"], permuted["kind"], permuted["networks"]) == ("uniform", "permuted", 2)
-    assert permuted["loss_barrier"] == pytest.approx(0.2) and permuted["accuracy_barrier"] == pytest.approx(20)
-    assert naive["loss_barrier"] == pytest.approx(1.9) and naive["accuracy_barrier"] == pytest.approx(80)
+    assert permuted["loss_barrier"] == pytest.approx(0.2) and permuted["accuracy_barrier"] == pytest.approx(0.2)
+    assert naive["loss_barrier"] == pytest.approx(1.9) and naive["accuracy_barrier"] == pytest.approx(0.8)
 
 
 def test_unknown_names_have_a_nearest(pair):
@@ -110,3 +121,27 @@ def test_unknown_names_have_a_nearest(pair):
         mixtures.states_of(pair, "permute")
     with pytest.raises(ValueError, match="the nearest is 'weights'"):
         load_pair(RUNS, match="weight")
+
+
+def test_mean_barriers_are_means_of_each_pairs_worst():
+    rows = [
+        {"kind": "permuted", "pair": pair, "loss": loss, "accuracy": 0.9 - loss, "end_loss": 0.1, "end_accuracy": 0.9}
+        for pair, losses in {"1-2": (0.2, 0.5), "1-3": (0.3, 0.1)}.items()
+        for loss in losses
+    ]
+    mean = mixtures.mean_barriers(rows).loc["permuted"]
+    assert mean["loss_barrier"] == pytest.approx(0.3) and mean["accuracy_barrier"] == pytest.approx(0.4)
+
+
+def test_the_best_combination_is_the_most_accurate_and_of_several_the_one_of_the_lowest_loss():
+    rows = [{"triple": t, "accuracy": a, "loss": x} for t in "ab" for a, x in ((0.9, 0.1), (0.95, 0.3), (0.95, 0.2))]
+    best = mixtures.best_combinations(rows[:3] + rows[3:5], "triple")
+    assert best["loss"].to_dict() == {"a": 0.2, "b": 0.3}
+
+
+def test_rows_of_weights_tell_whose_they_are():
+    a, b = {"layer": torch.tensor([[0.0, 1.0]])}, {"layer": torch.tensor([[1.0, 0.5]])}
+    rows = mixtures.weight_rows({"A": a, "middle": interpolate_states(a, b, 0.5)}, a, b)
+    assert [(r["network"], r["column"], r["weight"], r["coefficient"]) for r in rows] == [
+        ("A", 0, 0, 0), ("A", 1, 1, 0), ("middle", 0, 0.5, 0.5), ("middle", 1, 0.75, 0.5),
+    ]  # fmt: skip

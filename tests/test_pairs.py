@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from companion.pairs import NETWORKS, barrier_means, barrier_rows, load_pair, name_means, path_rows, reduction_rows
+from companion.pairs import (
+    NETWORKS,
+    barrier_means,
+    barrier_rows,
+    load_pair,
+    match_rows,
+    name_means,
+    path_rows,
+    reduction_rows,
+)
 from repairlib import Repair, reset, train
 
 RUNS = ["digits/mlp2-plain-w16/smoke/s1", "digits/mlp2-plain-w16/smoke/s2"]
@@ -16,6 +25,25 @@ def test_pair_of_stored_runs():
     assert path.accuracy[0] == pair.evaluate(pair.a)[1] and path.accuracy[2] == pair.evaluate(pair.b)[1]
     repaired = pair.repair()
     assert pair.path(lambda alpha: repaired(alpha).model, [0, 1]).accuracy == (path.accuracy[0], path.accuracy[2])
+
+
+@pytest.mark.parametrize("model", ["mlp2-ln-w16", "mlp2-bn-w16"])
+def test_similarity_of_weights_is_their_cosine(model):
+    runs = [f"digits/{model}/smoke/s{seed}" for seed in (1, 2)]
+    pair = load_pair(runs, calibration=100, match="weights", restarts=3)
+    rows = match_rows(pair)
+
+    def cosine(a, b):  # of all that a permutation moves: everything but the classifier's bias, and no statistics
+        a, b = (torch.cat([p.flatten() for name, p in m.named_parameters() if name != last]) for m in (a, b))
+        return float(torch.cosine_similarity(a, b, dim=0))
+
+    last = list(dict(pair.a.named_parameters()))[-1]
+    assert all(row["as_trained"] == pytest.approx(cosine(pair.a, pair.b), abs=1e-6) for row in rows)
+    assert rows[-1]["similarity"] == pytest.approx(cosine(pair.a, pair.aligned), abs=1e-6)
+    assert [row["sweep"] for row in rows] == list(range(len(rows)))
+    once = match_rows(load_pair(runs, calibration=100, match="weights"))
+    assert once[0]["similarity"] == pytest.approx(once[0]["as_trained"], abs=1e-6)  # starts at the order as trained
+    assert once[-1]["similarity"] <= rows[-1]["similarity"] + 1e-9  # one of its three descents
 
 
 def test_samples_are_drawn_by_seed():

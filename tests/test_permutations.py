@@ -1,8 +1,11 @@
 import copy
+import itertools
+from collections import Counter
 
 import pytest
 import torch
 from cases import batches, inputs, make
+from scipy import stats
 
 from repairlib import graph, permutations
 from repairlib.matching import match_activations
@@ -59,6 +62,21 @@ def test_derangement_moves_the_k_least_correlated_pairs_and_no_other(k, spec):
         assert sorted(new[group.name].tolist()) == list(range(8))
         seen.add(tuple(new[group.name].tolist()))
     assert len(seen) == {0: 1, 2: 1, 3: 2}.get(k, len(seen)) and (k < 8 or len(seen) > 25)
+
+
+def test_every_derangement_is_as_likely_as_any_other():
+    """Of four pairs 6 are one cycle, which is all that some generators give (Sattolo's), and 3 are two swaps."""
+    old = {"fc": torch.tensor([4, 2, 0, 5, 1, 3])}
+    correlation = {"fc": torch.tensor([0.1, 0.9, 0.3, 0.2, 0.8, 0.0])}
+    worst = [5, 0, 3, 2]
+    before = old["fc"][worst].tolist()
+    possible = [p for p in itertools.permutations(before) if all(x != y for x, y in zip(p, before, strict=True))]
+    assert len(possible) == 9
+    drawn = Counter(
+        tuple(permutations.derange(old, correlation, "fc", 4, seed)["fc"][worst].tolist()) for seed in range(900)
+    )
+    assert set(drawn) == set(possible)
+    assert sum((n - 100) ** 2 / 100 for n in drawn.values()) < stats.chi2(8).ppf(0.999)
 
 
 def test_impossible_derangements(spec):

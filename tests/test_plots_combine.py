@@ -23,7 +23,7 @@ def width_table(kinds):
             "width": width,
             "pair": pair,
             "loss_barrier": size,
-            "accuracy_barrier": 2 * size,
+            "accuracy_barrier": size / 50,
         }
         for scheme, kind, width, pair in itertools.product(plots_combine.SCHEME_LOOKS, kinds, (0.5, 1, 2), (-1, 1))
         for size in [(10 if kind == "permuted" else 100) / width + pair]
@@ -89,15 +89,19 @@ def test_networks_beyond_the_ends_on_both_splits_and_boxes_beside_them():
 def test_the_triangle_has_a_cell_for_each_combination_and_marks_the_best():
     def rows(triple, best):  # two combinations are the most accurate, one of them with the lower loss
         return [
-            {"triple": triple, "w_a": a, "w_b": b, "w_c": c}
-            | {"loss": 1 - ((a, b, c) == best), "accuracy": 0.9 + 0.05 * c}
+            {"kind": kind, "triple": triple, "w_a": a, "w_b": b, "w_c": c}
+            | {"loss": 1 - ((a, b, c) == best), "accuracy": (0.9 if kind == "permuted" else 0.2) + 0.05 * c}
+            for kind in ("permuted", "naive")
             for a, b, c in combine.simplex_grid(3, 4)
         ]
 
-    table = [row | {"accuracy": 0.99} if row["w_b"] == 0.5 else row
+    table = [row | {"accuracy": 0.99} if row["w_b"] == 0.5 and row["kind"] == "permuted" else row
              for row in rows("1-2-3", (0.25, 0.5, 0.25)) + rows("2-3-1", (0.5, 0.5, 0))]  # fmt: skip
     figure = plots_combine.triangle(table, title="resnet8")
-    first, second, bar = figure.axes
+    first, second, naive, _, bar, below = figure.axes
+    assert naive.get_title() == "not aligned, the best 25.0 %" and naive.collections[0].get_clim() == (20, 25)
+    assert [text.get_text().split("\n")[0] for text in naive.texts] == ["A", "B", "C"]
+    assert below.get_ylabel() == bar.get_ylabel()
     assert bar.get_ylabel() == "test accuracy (%)" and "2, 3, 1" in second.get_title()
     for ax, x in ((first, 0.625), (second, 0.5)):
         (cells,), (star,) = ax.collections, ax.lines
@@ -169,7 +173,8 @@ def test_labels_are_stacked_to_all_images_a_panel_for_each_kind_and_scheme():
     np.testing.assert_allclose(reached, [50, 25, 0])
     assert [tick.get_text() for tick in linear.get_xticklabels()] == ["0 (A)", "0.5", "1 (B)"]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == list(areas) and len(areas) == 8
+    assert [text.get_text() for text in legend.texts] == [*areas, "neither begins, best and worst"] and len(areas) == 8
+    assert linear.get_ylim() == uniform.get_ylim() == (40, 100) and naive.get_ylim() == (0, 100)
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
     assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH)
     several = plots_combine.agreement(table + [row | {"model": "resnet8"} for row in table[:3]])
@@ -203,8 +208,8 @@ def test_edges_of_every_layer_with_a_band_over_pairs():
 def test_robustness_draws_barriers_against_the_share_of_deranged_pairs():
     table = [
         {"pair": pair, "layer": layer, "k": k, "units": units, "draw": draw}
-        | {"loss_barrier": k + add, "accuracy_barrier": 10 * k, "naive_loss_barrier": 30 + 2 * add}
-        | {"naive_accuracy_barrier": 50.0}
+        | {"loss_barrier": k + add, "accuracy_barrier": k / 10, "naive_loss_barrier": 30 + 2 * add}
+        | {"naive_accuracy_barrier": 0.5}
         for pair, add in (("1-2", 0.5), ("1-3", -0.5))
         for layer, units in (("conv1", 4), ("conv2", 8))
         for k in (0, 2, units)
@@ -282,11 +287,30 @@ def test_performances_have_a_row_of_loss_and_accuracy_for_each_scheme():
 
 def test_descents_have_a_line_for_each_pair_and_a_label_for_each_model():
     table = [
-        {"model": model, "pair": pair, "sweep": sweep, "similarity": sweep / 10}
+        {"model": model, "pair": pair, "sweep": sweep, "similarity": sweep / 10, "as_trained": 0.05}
         for model, pair, sweeps in (("resnet8", "1-2", 4), ("resnet8", "1-3", 6), ("tiny10", "1-2", 3))
         for sweep in range(sweeps)
     ]
     (ax,) = plots_combine.descents(table).axes
-    assert [len(line.get_xdata()) for line in ax.lines] == [4, 6, 3]
+    assert [len(line.get_xdata()) for line in ax.lines] == [4, 2, 6, 2, 3, 2]
+    assert list(ax.lines[1].get_ydata()) == [0.05] * 2 and max(ax.lines[1].get_xdata()) < 0
     assert [text.get_text() for text in ax.figure.legends[0].texts] == ["resnet8", "tiny10"]
-    assert ax.lines[0].get_color() == ax.lines[1].get_color() != ax.lines[2].get_color()
+    assert ax.lines[0].get_color() == ax.lines[2].get_color() != ax.lines[4].get_color()
+
+
+def test_places_on_the_axis_can_be_named():
+    table = [
+        {"kind": "naive", "x": x, "loss": 1.0, "accuracy": 0.5, "end_loss": 1.0, "end_accuracy": 0.5}
+        for x in (0, 0.5, 1)
+    ]
+    figure = plots_combine.performance(table, xlabel="x", marks={0: "model A", 1: "model B"})
+    ticks = [text.get_text() for text in figure.axes[1].get_xticklabels()]
+    assert {"0\nmodel A", "1\nmodel B"} < set(ticks) and "0.4" in ticks and "0" not in ticks
+
+
+def test_matchings_show_what_has_changed():
+    figure = plots_combine.matchings({"found": [2, 0, 1, 3], "deranged": [2, 1, 0, 3]})
+    assert [ax.get_title() for ax in figure.axes] == ["found", "deranged"]
+    same, changed = figure.axes[1].lines
+    assert same.get_xydata().tolist() == [[0, 2], [3, 3]] and changed.get_xydata().tolist() == [[1, 1], [2, 0]]
+    assert len(figure.axes[0].lines[1].get_xydata()) == 0

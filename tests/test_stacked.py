@@ -32,7 +32,7 @@ def test_many_at_once_agree_with_one_after_the_other(name):
     assert evaluate_many(model, states, data, stacked=False) == expected
 
 
-def test_states_and_batches_may_be_generators_and_no_more_than_a_chunk_is_alive(capsys):
+def test_states_and_batches_may_be_generators_and_one_state_is_alive_at_a_time(capsys):
     name = "mlp2-bn-w8"
     model, data, alive, most = make(name), labelled(name), weakref.WeakSet(), []
 
@@ -48,9 +48,35 @@ def test_states_and_batches_may_be_generators_and_no_more_than_a_chunk_is_alive(
     for how in (True, False, None):
         out = evaluate_many(model, states(), iter(data), chunk=3, stacked=how)
         np.testing.assert_allclose(out, expected, rtol=1e-6)
-    assert max(most) <= 3
+    assert max(most) == 1
     assert evaluate_many(model, [], data) == []
-    assert capsys.readouterr().out == ""  # no terminal, no bar
+    assert capsys.readouterr().out == ""  # nobody is looking
+
+
+def test_no_state_is_kept_while_it_is_evaluated(monkeypatch):
+    name, alive, found = "mlp2-bn-w8", weakref.WeakSet(), []
+    model, data = make(name), labelled(name)
+
+    def fresh(seed):
+        state = {k: v.clone() for k, v in make(name, seed).state_dict().items()}
+        alive.update(state.values())
+        return state
+
+    for function in ("evaluate", "_evaluate_stack"):
+        run = getattr(stacked, function)
+        monkeypatch.setattr(stacked, function, lambda *args, run=run: found.append(len(alive)) or run(*args))
+    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stacked=False)
+    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stacked=True, chunk=2)
+    assert found == [0] * 6
+
+
+def test_a_bar_counts_the_networks_for_whoever_looks(monkeypatch, capsys):
+    name = "mlp2-bn-w8"
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/explore.ipynb")
+    evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name), stacked=False)
+    assert "networks: 100%" in (out := capsys.readouterr().out) and "3/3" in out
+    evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name), progress=False)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_stack_holds_what_memory_allows(monkeypatch):

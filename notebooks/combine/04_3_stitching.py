@@ -19,19 +19,19 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig6"; e
 # %% tags=["runs"]
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
+SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
 resnet = by_scale(
     scale,
     smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits/resnet8-ln-w2/quick-decay",
-    fast="cifar10/resnet20-ln-w4/fast",
+    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
+    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
     paper="cifar10/resnet20-ln-w32/csiszarik",
 )
 tiny = by_scale(
     scale,
     smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits/tiny10-ln-w2/quick-decay",
-    fast="cifar10/tiny10-ln-w4/fast",
+    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
+    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
 restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
@@ -44,11 +44,23 @@ runs = [run for used in runs_of.values() for run in used]
 import time
 
 import pandas as pd
+import torch
 
 from companion import plots_combine
-from companion.mixtures import sample_barriers, stitching_rows
+from companion.mixtures import mean_barriers, stitching_rows, weight_rows
 from companion.pairs import pairs_of, title_of
 from companion.report import save_item
+from repairlib.combine import stitch
+
+# %% [markdown]
+# What is evaluated, for two made-up networks of three layers whose weights are uniform in $[0, 1]$: a cell is a weight,
+# its hue the coefficient.
+
+# %%
+torch.manual_seed(0)
+a, b = ({f"layer {i}": torch.rand(4, 5) for i in (1, 2, 3)} for _ in "ab")
+cuts = {f"{n} layers of A": stitch(a, b, n, {name: (name,) for name in a}) for n in range(4)}
+figure = plots_combine.schematic(weight_rows(cuts, a, b), columns=4)
 
 # %% [markdown]
 # ## Stitch
@@ -66,21 +78,22 @@ for item, run in networks.items():
 
 
 # %% [markdown]
-# Barriers are the worst of a pair's networks against the mean of the endpoints (Def. 3.3); the numbers below are means
-# over pairs.
+# Barriers are the worst of a pair's networks against the mean of the endpoints (Def. 3.3), in nats and as fractions of
+# the test set (0.01 is a point); the numbers below are means over pairs.
+#
+# At `quick` (seeds 1 to 3) every cut between aligned networks works, after a fashion: on average over pairs no cut but
+# the last one costs a ResNet more than 11 points or a Tiny-10 more than 5. The last, between A's layers and B's
+# classifier, is the worst: 21 points and 9. Without alignment all cuts are near chance.
 
 
 # %%
 def save_stitching(item: str) -> None:
     """Draw and save one figure, and print the means over pairs layer by layer."""
-    table, name = tables[item], {"permuted": "aligned", "naive": "naive"}
-    barriers = pd.DataFrame(sample_barriers(table, ("pair", "kind"))).groupby("kind", sort=False)
-    means = barriers[["loss_barrier", "accuracy_barrier"]].mean()
-    summary = {f"{metric}_{name[kind]}": row[metric] for kind, row in means.iterrows() for metric in means}
-    figure = plots_combine.performance(table, "layer", xlabel="layers of model A", title=title_of(networks[item]))
-    last = max(row["layer"] for row in table)
-    ticks = [*range(0, last - 1, 2), last]
-    figure.axes[1].set_xticks(ticks, ["0\nmodel B", *ticks[1:-1], f"{last}\nmodel A"])
+    table, means = tables[item], mean_barriers(tables[item])
+    summary = {**means.loc["permuted"], **means.loc["naive"].add_suffix("_naive")}
+    marks = {0: "model B", max(row["layer"] for row in table): "model A"}
+    title = title_of(networks[item])
+    figure = plots_combine.performance(table, "layer", xlabel="layers of model A", title=title, marks=marks)
     save_item(item, scale, table, summary, figure, runs=runs_of[item], seconds=seconds[item])
     layers = pd.DataFrame(table).groupby(["layer", "name", "kind"], sort=False)[["loss", "accuracy"]].mean()
     print(pd.Series(summary).round(3).to_string(), layers.unstack("kind").round(3).to_string(), sep="\n\n")
@@ -104,12 +117,8 @@ if wanted("combine/figB19", items):
 # ## Check
 #
 # With none of A's layers the network is B, with all of them it is A, in whichever order B's units are: asserted at
-# every scale. Of trained digits networks is asserted that cuts between aligned networks leave at least 30 points more
+# every scale. Of trained digits networks is asserted that cuts between aligned networks leave at least 50 points more
 # accuracy than cuts between others, as means over all cuts and pairs.
-#
-# That *every* cut works is not seen at `quick` and not asserted: networks this narrow are combined badly. ResNets fail
-# where they are cut in their first half, and come near their endpoints where more of the layers are A's. Of three pairs
-# of Tiny-10s two work at every cut, and the third fails in the middle.
 
 # %%
 for table in tables.values():
@@ -119,4 +128,4 @@ for table in tables.values():
     assert (ends["loss"] - ends["end_loss"]).abs().max() < 1e-4, ends
     if scale == "quick":
         cut = frame[~is_end].groupby("kind")["accuracy"].mean()
-        assert cut["permuted"] > cut["naive"] + 0.3, cut
+        assert cut["permuted"] > cut["naive"] + 0.5, cut

@@ -20,8 +20,7 @@
 # over all $\theta^{(j)}$ drawn at all $x$, and likewise in accuracy. The paper finds that aligned networks can be
 # combined by every scheme if they are wide enough, and that they have to be.
 #
-# `04_2_hypercube` draws what these distributions look like. As everywhere here, coefficient 0 is A, as in the paper's
-# text; its Eq. 1 has A and B the other way round.
+# As everywhere here, coefficient 0 is A, as in the paper's text; its Eq. 1 has A and B the other way round.
 
 # %% tags=["parameters"]
 scale: str = "smoke"  # smoke, quick, fast or paper
@@ -31,30 +30,30 @@ samples: int = 0  # networks drawn at each x; 0: the scale's. The paper does not
 # %% tags=["runs"]
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
+SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2))  # every two are a pair
 resnet = by_scale(
     scale,
     smoke="digits/resnet8-ln-w{:g}/smoke",
-    quick="digits/resnet8-ln-w{:g}/quick-decay",
-    fast="cifar10/resnet20-ln-w{:g}/fast",
+    quick="digits-hard/resnet8-ln-w{:g}/quick-csiszarik",
+    fast="cifar10/resnet20-ln-w{:g}/fast-csiszarik",
     paper="cifar10/resnet20-ln-w{:g}/csiszarik",
 )
 tiny = by_scale(
     scale,
     smoke="digits/tiny10-ln-w{:g}/smoke",
-    quick="digits/tiny10-ln-w{:g}/quick-decay",
-    fast="cifar10/tiny10-ln-w{:g}/fast",
+    quick="digits-hard/tiny10-ln-w{:g}/quick-csiszarik",
+    fast="cifar10/tiny10-ln-w{:g}/fast-csiszarik",
     paper="cifar10/tiny10-ln-w{:g}/csiszarik",
 )
 multipliers = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 2], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16, 32])
 widths = {"combine/fig7": multipliers, "combine/figB21": [width for width in multipliers if width <= 16]}
 restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # values of x
-draws = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
+samples = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
 
-models = {"combine/fig7": resnet, "combine/figB21": tiny}
-models = {item: run for item, run in models.items() if wanted(item, items)}
-networks = {item: {width: run.format(width) for width in widths[item]} for item, run in models.items()}
+runs_at = {"combine/fig7": resnet, "combine/figB21": tiny}
+runs_at = {item: run for item, run in runs_at.items() if wanted(item, items)}
+networks = {item: {width: run.format(width) for width in widths[item]} for item, run in runs_at.items()}
 runs_of = {item: [f"{run}/s{seed}" for run in found.values() for seed in SEEDS] for item, found in networks.items()}
 runs = [run for found in runs_of.values() for run in found]
 
@@ -62,6 +61,7 @@ runs = [run for found in runs_of.values() for run in found]
 import time
 
 import pandas as pd
+import torch
 
 from companion import plots_combine
 from companion.mixtures import SCHEMES, combination_rows, sample_barriers, stitching_rows
@@ -69,21 +69,29 @@ from companion.pairs import pairs_of
 from companion.report import save_item
 
 # %% [markdown]
+# What is drawn: coefficients of the four random schemes, at three values of $x$.
+
+# %%
+uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+figure = plots_combine.coefficients(
+    {scheme: {x: SCHEMES[scheme].make(x)(uniform).numpy() for x in (0.1, 0.25, 0.5)}
+     for scheme in ("uniform", "subcube", "hyperplane", "bernoulli")}
+)  # fmt: skip
+
+# %% [markdown]
 # ## Barriers
 #
 # Every two seeds of every width, with B's units in A's order; and, to compare with, the straight line between A and B
-# as trained. No scheme has the ends of its grid, where its networks are A, B or, of the uniform one, the midpoint. At
-# $x = \frac12$ the uniform scheme, the sub-cube and the hyperplane are one, and so are their networks, as all schemes
-# are given the same uniform numbers.
+# as trained (`04_2` and `04_3` have all schemes without alignment). At $x = \frac12$ the uniform scheme, the sub-cube
+# and the hyperplane are one, and so are their networks, as all schemes are given the same uniform numbers.
 
 # %%
-grids = {scheme: SCHEMES[scheme].grid(points)[1:-1] for scheme in ("linear", "subcube", "hyperplane", "bernoulli")}
-grids["uniform"] = SCHEMES["uniform"].grid(points)[1:]
+grids = {scheme: SCHEMES[scheme].grid(points) for scheme in ("linear", "uniform", "subcube", "hyperplane", "bernoulli")}
 
 
 def width_rows(pair) -> list[dict]:
     """Barriers of every scheme."""
-    rows = combination_rows(pair, grids, draws, kinds=("permuted",))
+    rows = combination_rows(pair, grids, samples, kinds=("permuted",))
     rows += combination_rows(pair, {"linear": grids["linear"]}, kinds=("naive",))
     rows += [{"scheme": "stitching"} | row for row in stitching_rows(pair, kinds=("permuted",))]
     return sample_barriers(rows)
@@ -94,7 +102,7 @@ for item, found in networks.items():
     start, tables[item] = time.perf_counter(), []
     for width, run in found.items():
         pairs = pairs_of(run, SEEDS, match="weights", restarts=restarts)
-        of = {"model": models[item].split("/")[1].partition("-w")[0], "width": width}
+        of = {"model": runs_at[item].split("/")[1].partition("-w")[0], "width": width}
         tables[item] += [of | {"pair": name} | row for name, pair in pairs for row in width_rows(pair)]
     seconds[item] = time.perf_counter() - start
 
@@ -109,7 +117,7 @@ def save_widths(item: str) -> None:
     narrow, wide = widths[item][0], widths[item][-1]
     summary = {f"{scheme}_{barrier}_{width:g}x": aligned.loc[scheme, (barrier, width)]
                for barrier in barriers for scheme in aligned.index for width in (narrow, wide)}  # fmt: skip
-    title = f"{frame['model'][0]} on {models[item].split('/')[0]}"
+    title = f"{frame['model'][0]} on {runs_at[item].split('/')[0]}"
     figure = plots_combine.widths(frame, title=title)
     save_item(item, scale, frame, summary, figure, runs=runs_of[item], seconds=seconds[item])
     print(means.round(3).to_string())
@@ -134,9 +142,7 @@ if wanted("combine/figB21", items):
 #
 # At every scale there is a barrier for each scheme, width and pair. Of trained digits networks is asserted that
 # barriers in accuracy of aligned networks fall to less than 0.7 of themselves from the least to the greatest width, as
-# means over pairs: those of every scheme between Tiny-10s, and of all but two between ResNets. Between ResNets this
-# narrow, the vertices of the hypercube work at no width: the Bernoulli scheme's barrier falls a little and stitching's
-# does not, for which the paper's claim is not seen here.
+# means over pairs, those of every scheme.
 
 # %%
 for item, table in tables.items():
@@ -145,5 +151,4 @@ for item, table in tables.items():
     assert len(frame) == 7 * pairs * len(widths[item]), frame  # the straight line twice
     aligned = frame[frame["kind"] == "permuted"].groupby(["scheme", "width"])["accuracy_barrier"].mean().unstack()
     if scale == "quick":
-        falling = aligned if item == "combine/figB21" else aligned.drop(["bernoulli", "stitching"])
-        assert (falling.iloc[:, -1] < 0.7 * falling.iloc[:, 0]).all(), falling
+        assert (aligned.iloc[:, -1] < 0.7 * aligned.iloc[:, 0]).all(), aligned

@@ -12,9 +12,9 @@
 #
 # Such a box is A with uniform noise, as large for a weight as the distance to the weight it is matched with. Both are
 # drawn with $\Theta_B$ in the place of $\pi(\Theta_B)$ too ("not aligned"); there the distances are larger, and so are
-# the steps and the noise. Coefficient 0 is model A everywhere. So it is in the text of the paper; its Eq. 1 multiplies
-# A by the coefficient ($\lambda$ there), which flips the axis of Fig. 9. How many networks the paper draws for a point
-# is not printed.
+# the steps and the noise. Coefficient 0 is model A everywhere. So it is in the text of the paper's sections; its Eq. 1
+# multiplies A by the coefficient ($v$ there, $\lambda$ in the introduction), by which the axis of Fig. 9 would be the
+# other way round. How many networks the paper draws for a point is not printed.
 #
 # Units are matched by weights (App. C).
 
@@ -26,19 +26,19 @@ samples: int = 0  # networks drawn for each point of a box; 0: the scale's
 # %% tags=["runs"]
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
+SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
 resnet = by_scale(
     scale,
     smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits/resnet8-ln-w2/quick-decay",
-    fast="cifar10/resnet20-ln-w4/fast",
+    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
+    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
     paper="cifar10/resnet20-ln-w32/csiszarik",
 )
 tiny = by_scale(
     scale,
     smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits/tiny10-ln-w2/quick-decay",
-    fast="cifar10/tiny10-ln-w4/fast",
+    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
+    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
 restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
@@ -49,7 +49,7 @@ grids = {
     ),
     "centred": by_scale(scale, smoke=[0, 0.25, 0.5], quick=[i / 8 for i in range(5)], fast=EDGES, paper=EDGES),
 }
-draws = samples or by_scale(scale, smoke=1, quick=2, fast=5, paper=10)
+samples = samples or by_scale(scale, smoke=1, quick=2, fast=5, paper=10)
 train_images = by_scale(scale, smoke=200, quick=200, fast=10000, paper=50000)  # that extrapolation is evaluated on
 
 needs = {"combine/fig9": resnet, "combine/fig10": resnet, "combine/figB23-B24": tiny}
@@ -89,7 +89,7 @@ used = {"combine/fig9": ["extrapolation"], "combine/fig10": ["centred"], "combin
 
 def rows_beyond(pair, schemes: list[str]) -> list[dict]:
     """Rows of some schemes, each on its own grid and splits."""
-    options = {"samples": draws, "train_images": train_images}
+    options = {"samples": samples, "train_images": train_images}
     return [row for scheme in schemes
             for row in combination_rows(pair, {scheme: grids[scheme]}, splits=SPLITS[scheme], **options)]  # fmt: skip
 
@@ -192,7 +192,7 @@ if wanted("combine/figB23-B24", items):
 # %%
 for frame in map(pd.DataFrame, tables.values()):
     at = frame[frame["x"] == 0].groupby(["scheme", "pair", "split"])["loss"].agg(["min", "max"])
-    assert len(at) and (at["min"] == at["max"]).all(), at
+    assert len(at) and (at["max"] - at["min"] < 1e-5).all(), at
     at = frame[(frame["scheme"] == "extrapolation") & (frame["x"] == 1)]
     at = at.pivot_table("loss", ["pair", "split"], "kind")
     assert at.empty or (at.permuted - at.naive).abs().max() < 1e-4, at

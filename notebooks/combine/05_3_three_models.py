@@ -23,20 +23,20 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig11a";
 from companion.report import by_scale, wanted
 
 # Seeds of A, B and C.
-ONE = [(1, 2, 3)]
-TRIPLES = by_scale(scale, smoke=ONE, quick=[(1, 2, 3), (2, 3, 1), (3, 1, 2)], fast=ONE, paper=ONE)
+ONE, ALL = [(1, 2, 3)], [(1, 2, 3), (2, 3, 1), (3, 1, 2)]
+TRIPLES = by_scale(scale, smoke=ONE, quick=ALL, fast=ALL, paper=ALL)
 resnet = by_scale(
     scale,
     smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits/resnet8-ln-w2/quick-decay",
-    fast="cifar10/resnet20-ln-w4/fast",
+    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
+    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
     paper="cifar10/resnet20-ln-w32/csiszarik",
 )
 tiny = by_scale(
     scale,
     smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits/tiny10-ln-w2/quick-decay",
-    fast="cifar10/tiny10-ln-w4/fast",
+    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
+    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
 wide = by_scale(scale, smoke=resnet, quick=resnet, fast=resnet, paper="cifar10/resnet20-ln-w40/csiszarik")
@@ -55,9 +55,10 @@ import time
 from functools import partial
 
 import pandas as pd
+from torch import nn
 
 from companion import plots_combine
-from companion.mixtures import evaluate_rows, sample_barriers
+from companion.mixtures import Lazy, best_combinations, evaluate_rows, mean_barriers
 from companion.pairs import Pair, load_pair, title_of
 from companion.report import save_item
 from repairlib import store
@@ -78,19 +79,22 @@ from repairlib.weight_matching import match_weights
 # %%
 def path_table(pair: Pair, several: Several, alphas: list[float]) -> list[dict]:
     """Rows of the three paths between B and C."""
-    b, c, b_to_a, c_to_a = (net.state_dict() for net in (pair.a, pair.b, *several.models[1:]))
-    ends = {"transitive": (b_to_a, c_to_a), "direct": (b, pair.aligned.state_dict()), "naive": (b, c)}
+    b, c, b_like_a, c_like_a = (net.state_dict() for net in (pair.a, pair.b, *several.models[1:]))
+    ends = {"transitive": (b_like_a, c_like_a), "direct": (b, pair.aligned.state_dict()), "naive": (b, c)}
     named = [({"kind": kind, "alpha": alpha}, partial(interpolate_states, *ends[kind], alpha))
              for kind in ends for alpha in alphas]  # fmt: skip
     return evaluate_rows(pair, named)
 
 
-def triangle_table(pair: Pair, several: Several, steps: int) -> list[dict]:
-    """Rows of all combinations of the three on a grid."""
-    states, weights = [net.state_dict() for net in several.models], simplex_grid(3, steps)
-    found = evaluate_many(pair.a, (mix_states(states, w) for w in weights), pair.test)
-    return [dict(zip(("w_a", "w_b", "w_c", "loss", "accuracy"), (*w, *result), strict=True))
-            for w, result in zip(weights, found, strict=True)]  # fmt: skip
+def triangle_table(pair: Pair, several: Several, a: nn.Module, steps: int) -> list[dict]:
+    """Rows of all combinations of the three on a grid, aligned with A and as trained."""
+    rows = []
+    for kind, networks in {"permuted": several.models, "naive": (a, pair.a, pair.b)}.items():
+        states, weights = [net.state_dict() for net in networks], simplex_grid(3, steps)
+        found = evaluate_many(pair.a, Lazy([partial(mix_states, states, w) for w in weights]), pair.test)
+        rows += [{"kind": kind} | dict(zip(("w_a", "w_b", "w_c", "loss", "accuracy"), (*w, *result), strict=True))
+                 for w, result in zip(weights, found, strict=True)]  # fmt: skip
+    return rows
 
 
 def agreement_table(pair: Pair, several: Several) -> list[dict]:
@@ -112,9 +116,10 @@ for item, run in needs.items():
         pair = load_pair([b, c], match="weights", restarts=restarts)
         networks = [store.get(a, pair.dataset.device), pair.a, pair.b]
         several = match_several(networks, partial(match_weights, data=pair.calibration, restarts=restarts))
-        rows = triangle_table(pair, several, steps) if item == "combine/fig11b" else path_table(pair, several, alphas)
-        tables[item] += [columns | row for row in rows]
-        if item != "combine/fig11b":
+        if item == "combine/fig11b":
+            tables[item] += [columns | row for row in triangle_table(pair, several, networks[0], steps)]
+        else:
+            tables[item] += [columns | row for row in path_table(pair, several, alphas)]
             agreements[item] += [columns | row for row in agreement_table(pair, several)]
     seconds[item] = time.perf_counter() - start
 
@@ -122,9 +127,7 @@ for item, run in needs.items():
 # %%
 def path_summary(item: str) -> dict[str, float]:
     """Barriers (accuracy in [0, 1]), means over triples, and agreement over all units."""
-    barriers = pd.DataFrame(sample_barriers(tables[item], by=("kind", "triple")))
-    barriers["accuracy_barrier"] /= 100
-    means = barriers.groupby("kind", sort=False)[["loss_barrier", "accuracy_barrier"]].mean()
+    means = mean_barriers(tables[item], each="triple")
     groups = pd.DataFrame(agreements[item])
     print(groups.groupby(["group", "units"], sort=False)["agreement"].mean().round(3).to_string())
     return {f"{kind}_{metric}": row[metric] for kind, row in means.iterrows() for metric in means} | {
@@ -135,8 +138,8 @@ def path_summary(item: str) -> dict[str, float]:
 
 def save_path(item: str, summary: dict[str, float]) -> None:
     """Draw, print and save the paths."""
-    label = r"$\alpha$ (0: model B, 1: model C)"
-    figure = plots_combine.performance(tables[item], "alpha", xlabel=label, title=title_of(needs[item]))
+    title, marks = title_of(needs[item]), {0: "model B", 1: "model C"}
+    figure = plots_combine.performance(tables[item], "alpha", xlabel=r"$\alpha$", title=title, marks=marks)
     save_item(item, scale, tables[item], summary, figure, runs=runs_of[item], seconds=seconds[item])
     print(pd.Series(summary).round(3).to_string())
 
@@ -144,10 +147,9 @@ def save_path(item: str, summary: dict[str, float]) -> None:
 # %% [markdown]
 # ## Transitivity (Fig. 11a)
 #
-# At `quick` (seeds 1 to 3, each of them A once) the way through A does not connect ResNets this narrow: its barrier is
-# lower than that of networks which are not aligned, but several times that of networks which are aligned directly. Both
-# ways agree on a few percent of the units only, if a few times as many as by chance: they are two different matchings.
-# Tiny-10 (below) comes closer to the paper, whose networks are wider.
+# At `quick` (seeds 1 to 3, each of them A once) the way through A connects ResNets: at the middle they lose 5 points,
+# against 1 when they are aligned directly and 62 when they are not aligned at all. Both ways agree on 16 % of the
+# units only, if ten times as many as by chance: they are two different matchings.
 
 # %%
 if wanted("combine/fig11a", items):
@@ -169,16 +171,16 @@ if wanted("combine/figB20", items):
 # one with the lowest loss. As in the paper it is chosen on the test set among many, which alone makes it look better
 # than it is; the lowest loss is less prone to that.
 #
-# At `quick` the three ResNets misclassify 2 of 400 test images each, no combination fewer, and none has a lower loss:
-# there is nothing to gain. The worst combinations lie between B and C, whose units were not matched with each other.
+# At `quick` the best combination errs on fewer test images than all three ResNets in two of three triples, and lies on
+# an edge that ends in A; in a third it is as good as the best of them. No combination has a lower loss than the best of
+# the three. The worst combinations lie between B and C, whose units were not matched with each other.
 
 # %%
 if wanted("combine/fig11b", items):
-    frame = pd.DataFrame(tables["combine/fig11b"])
-    weights = frame[["w_a", "w_b", "w_c"]]
-    frame["place"] = (weights > 0).sum(axis=1).map({1: "corner", 2: "edge", 3: "interior"})
-    best = frame.sort_values(["accuracy", "loss"], ascending=[False, True]).groupby("triple").first()
-    corners = frame[frame["place"] == "corner"].groupby("triple")
+    whole = pd.DataFrame(tables["combine/fig11b"])
+    places = (whole[["w_a", "w_b", "w_c"]] > 0).sum(axis=1).map({1: "corner", 2: "edge", 3: "interior"})
+    frame = whole.assign(place=places).query("kind == 'permuted'")
+    best, corners = best_combinations(frame, "triple"), frame[frame["place"] == "corner"].groupby("triple")
     by_triple = frame.groupby("triple")
     fig11b = {"worst_accuracy": by_triple.accuracy.min().mean(), "best_accuracy": best.accuracy.mean()}
     fig11b |= {f"{which}_corner_accuracy": corners.accuracy.agg(how).mean()
@@ -186,9 +188,10 @@ if wanted("combine/fig11b", items):
     fig11b |= {"best_loss": by_triple.loss.min().mean(), "best_corner_loss": corners.loss.min().mean()}
     fig11b |= {f"best_in_{place}": int((best.place == place).sum()) for place in ("interior", "edge", "corner")}
     fig11b["beats_all_three"] = int((best.accuracy > corners.accuracy.max()).sum())
-    figure = plots_combine.triangle(frame, title=title_of(wide))
+    fig11b["worst_accuracy_naive"] = whole.query("kind == 'naive'").groupby("triple").accuracy.min().mean()
+    figure = plots_combine.triangle(whole, title=title_of(wide))
     of = {"runs": runs_of["combine/fig11b"], "seconds": seconds["combine/fig11b"]}
-    save_item("combine/fig11b", scale, frame, fig11b, figure, **of)
+    save_item("combine/fig11b", scale, whole, fig11b, figure, **of)
     print(pd.Series(fig11b).round(4).to_string())
 
 # %% [markdown]
@@ -196,8 +199,8 @@ if wanted("combine/fig11b", items):
 #
 # The order of units does not change the loss: all three paths have the same ends, and these are corners of the triangle
 # if that is of the same networks. Of trained networks of digits is asserted, as means over triples: the barrier through
-# A lies between that of the direct matching and that of no matching, and the two matchings agree on more units than by
-# chance.
+# A lies between that of the direct matching and half of that of no matching, and the two matchings agree on more than
+# twice as many units as by chance.
 
 # %%
 for item in {"combine/fig11a", "combine/figB20"} & set(needs):
@@ -206,6 +209,7 @@ for item in {"combine/fig11a", "combine/figB20"} & set(needs):
     assert (ends["max"] - ends["min"]).max() < 1e-4, ends
 if {"combine/fig11a", "combine/fig11b"} <= set(needs) and wide == resnet:
     frame, path = (pd.DataFrame(tables[item]) for item in ("combine/fig11b", "combine/fig11a"))
+    frame = frame[frame["kind"] == "permuted"]
     for corner, alpha in {"w_b": 0, "w_c": 1}.items():
         found = frame[frame[corner] == 1].set_index("triple")["loss"]
         assert (found - path[path["alpha"] == alpha].groupby("triple")["loss"].mean()).abs().max() < 1e-4, found
@@ -213,6 +217,6 @@ if scale == "quick":
     for item in {"combine/fig11a", "combine/figB20"} & set(needs):
         found = fig11a if item == "combine/fig11a" else figB20
         through_a = found["transitive_accuracy_barrier"]
-        assert found["direct_accuracy_barrier"] < 0.75 * through_a, found
-        assert through_a < 0.9 * found["naive_accuracy_barrier"], found
+        assert found["direct_accuracy_barrier"] < through_a, found
+        assert through_a < found["naive_accuracy_barrier"] / 2, found
         assert found["agreement"] > 2 * found["agreement_by_chance"], found

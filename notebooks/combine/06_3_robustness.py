@@ -22,12 +22,12 @@ samples: int = 0  # derangements for each k, which the paper does not print; 0: 
 # %% tags=["runs"]
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
+SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
 tiny = by_scale(
     scale,
     smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits/tiny10-ln-w2/quick-decay",
-    fast="cifar10/tiny10-ln-w4/fast",
+    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
+    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
     paper="cifar10/tiny10-ln-w16/csiszarik",
 )
 restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
@@ -42,19 +42,30 @@ import time
 
 import numpy as np
 import pandas as pd
+import torch
 
 from companion import plots_combine
 from companion.comparisons import derangement_rows, derangements
 from companion.pairs import pairs_of, title_of
 from companion.report import save_item
 from repairlib.graph import permute
+from repairlib.permutations import derange
+
+# %% [markdown]
+# What is done to one layer's matching, here of 12 units: the least correlated pairs (orange) get new partners.
+
+# %%
+drawn = torch.Generator().manual_seed(0)
+found, correlation = {"layer": torch.randperm(12, generator=drawn)}, {"layer": torch.rand(12, generator=drawn)}
+disturbed = {f"$k$ = {k}": derange(found, correlation, "layer", k)["layer"].tolist() for k in (0, 4, 12)}
+figure = plots_combine.matchings(disturbed)
 
 # %% [markdown]
 # ## Derange and interpolate
 #
 # $k=0$ is the matching as found. Beside it stands the barrier of the networks as trained, of which no unit is matched.
 # Barriers are of the worst network among the values of $\alpha$, which `smoke`, `quick` and `fast` have one of, the
-# midpoint: against the mean of A and B, in nats and in points of accuracy (Def. 3.3).
+# midpoint: against the mean of A and B, in nats and as a fraction of the test set (Def. 3.3).
 
 # %%
 if wanted("combine/fig14", items):
@@ -68,19 +79,21 @@ if wanted("combine/fig14", items):
 # %% [markdown]
 # ## Barriers against k (Fig. 14)
 #
-# The summary's `half` and `all`: by how much the accuracy barrier grows (points, mean over draws and pairs) when half
-# of a layer's pairs, or all of them, are deranged; in the layer where it grows most, and the mean over layers. At
-# `quick` one pair of networks has most of the barrier, disturbed or not: hence the wide bands.
+# Against the share of a layer's pairs; the paper's axis has their number. The summary's `half` and `all`: by how much
+# the accuracy barrier grows (a fraction, mean over draws and pairs) when half of a layer's pairs, or all of them, are
+# deranged; in the layer where it grows most, and the mean over layers. At `quick` (seeds 1 to 3) half of the pairs cost
+# nothing in any layer, and all of them hardly more.
 
 # %%
 if wanted("combine/fig14", items):
     barrier = frame.groupby(["layer", "k"], sort=False)["accuracy_barrier"].mean()
-    fig14 = {"undisturbed": barrier.xs(0, level="k").iloc[0], "naive": frame["naive_accuracy_barrier"].mean()}
+    fig14 = {"accuracy_barrier": barrier.xs(0, level="k").iloc[0]}
+    fig14["accuracy_barrier_naive"] = frame["naive_accuracy_barrier"].mean()
     for name, part in {"half": 0.5, "all": 1}.items():
         reached = frame[frame["k"] <= part * frame["units"]].groupby("layer")["k"].max()
         added = pd.Series({layer: barrier[layer, k] - barrier[layer, 0] for layer, k in reached.items()})
         fig14 |= {f"{name}_worst": added.max(), f"{name}_mean": added.mean()}
-        print(name, added.round(2).to_dict())
+        print(name, added.round(4).to_dict())
     figure = plots_combine.robustness(table, title=title_of(tiny))
     save_item("combine/fig14", scale, table, fig14, figure, runs=runs, seconds=time.perf_counter() - start)
 
@@ -94,12 +107,12 @@ if wanted("combine/fig14", items):
 
 # %%
 if wanted("combine/fig14", items):
-    assert (frame[frame["k"] == 0].groupby("pair")["loss_barrier"].agg(np.ptp) < 1e-9).all(), frame
+    assert (frame[frame["k"] == 0].groupby("pair")["loss_barrier"].agg(np.ptp) < 1e-5).all(), frame
     *_, pair = pairs.values()
     loss = pair.evaluate(pair.b)[0]
     for columns, matching in derangements(pair, steps, draws=1):
         if columns["k"] == columns["units"]:
             assert abs(pair.evaluate(permute(pair.b, pair.matching.spec, matching))[0] - loss) < 1e-4, columns
     if scale == "quick":
-        assert fig14["undisturbed"] < fig14["naive"] / 3, fig14
-        assert fig14["half_mean"] < 5 and fig14["half_worst"] < 10, fig14
+        assert fig14["accuracy_barrier"] < fig14["accuracy_barrier_naive"] / 3, fig14
+        assert fig14["half_mean"] < 0.05 and fig14["half_worst"] < 0.1, fig14
