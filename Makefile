@@ -53,7 +53,8 @@ sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer 
 	@$(VENV)/bin/python workflow/batch.py sync
 
 readme: figures  ## copy the pictures and the scorecard that README.md shows
-	@mkdir -p figures/readme && cp figures/quick/repair/fig2_left.png figures/quick/repair/fig3_middle.png figures/readme/
+	@mkdir -p figures/readme && cp figures/quick/repair/fig2_left.png figures/quick/repair/fig3_middle.png \
+	    figures/quick/combine/fig3.png figures/quick/combine/figB21.png figures/readme/
 	@cp figures/scorecard.md docs/
 
 clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper

@@ -34,7 +34,7 @@ def test_similarity_of_weights_is_their_cosine(model):
     rows = match_rows(pair)
 
     def cosine(a, b):  # of all that a permutation moves: everything but the classifier's bias, and no statistics
-        a, b = (torch.cat([p.flatten() for name, p in m.named_parameters() if name != last]) for m in (a, b))
+        a, b = (torch.cat([p.detach().flatten() for n, p in m.named_parameters() if n != last]) for m in (a, b))
         return float(torch.cosine_similarity(a, b, dim=0))
 
     last = list(dict(pair.a.named_parameters()))[-1]

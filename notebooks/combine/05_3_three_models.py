@@ -171,9 +171,10 @@ if wanted("combine/figB20", items):
 # one with the lowest loss. As in the paper it is chosen on the test set among many, which alone makes it look better
 # than it is; the lowest loss is less prone to that.
 #
-# At `quick` the best combination errs on fewer test images than all three ResNets in two of three triples, and lies on
-# an edge that ends in A; in a third it is as good as the best of them. No combination has a lower loss than the best of
-# the three. The worst combinations lie between B and C, whose units were not matched with each other.
+# At `quick` the best combination errs on fewer test images than all three ResNets in two of three triples; it lies on
+# an edge, close to a corner. In the third it is as good as the best of them. No combination has a lower loss than the
+# best of the three. The worst combinations of aligned networks lie between B and C, whose units were not matched with
+# each other, and are still near the corners; others fall to chance in the middle.
 
 # %%
 if wanted("combine/fig11b", items):

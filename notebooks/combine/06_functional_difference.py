@@ -88,8 +88,9 @@ figure = plots_combine.coefficients(
 # on which A and B differ. Panels of aligned networks begin where something happens, dotted lines are the best and the
 # worst of all networks there.
 #
-# At `quick` (seeds 1 to 3) A and B differ on 2 to 4 of 100 test images, of which each errs on about as many: aligned
-# networks are not the same. Halfway between them, most of these images get the label of one of the two or another one.
+# At `quick` (seeds 1 to 3) aligned networks are not the same: ResNets differ on 2.7 % of the test images and Tiny-10s
+# on 2.6 % (1.5 % in the least of all pairs), where A errs on 3.8 % and 2.9 %. Halfway between A and B 3 to 4 % of the
+# images get neither's label; without alignment 66 % and 82 % do.
 
 # %%
 LINEAR = (("permuted", "linear"), ("naive", "linear"))
