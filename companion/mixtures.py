@@ -116,7 +116,7 @@ def draw_networks(
     pair: Pair,
     scheme: str,
     grid: Iterable[float],
-    samples: int | Mapping[str, int] = 4,
+    samples: int = 4,
     *,
     kinds: Sequence[str] = KINDS,
     seed: int = 0,
@@ -130,9 +130,9 @@ def draw_networks(
     grid = list(grid)
     named = []
     for kind in kinds:
-        ends, most = states_of(pair, kind), samples if isinstance(samples, int) else samples[kind]
+        ends = states_of(pair, kind)
         for x in grid:
-            for i in range(most if SCHEMES[scheme].random(x) else min(most, 1)):
+            for i in range(samples if SCHEMES[scheme].random(x) else 1):
                 columns = {"scheme": scheme, "kind": kind, "x": x, "sample": i}
                 named.append((columns, maker(ends, scheme, x, i, seed)))
     return named
@@ -141,7 +141,7 @@ def draw_networks(
 def combination_rows(
     pair: Pair,
     grids: Mapping[str, Iterable[float]],
-    samples: int | Mapping[str, int] = 4,
+    samples: int = 4,
     *,
     kinds: Sequence[str] = KINDS,
     splits: Sequence[str] = ("test",),
@@ -153,7 +153,7 @@ def combination_rows(
     Args:
         pair: of the endpoints.
         grids: scheme -> values of x, for instance ``{"subcube": SCHEMES["subcube"].grid(25)}``.
-        samples: networks at each point, or how many of each kind. Where nothing is left to chance, one is drawn.
+        samples: networks at each point, but one where nothing is left to chance.
         kinds: with B aligned ("permuted") and as trained ("naive").
         splits, train_images: see `evaluate_rows`.
         seed: see `maker`.

@@ -284,7 +284,7 @@ def train(
         recipe, dataset: instead of those that the name stands for.
         data_root: where data sets are (see data.load).
         device: default `default_device()`.
-        progress: a bar if stdout is a terminal, and one line at the end.
+        progress: a bar if somebody is looking, and one line at the end.
 
     Raises:
         ValueError: the name does not parse, or is of an imported run.
@@ -350,7 +350,7 @@ def fit(
         recipe: how.
         seed: of the order and augmentation of the data.
         name: for messages.
-        progress: show a bar if stdout is a terminal.
+        progress: show a bar if somebody is looking, see `progress.watched`.
 
     Raises:
         ValueError: the batch does not divide into equal parts for all processes.
