@@ -231,6 +231,15 @@ def best_combinations(table: Iterable[dict] | pd.DataFrame, by: str) -> pd.DataF
     return frame.drop_duplicates(by).set_index(by).sort_index()
 
 
+def works_up_to(accuracy: pd.Series, lost: float = 0.05) -> float:
+    """The last index before accuracy (in [0, 1]) falls too far below its first value.
+
+    >>> works_up_to(pd.Series([0.9, 0.88, 0.8, 0.89], index=[0, 1, 2, 3]))
+    1.0
+    """
+    return float(accuracy.index[(accuracy.iloc[0] - accuracy > lost).cumsum() == 0].max())
+
+
 def weight_rows(networks: Mapping[str, State], a: State, b: State) -> list[dict]:
     """Every weight of small networks with matrices as layers, for `plots_combine.schematic`.
 

@@ -64,7 +64,7 @@ import pandas as pd
 import torch
 
 from companion import plots_combine
-from companion.mixtures import SCHEMES, combination_rows
+from companion.mixtures import SCHEMES, combination_rows, works_up_to
 from companion.pairs import pairs_of, title_of
 from companion.report import save_item
 
@@ -109,9 +109,7 @@ for item, run in needs.items():
 
 
 # %%
-def works_up_to(accuracy: pd.Series) -> float:
-    """The last index before accuracy (in [0, 1]) falls more than 5 points below its first value."""
-    return accuracy.index[(accuracy.iloc[0] - accuracy > 0.05).cumsum() == 0].max()
+SUFFIXES = {"permuted": "", "naive": "_naive"}  # of names in summaries
 
 
 def beyond(item: str) -> dict[str, pd.DataFrame]:
@@ -126,9 +124,9 @@ def beyond(item: str) -> dict[str, pd.DataFrame]:
 
 def line_summary(means: pd.DataFrame) -> dict[str, float]:
     """Of both kinds: how far the line works, and accuracy (in [0, 1]) at some distances."""
-    found = {f"works_up_to_{kind}": works_up_to(means.accuracy["test", kind]) for kind in ("permuted", "naive")}
-    return found | {f"{split}_accuracy_{kind}_{x:g}": accuracy for (split, kind, x), accuracy in means.accuracy.items()
-                    if x in (0, 0.25, 0.5, 1)}  # fmt: skip
+    found = {f"works_up_to{SUFFIXES[kind]}": works_up_to(means.accuracy["test", kind]) for kind in SUFFIXES}
+    return found | {f"{split}_accuracy_{x:g}{SUFFIXES[kind]}": accuracy
+                    for (split, kind, x), accuracy in means.accuracy.items() if x in (0, 0.25, 0.5, 1)}  # fmt: skip
 
 
 def box_summary(means: pd.DataFrame) -> dict[str, float]:
