@@ -29,7 +29,7 @@ pairs. *Midpoint*: straight interpolation. *Hypercube*: every weight uniform bet
 *Bernoulli*: every weight A's or B's, 4 networks. *Cut*: the first layers A's, the others B's, the worst of all cuts.
 
 The first line is as in the notebooks of Mode Combinability: recipe `quick-csiszarik`, matched by weights, the best of
-{restarts} descents. Each other line changes one thing.
+{restarts} descents. Each other line changes what it says.
 
 """
 RECIPE = find_recipe("quick-csiszarik", "resnet-ln", DATA)

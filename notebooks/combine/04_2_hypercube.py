@@ -276,10 +276,10 @@ if wanted("combine/tableA1", items):
 #   + \big(W^{(A)}_{\ell+1}\big)^\top P_{\ell+1} W^{(B)}_{\ell+1} \Big\rangle ,$$
 #
 # until a sweep changes nothing. The algorithm is run once, from the order as trained; at `quick` and `fast` it is also
-# run from random permutations, and what ends with the highest objective counts: narrow networks often end elsewhere
-# than in the best optimum. A line for each pair: the objective relative to what it is between equal networks,
-# $\langle\theta_A, P(\theta_B)\rangle / (|\theta_A|\,|\theta_B|)$, over all weights that a permutation moves; the short
-# line at its left is without any permutation.
+# run from random permutations, and what ends with the highest objective counts, as narrow networks may end in a poor
+# optimum (`docs/combining.md` measures what it changes). A line for each pair: the objective relative to what it is
+# between equal networks, $\langle\theta_A, P(\theta_B)\rangle / (|\theta_A|\,|\theta_B|)$, over all weights that a
+# permutation moves; the short line at its left is without any permutation.
 
 # %%
 if wanted("combine/algorithm1", items):
