@@ -29,7 +29,6 @@ from repairlib.names import check
 from repairlib.renorm import Repair, reset
 from repairlib.store import Store
 from repairlib.train import parse_run
-from repairlib.weight_matching import match_weights
 
 MATCHINGS = {"none": "not aligned", "activations": "aligned by activations", "weights": "aligned by weights"}
 REPAIRS = {
@@ -132,10 +131,8 @@ class Explorer:
         """The network at alpha; raises ValueError if the renormalisation does not fit it."""
         pair = self.pair(choice.runs)
         b = pair.b
-        if choice.matching == "activations":
-            b = pair.aligned
-        elif choice.matching == "weights":
-            b = self._once("weights", lambda: match_weights(pair.a, pair.b, pair.calibration).apply(pair.b))
+        if choice.matching != "none":
+            b = self._once(choice.matching, lambda: replace(pair, match=choice.matching).aligned)
         if choice.renormalisation in REPAIRS:
             options = REPAIRS[choice.renormalisation]
             repair = self._once(choice, lambda: Repair(pair.a, b, pair.calibration, limit=None, **options))

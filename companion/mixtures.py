@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -74,6 +75,17 @@ def maker(ends: tuple[State, State], scheme: str, x: float, sample: int, seed: i
     """
     quantile = SCHEMES[check(scheme, SCHEMES, "scheme")].make(x)
     return lambda: combine.elementwise(*ends, quantile, seed * 1_000_003 + sample)
+
+
+def coefficient_samples(
+    schemes: Iterable[str], grid: Sequence[float] = (0.1, 0.25, 0.5), number: int = 100_000
+) -> dict[str, dict[float, np.ndarray]]:
+    """Coefficients that schemes draw, by scheme and x, for `plots_combine.coefficients`.
+
+    They are the weights of combinations of a network of zeros with one of ones.
+    """
+    zero, one = {"w": torch.zeros(number)}, {"w": torch.ones(number)}
+    return {scheme: {x: maker((zero, one), scheme, x, sample=0)()["w"].numpy() for x in grid} for scheme in schemes}
 
 
 def states_of(pair: Pair, kind: str) -> tuple[State, State]:

@@ -144,3 +144,9 @@ def test_rows_of_weights_tell_whose_they_are():
     assert [(r["network"], r["column"], r["weight"], r["coefficient"]) for r in rows] == [
         ("A", 0, 0, 0), ("A", 1, 1, 0), ("middle", 0, 0.5, 0.5), ("middle", 1, 0.75, 0.5),
     ]  # fmt: skip
+
+
+def test_sampled_coefficients_are_those_of_the_schemes():
+    drawn = mixtures.coefficient_samples(["bernoulli", "subcube"], (0.25,), number=10_000)
+    assert set(drawn["bernoulli"][0.25]) == {0, 1} and drawn["bernoulli"][0.25].mean() == pytest.approx(0.25, abs=0.02)
+    assert drawn["subcube"][0.25].max() <= 0.5 and drawn["subcube"][0.25].mean() == pytest.approx(0.25, abs=0.01)

@@ -23,24 +23,10 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig2,com
 samples: int = 0  # networks drawn at each point; 0: as many as the scale has
 
 # %% tags=["runs"]
+from companion.networks import combined, overview
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
-resnet = by_scale(
-    scale,
-    smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
-    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
-    paper="cifar10/resnet20-ln-w32/csiszarik",
-)
-tiny = by_scale(
-    scale,
-    smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
-    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
-    paper="cifar10/tiny10-ln-w16/csiszarik",
-)
-restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
+resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of the parameter, ends included
 samples = samples or by_scale(scale, smoke=1, quick=2, fast=5, paper=10)
 FIGURES = {
@@ -65,12 +51,14 @@ import torch
 from torch import nn
 
 from companion import plots_combine
-from companion.mixtures import SCHEMES, combination_rows, mean_barriers, weight_rows
+from companion.mixtures import SCHEMES, coefficient_samples, combination_rows, mean_barriers, weight_rows
 from companion.pairs import match_rows, pairs_of, title_of
 from companion.report import save_item
 from repairlib import models
 from repairlib.combine import elementwise, extreme, stitch
 from repairlib.train import find_recipe, parse_run
+
+overview()
 
 # %% [markdown]
 # ## Kinds of combinations (Fig. 1)
@@ -116,12 +104,7 @@ if wanted("combine/fig1", items):
 # $a = 0$ and $b = 1$; beyond a half, the last three are mirror images.
 
 # %%
-zero, one = {"w": torch.zeros(100_000)}, {"w": torch.ones(100_000)}
-histograms = {
-    scheme: {x: elementwise(zero, one, SCHEMES[scheme].make(x), seed=0)["w"].numpy() for x in (0.1, 0.25, 0.5)}
-    for scheme in FIGURES.values()
-}
-figure = plots_combine.coefficients(histograms)
+figure = plots_combine.coefficients(coefficient_samples(FIGURES.values()))
 
 # %% [markdown]
 # ## Measure

@@ -17,24 +17,10 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig6"; empty: all
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.networks import combined, overview
+from companion.report import wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
-resnet = by_scale(
-    scale,
-    smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
-    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
-    paper="cifar10/resnet20-ln-w32/csiszarik",
-)
-tiny = by_scale(
-    scale,
-    smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
-    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
-    paper="cifar10/tiny10-ln-w16/csiszarik",
-)
-restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
+resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 networks = {"combine/fig6": resnet, "combine/figB19": tiny}
 networks = {item: run for item, run in networks.items() if wanted(item, items)}
 runs_of = {item: [f"{run}/s{seed}" for seed in SEEDS] for item, run in networks.items()}
@@ -51,6 +37,8 @@ from companion.mixtures import mean_barriers, stitching_rows, weight_rows
 from companion.pairs import pairs_of, title_of
 from companion.report import save_item
 from repairlib.combine import stitch
+
+overview()
 
 # %% [markdown]
 # What is evaluated, for two made-up networks of three layers whose weights are uniform in $[0, 1]$: a cell is a weight,

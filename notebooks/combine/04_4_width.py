@@ -28,32 +28,19 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig7"; e
 samples: int = 0  # networks drawn at each x; 0: the scale's. The paper does not print its number
 
 # %% tags=["runs"]
+from companion.networks import combined, overview
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2))  # every two are a pair
-resnet = by_scale(
-    scale,
-    smoke="digits/resnet8-ln-w{:g}/smoke",
-    quick="digits-hard/resnet8-ln-w{:g}/quick-csiszarik",
-    fast="cifar10/resnet20-ln-w{:g}/fast-csiszarik",
-    paper="cifar10/resnet20-ln-w{:g}/csiszarik",
-)
-tiny = by_scale(
-    scale,
-    smoke="digits/tiny10-ln-w{:g}/smoke",
-    quick="digits-hard/tiny10-ln-w{:g}/quick-csiszarik",
-    fast="cifar10/tiny10-ln-w{:g}/fast-csiszarik",
-    paper="cifar10/tiny10-ln-w{:g}/csiszarik",
-)
+SEEDS, restarts = combined(scale).seeds, combined(scale).restarts  # every two seeds are a pair
+SEEDS = by_scale(scale, smoke=SEEDS, quick=SEEDS, fast=SEEDS, paper=SEEDS[:2])
 multipliers = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 2], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16, 32])
 widths = {"combine/fig7": multipliers, "combine/figB21": [width for width in multipliers if width <= 16]}
-restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # values of x
 samples = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
 
-runs_at = {"combine/fig7": resnet, "combine/figB21": tiny}
-runs_at = {item: run for item, run in runs_at.items() if wanted(item, items)}
-networks = {item: {width: run.format(width) for width in widths[item]} for item, run in runs_at.items()}
+which = {"combine/fig7": "resnet", "combine/figB21": "tiny"}
+networks = {item: {width: getattr(combined(scale, width), model) for width in widths[item]}
+            for item, model in which.items() if wanted(item, items)}  # fmt: skip
 runs_of = {item: [f"{run}/s{seed}" for run in found.values() for seed in SEEDS] for item, found in networks.items()}
 runs = [run for found in runs_of.values() for run in found]
 
@@ -61,22 +48,20 @@ runs = [run for found in runs_of.values() for run in found]
 import time
 
 import pandas as pd
-import torch
 
 from companion import plots_combine
-from companion.mixtures import SCHEMES, combination_rows, sample_barriers, stitching_rows
+from companion.mixtures import SCHEMES, coefficient_samples, combination_rows, sample_barriers, stitching_rows
 from companion.pairs import pairs_of
 from companion.report import save_item
+
+overview()
 
 # %% [markdown]
 # What is drawn: coefficients of the four random schemes, at three values of $x$.
 
 # %%
-uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
-figure = plots_combine.coefficients(
-    {scheme: {x: SCHEMES[scheme].make(x)(uniform).numpy() for x in (0.1, 0.25, 0.5)}
-     for scheme in ("uniform", "subcube", "hyperplane", "bernoulli")}
-)  # fmt: skip
+RANDOM = ("uniform", "subcube", "hyperplane", "bernoulli")
+figure = plots_combine.coefficients(coefficient_samples(RANDOM))
 
 # %% [markdown]
 # ## Barriers
@@ -86,7 +71,7 @@ figure = plots_combine.coefficients(
 # and the hyperplane are one, and so are their networks, as all schemes are given the same uniform numbers.
 
 # %%
-grids = {scheme: SCHEMES[scheme].grid(points) for scheme in ("linear", "uniform", "subcube", "hyperplane", "bernoulli")}
+grids = {scheme: SCHEMES[scheme].grid(points) for scheme in ("linear", *RANDOM)}
 
 
 def width_rows(pair) -> list[dict]:
@@ -102,7 +87,7 @@ for item, found in networks.items():
     start, tables[item] = time.perf_counter(), []
     for width, run in found.items():
         pairs = pairs_of(run, SEEDS, match="weights", restarts=restarts)
-        of = {"model": runs_at[item].split("/")[1].partition("-w")[0], "width": width}
+        of = {"model": run.split("/")[1].partition("-w")[0], "width": width}
         tables[item] += [of | {"pair": name} | row for name, pair in pairs for row in width_rows(pair)]
     seconds[item] = time.perf_counter() - start
 
@@ -117,7 +102,7 @@ def save_widths(item: str) -> None:
     narrow, wide = widths[item][0], widths[item][-1]
     summary = {f"{scheme}_{barrier}_{width:g}x": aligned.loc[scheme, (barrier, width)]
                for barrier in barriers for scheme in aligned.index for width in (narrow, wide)}  # fmt: skip
-    title = f"{frame['model'][0]} on {runs_at[item].split('/')[0]}"
+    title = f"{frame['model'][0]} on {networks[item][wide].split('/')[0]}"
     figure = plots_combine.widths(frame, title=title)
     save_item(item, scale, frame, summary, figure, runs=runs_of[item], seconds=seconds[item])
     print(means.round(3).to_string())

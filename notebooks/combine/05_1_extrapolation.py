@@ -24,24 +24,10 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig9"; e
 samples: int = 0  # networks drawn for each point of a box; 0: the scale's
 
 # %% tags=["runs"]
+from companion.networks import combined, overview
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
-resnet = by_scale(
-    scale,
-    smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
-    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
-    paper="cifar10/resnet20-ln-w32/csiszarik",
-)
-tiny = by_scale(
-    scale,
-    smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
-    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
-    paper="cifar10/tiny10-ln-w16/csiszarik",
-)
-restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
+resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 ALPHAS, EDGES = [-1 + i / 8 for i in range(25)], [i / 48 for i in range(25)]
 grids = {
     "extrapolation": by_scale(
@@ -67,6 +53,8 @@ from companion import plots_combine
 from companion.mixtures import SCHEMES, combination_rows, works_up_to
 from companion.pairs import pairs_of, title_of
 from companion.report import save_item
+
+overview()
 
 # %% [markdown]
 # What is sampled, for two of the weights, with A at (0, 0) and B at (1, 1): every point is a network.

@@ -20,27 +20,14 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig11a"; empty: all
 
 # %% tags=["runs"]
+from companion.networks import combined, overview
 from companion.report import by_scale, wanted
 
+resnet, tiny, _, restarts = combined(scale)  # see the table below
 # Seeds of A, B and C.
 ONE, ALL = [(1, 2, 3)], [(1, 2, 3), (2, 3, 1), (3, 1, 2)]
 TRIPLES = by_scale(scale, smoke=ONE, quick=ALL, fast=ALL, paper=ALL)
-resnet = by_scale(
-    scale,
-    smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
-    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
-    paper="cifar10/resnet20-ln-w32/csiszarik",
-)
-tiny = by_scale(
-    scale,
-    smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
-    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
-    paper="cifar10/tiny10-ln-w16/csiszarik",
-)
 wide = by_scale(scale, smoke=resnet, quick=resnet, fast=resnet, paper="cifar10/resnet20-ln-w40/csiszarik")
-restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
 points = by_scale(scale, smoke=3, quick=9, fast=25, paper=25)  # of a path, ends included
 steps = by_scale(scale, smoke=2, quick=6, fast=20, paper=20)  # along each edge of the triangle
 
@@ -68,6 +55,8 @@ from repairlib.permutations import agreement, through
 from repairlib.several import Several, match_several
 from repairlib.stacked import evaluate_many
 from repairlib.weight_matching import match_weights
+
+overview()
 
 # %% [markdown]
 # ## Measure

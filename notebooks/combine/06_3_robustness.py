@@ -20,17 +20,10 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig14"; 
 samples: int = 0  # derangements for each k, which the paper does not print; 0: the scale's
 
 # %% tags=["runs"]
+from companion.networks import combined, overview
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
-tiny = by_scale(
-    scale,
-    smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
-    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
-    paper="cifar10/tiny10-ln-w16/csiszarik",
-)
-restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
+_, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 steps = by_scale(scale, smoke=2, quick=4, fast=8, paper=16)  # values of k, besides 2: N / steps, 2 N / steps, ..., N
 samples = samples or by_scale(scale, smoke=1, quick=2, fast=3, paper=5)
 alphas = by_scale(scale, smoke=[0.5], quick=[0.5], fast=[0.5], paper=[0.25, 0.5, 0.75])  # the worst is the barrier
@@ -50,6 +43,8 @@ from companion.pairs import pairs_of, title_of
 from companion.report import save_item
 from repairlib.graph import permute
 from repairlib.permutations import derange
+
+overview()
 
 # %% [markdown]
 # What is done to one layer's matching, here of 12 units: the least correlated pairs (orange) get new partners.

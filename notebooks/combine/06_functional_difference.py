@@ -26,24 +26,10 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig12"; 
 samples: int = 0  # networks at each point of a random scheme, which the paper does not print; 0: the scale's
 
 # %% tags=["runs"]
+from companion.networks import combined, overview
 from companion.report import by_scale, wanted
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))  # every two are a pair
-resnet = by_scale(
-    scale,
-    smoke="digits/resnet8-ln-w0.25/smoke",
-    quick="digits-hard/resnet8-ln-w2/quick-csiszarik",
-    fast="cifar10/resnet20-ln-w4/fast-csiszarik",
-    paper="cifar10/resnet20-ln-w32/csiszarik",
-)
-tiny = by_scale(
-    scale,
-    smoke="digits/tiny10-ln-w0.25/smoke",
-    quick="digits-hard/tiny10-ln-w2/quick-csiszarik",
-    fast="cifar10/tiny10-ln-w4/fast-csiszarik",
-    paper="cifar10/tiny10-ln-w16/csiszarik",
-)
-restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)  # of weight matching; the best objective counts
+resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of each scheme's parameter, ends included
 samples = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
 
@@ -58,14 +44,16 @@ import time
 
 import numpy as np
 import pandas as pd
-import torch
 
 from companion import plots_combine
 from companion.comparisons import edge_rows, label_rows
-from companion.mixtures import KINDS, SCHEMES
+from companion.mixtures import KINDS, SCHEMES, coefficient_samples
 from companion.pairs import pairs_of, title_of
 from companion.report import save_item
 
+overview()
+
+# %%
 every = dict.fromkeys(run for used in networks.values() for run in used)
 pairs = {run: dict(pairs_of(run, SEEDS, match="weights", restarts=restarts)) for run in every}
 
@@ -74,10 +62,7 @@ pairs = {run: dict(pairs_of(run, SEEDS, match="weights", restarts=restarts)) for
 
 # %%
 SAMPLED = ("uniform", "subcube", "hyperplane", "bernoulli")
-uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
-figure = plots_combine.coefficients(
-    {scheme: {x: SCHEMES[scheme].make(x)(uniform).numpy() for x in (0.1, 0.25, 0.5)} for scheme in SAMPLED}
-)
+figure = plots_combine.coefficients(coefficient_samples(SAMPLED))
 
 # %% [markdown]
 # ## Whose labels? (Fig. 12, B.25 and B.26)
