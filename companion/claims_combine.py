@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from companion.mixtures import sample_barriers
+from companion.mixtures import mean_barriers
 from companion.scorecard import Claim, Finding
 
 NEAR = 10.0  # points of accuracy: combined networks that lose less than that stay near the endpoints
@@ -10,10 +10,9 @@ LITTLE = 5.0  # points: what costs less costs little
 FEW = 20  # labels; fewer that differ say nothing
 
 
-def _barriers(frame: pd.DataFrame, by: list[str]) -> pd.Series:
-    """Empirical accuracy barrier (points) of every pair, then the mean over pairs, by kind and other columns."""
-    table = pd.DataFrame(sample_barriers(frame.to_dict("records"), [*by, "kind", "pair"]))
-    return 100 * table.groupby([*by, "kind"], sort=False)["accuracy_barrier"].mean()
+def _barriers(frame: pd.DataFrame, by: tuple[str, ...] = ("kind",), each: str = "pair") -> pd.Series:
+    """Empirical accuracy barriers (points), means over pairs."""
+    return 100 * mean_barriers(frame, by, each)["accuracy_barrier"]
 
 
 def _near_and_not(aligned: float, naive: float, what: str) -> list[Finding]:
@@ -29,7 +28,7 @@ def combinations_work(frame: pd.DataFrame, item: str) -> list[Finding]:
         rows = frame[element_wise & (frame["kind"] == "permuted") & (frame["width"] == frame["width"].max())]
         barrier = 100 * rows.groupby("scheme")["accuracy_barrier"].mean()
     else:
-        barriers = _barriers(frame, ["scheme"])
+        barriers = _barriers(frame, ("scheme", "kind"))
         found = [
             finding
             for scheme in frame["scheme"].unique()
@@ -47,7 +46,7 @@ def combinations_work(frame: pd.DataFrame, item: str) -> list[Finding]:
 
 
 def stitchable(frame: pd.DataFrame, item: str) -> list[Finding]:
-    barrier = _barriers(frame, [])
+    barrier = _barriers(frame)
     return _near_and_not(barrier["permuted"], barrier["naive"], "the worst layer, ")
 
 
@@ -88,8 +87,7 @@ def centred_boxes(frame: pd.DataFrame, item: str) -> list[Finding]:
 
 
 def transitive(frame: pd.DataFrame, item: str) -> list[Finding]:
-    lost = 100 * (frame["end_accuracy"] - frame["accuracy"])
-    worst = lost.groupby([frame["kind"], frame["triple"]]).max().groupby(level=0).mean()
+    worst = _barriers(frame, each="triple")
     return [
         Finding(f"through A {worst['transitive']:.1f} points below the ends", worst["transitive"] < NEAR),
         Finding(f"not aligned {worst['naive']:.1f}", worst["naive"] > 2 * max(worst["transitive"], NEAR)),

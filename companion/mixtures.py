@@ -198,7 +198,7 @@ def stitching_rows(pair: Pair, *, kinds: Sequence[str] = KINDS) -> list[dict]:
     return evaluate_rows(pair, named)
 
 
-def sample_barriers(table: Iterable[dict], by: Sequence[str] = ("scheme", "kind")) -> list[dict]:
+def sample_barriers(table: Iterable[dict] | pd.DataFrame, by: Sequence[str] = ("scheme", "kind")) -> list[dict]:
     """Empirical barriers of what was evaluated: the worst network against the mean of the endpoints (Def. 3.3).
 
     Args:
@@ -222,7 +222,9 @@ def sample_barriers(table: Iterable[dict], by: Sequence[str] = ("scheme", "kind"
     return rows
 
 
-def mean_barriers(table: Iterable[dict], by: Sequence[str] = ("kind",), each: str = "pair") -> pd.DataFrame:
+def mean_barriers(
+    table: Iterable[dict] | pd.DataFrame, by: Sequence[str] = ("kind",), each: str = "pair"
+) -> pd.DataFrame:
     """Means over pairs of empirical barriers, see `sample_barriers`.
 
     Args:
