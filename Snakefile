@@ -39,7 +39,8 @@ except Exception as error:
 # A run for some items has a stamp of its own, since it does not complete the notebook.
 SOME = f"+{zlib.crc32(repr(ITEMS).encode()):08x}" if ITEMS else ""
 STAMP = f"build/{SCALE}/{{notebook}}{SOME}.done"
-LIBRARY = [p.as_posix() for folder in ("repairlib", "companion") for p in Path(folder).glob("*.py") if p.name != "store.py"]
+LIBRARY = [path for folder in ("repairlib", "companion") for path in Path(folder).glob("*.py")]
+LIBRARY = [path.as_posix() for path in LIBRARY if path.name != "store.py"]
 GPU = 1 if shutil.which("nvidia-smi") else 0
 
 for name in NEEDS:
