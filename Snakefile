@@ -5,7 +5,7 @@
 # items, as of `make figures`.
 #
 # Snakemake deletes the outputs of jobs that fail or are killed, so the outputs it knows are stamps in build/, and never
-# checkpoints or figures: these are written whole or not at all by repairlib.store and workflow/batch.py.
+# checkpoints or figures: these are written whole or not at all by companion.runs.store and workflow/batch.py.
 import shutil
 import sys
 import types
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[:0] = [workflow.basedir, f"{workflow.basedir}/workflow"]
 import batch
 
-from companion import report
+from companion.experiments import scales
 
 if sys.version_info < (3, 11):
     # Snakemake 7 finds the rule that makes a file with a datrie.Trie, a C extension without wheels for Python 3.10.
@@ -30,7 +30,7 @@ if sys.version_info < (3, 11):
     sys.modules["datrie"] = types.SimpleNamespace(Trie=Trie)
 
 try:
-    SCALE = report.check_scale(config.get("scale", "quick"))
+    SCALE = scales.check_scale(config.get("scale", "quick"))
     ITEMS, NEEDS = batch.find_needs(SCALE, str(config.get("notebooks", "")), str(config.get("items", "")))
 except Exception as error:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)  # also when Snakemake is told to be quiet
@@ -39,7 +39,7 @@ except Exception as error:
 # A run for some items has a stamp of its own, since it does not complete the notebook.
 SOME = f"+{zlib.crc32(repr(ITEMS).encode()):08x}" if ITEMS else ""
 STAMP = f"build/{SCALE}/{{notebook}}{SOME}.done"
-LIBRARY = [path for folder in ("repairlib", "companion") for path in Path(folder).glob("*.py")]
+LIBRARY = [path for folder in ("repairlib", "companion") for path in Path(folder).rglob("*.py")]
 LIBRARY = [path.as_posix() for path in LIBRARY if path.name != "store.py"]
 GPU = 1 if shutil.which("nvidia-smi") else 0
 
@@ -71,7 +71,7 @@ for runs in jobs.values():
         resources:
             gpu=GPU,
         shell:  # through cat, because the progress bars of parallel jobs would overwrite each other
-            "{sys.executable:q} -m repairlib.store train {params.runs:q} | cat"
+            "{sys.executable:q} -m companion.runs.store train {params.runs:q} | cat"
 
 
 rule notebook:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from companion.report import environment
-from repairlib import models
+from companion.figures.report import environment
+from companion.runs import models
 from repairlib.renorm import reset
 
 

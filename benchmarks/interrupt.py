@@ -25,7 +25,7 @@ from pathlib import Path
 from common import save
 from PIL import Image
 
-from repairlib.data import data_root, project_root
+from companion.runs.data import data_root, project_root
 
 MARK = "REPAIRLIB_INTERRUPT"  # an environment variable that every process of a home inherits, to find it by
 JOB = re.compile(r"repairlib\.store train (\S+)|workflow/batch\.py notebooks/(\S+)\.py")
@@ -216,10 +216,10 @@ def compare(one: Home, two: Home) -> dict:
         counts[kind] = equal + alike, same + 1
         if not alike:
             two.problems.append(f"{name} differs")
-    check = [sys.executable, "-m", "repairlib.store", "check"]
+    check = [sys.executable, "-m", "companion.runs.store", "check"]
     result = subprocess.run(check, cwd=two.tree, env=two.environment, capture_output=True, text=True)
     if result.returncode:
-        two.problems.append(f"python -m repairlib.store check: {result.stderr}")
+        two.problems.append(f"python -m companion.runs.store check: {result.stderr}")
     # Lock files stay for good, in both.
     two.problems += [f"left over: {name}" for name in two.leftovers() if name not in one.leftovers()]
     return {f"{kind} equal": f"{equal} of {n}" for kind, (equal, n) in counts.items()}

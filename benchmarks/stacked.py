@@ -5,8 +5,8 @@ import statistics
 import torch
 from common import arguments, save, timed
 
-from repairlib import models
-from repairlib.stacked import CPU_STACK, _largest_activation, evaluate_many
+from companion.runs import models
+from repairlib.evaluation import CPU_STACK, _largest_activation, evaluate_many
 
 NETWORKS, REPEATS = 11, 3
 CASES = (  # name, shape of an image, images in a batch

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from companion.mixtures import combination_rows, sample_barriers, stitching_rows
-from companion.pairs import Pair
-from companion.report import environment
-from repairlib.data import iterate, load
+from companion.experiments.mixtures import combination_rows, sample_barriers, stitching_rows
+from companion.experiments.pairs import Pair
+from companion.figures.report import environment
+from companion.runs.data import iterate, load
+from companion.runs.train import RECIPES, find_recipe, train
 from repairlib.matching import match_activations
-from repairlib.train import RECIPES, find_recipe, train
 
 DATA, SEEDS, RESTARTS = "digits-hard", (1, 2, 3), 10
 MODELS = ("resnet8-ln-w2", "tiny10-ln-w2")

@@ -7,8 +7,8 @@ Two pairs of networks, quick recipe, digits; nothing in the table is typed in by
 
 from pathlib import Path
 
-from companion.pairs import Pair, load_pair
-from companion.report import environment
+from companion.experiments.pairs import Pair, load_pair
+from companion.figures.report import environment
 from repairlib.matching import match_activations
 from repairlib.permutations import agreement
 from repairlib.renorm import Repair

@@ -9,7 +9,7 @@ scale: str = "smoke"  # smoke: a few steps, to test; quick: the real thing on di
 items: str = ""  # not used here
 
 # %% tags=["runs"]
-from companion.report import by_scale
+from companion.experiments.scales import by_scale
 
 runs = by_scale(
     scale,
@@ -21,8 +21,8 @@ runs = by_scale(
 
 # %%
 import repairlib
-from companion import plots
-from companion.pairs import load_pair
+from companion.experiments.pairs import load_pair
+from companion.figures import plots
 from repairlib import diagnostics
 
 pair = load_pair(runs)  # trains what is not there yet

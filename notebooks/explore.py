@@ -14,7 +14,7 @@ scale: str = "smoke"  # smoke: a few steps, to test; quick: trained on digits; a
 items: str = ""  # not used here
 
 # %% tags=["runs"]
-from companion.report import by_scale
+from companion.experiments.scales import by_scale
 
 run = by_scale(
     scale,
@@ -26,7 +26,7 @@ run = by_scale(
 runs = [f"{run}/s{seed}" for seed in (1, 2)]
 
 # %%
-from companion.explore import Choice, Explorer, panel
+from companion.figures.explore import Choice, Explorer, panel
 
 explorer = Explorer(calibration=500)  # images; 5,000 as in the paper give the figures' numbers, and take longer
 choice = Choice(tuple(runs), matching="activations", renormalisation="REPAIR")

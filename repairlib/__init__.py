@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from repairlib import train as _train
 from repairlib.corrections import Repaired
+from repairlib.evaluation import evaluate, evaluate_many
 from repairlib.fusion import match_transport
 from repairlib.graph import permutation_spec, permute, trace
 from repairlib.interpolate import Path, barrier_of, interpolate_models, walk_path
@@ -16,13 +16,12 @@ from repairlib.matching import Matching, match_activations
 from repairlib.names import check as _check
 from repairlib.renorm import Goals, Recorder, Repair, batch_statistics, renormalize, reset
 from repairlib.several import match_several
-from repairlib.stacked import evaluate_many
 from repairlib.weight_matching import match_straight_through, match_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "Goals", "Matching", "Path", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of", "batch_statistics",
-    "evaluate_many", "interpolate_models", "match_activations", "match_several", "match_straight_through",
+    "evaluate", "evaluate_many", "interpolate_models", "match_activations", "match_several", "match_straight_through",
     "match_transport", "match_weights", "merge", "permutation_spec", "permute", "renormalize", "repair", "reset",
     "trace", "walk_path",
 ]  # fmt: skip
@@ -104,4 +103,4 @@ def barrier(
     test = list(test) if iter(test) is test else test
     make = (lambda a: repaired(a).model) if repaired else (lambda a: interpolate_models(model_a, model_b, a))
     alphas = [i / (points - 1) for i in range(points)]
-    return walk_path(make, alphas, lambda net: _train.evaluate(net, test)).barrier(metric, baseline)
+    return walk_path(make, alphas, lambda net: evaluate(net, test)).barrier(metric, baseline)

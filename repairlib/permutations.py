@@ -1,15 +1,10 @@
-"""What is done with permutations once they are found: compare, chain, disturb, and keep them in a file."""
+"""What is done with permutations once they are found: compare, chain and disturb them."""
 
-import os
 from collections.abc import Callable, Mapping
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from repairlib.files import atomic_write
 from repairlib.graph import Permutation, PermutationSpec, compose, invert, permute, random_permutation
 from repairlib.matching import Matching
 
@@ -96,35 +91,3 @@ def derange(
     new = old.clone()
     new[worst] = old[worst[order]]
     return permutation | {group: new}
-
-
-def save_permutation(path: str | os.PathLike, permutation: Permutation) -> None:
-    """Write a permutation as safetensors, whole or not at all."""
-    atomic_write(path, to_bytes({name: perm.cpu().long().clone() for name, perm in permutation.items()}))
-
-
-def load_permutation(path: str | os.PathLike, spec: PermutationSpec | None = None) -> Permutation:
-    """Read what `save_permutation` wrote.
-
-    Args:
-        path: of the file.
-        spec: groups that it must belong to, if given.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or its content is no permutation, or none of the spec's groups.
-    """
-    try:
-        permutation = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no file of permutations, or damaged: {error}") from error
-    for name, perm in permutation.items():
-        if perm.dtype != torch.int64 or perm.ndim != 1 or perm.sort().values.ne(torch.arange(len(perm))).any():
-            raise ValueError(f"{path}: {name!r} is no permutation")
-    if spec is not None:
-        sizes, expected = {n: len(p) for n, p in permutation.items()}, {g.name: g.size for g in spec.groups}
-        for name in expected | sizes:
-            if sizes.get(name) != expected.get(name):
-                raise ValueError(f"{path} belongs to another architecture: group {name!r} has "
-                                 f"{sizes.get(name, 'no')} units there, {expected.get(name, 'none')} here")  # fmt: skip
-    return permutation

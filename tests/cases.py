@@ -8,7 +8,7 @@ import copy
 import torch
 from torch import nn
 
-from repairlib import models
+from companion.runs import models
 
 # name of the model, shape of an input
 CASES = {

@@ -12,8 +12,8 @@ import batch
 import matplotlib.pyplot as plt
 import pytest
 
-from companion import report
-from repairlib.data import project_root
+from companion.figures import report
+from companion.runs.data import project_root
 
 NOTEBOOK = """\
 # %% tags=["parameters"]
@@ -25,7 +25,8 @@ runs = RUNS
 
 # %%
 import matplotlib.pyplot as plt
-from companion.report import save_item, wanted
+from companion.experiments.scales import wanted
+from companion.figures.report import save_item
 
 for item in ("repair/fig2-left", "repair/sec3-theory"):
     if wanted(item, items):
@@ -80,7 +81,7 @@ def reader(project):
     cell = "runs = ['digits/mlp2-bn-w8/smoke/s2']\n"
     cell += "reads = ['repair/sec3-theory'] if wanted('repair/fig1-left', items) else []"
     path = write_notebook(project, runs="[]", name=READER)
-    path.write_text(path.read_text().replace("runs = []", f"from companion.report import wanted\n{cell}"))
+    path.write_text(path.read_text().replace("runs = []", f"from companion.experiments.scales import wanted\n{cell}"))
 
 
 def test_what_is_read_is_made_first(reader):

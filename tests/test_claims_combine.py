@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from companion.report import read_index
-from companion.scorecard import claims
+from companion.figures.report import read_index
+from companion.figures.scorecard import claims
 
 PAIRS = ("1-2", "1-3")
 END = {"end_loss": 0.1, "end_accuracy": 0.9}

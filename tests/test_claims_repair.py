@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from companion.report import read_index
-from companion.scorecard import claims
+from companion.figures.report import read_index
+from companion.figures.scorecard import claims
 
 
 def profile(direct: float, aligned: float, repaired: float = 1.0, goal: float = 1.0) -> list[dict]:

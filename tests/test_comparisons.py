@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.comparisons import (
+from companion.experiments.comparisons import (
     derangement_rows,
     derangements,
     edge_rows,
@@ -13,8 +13,8 @@ from companion.comparisons import (
     label_agreement,
     label_rows,
 )
-from companion.pairs import load_pair
-from repairlib.data import iterate
+from companion.experiments.pairs import load_pair
+from companion.runs.data import iterate
 from repairlib.graph import permute
 from repairlib.interpolate import interpolate_states, with_state
 

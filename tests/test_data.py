@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from repairlib import data
-from repairlib.data import DataMissing, augment, iterate, load
+from companion.runs import data
+from companion.runs.data import DataMissing, augment, iterate, load
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from companion.pairs import Pair, baseline_rows
-from repairlib import train
-from repairlib.data import iterate, load
-from repairlib.ensembles import Balanced, MixedLogits, balance, predict
+from companion.experiments.ensembles import Balanced, MixedLogits, balance, predict
+from companion.experiments.pairs import Pair, baseline_rows
+from companion.runs import train
+from companion.runs.data import iterate, load
 
 groups = st.integers(2, 8).flatmap(
     lambda classes: st.tuples(

@@ -9,10 +9,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from companion import explore
-from companion.explore import ALPHAS, RENORMALISATIONS, Choice, Explorer, panel, stored_pairs
-from companion.pairs import load_pair, path_rows
-from repairlib import diagnostics, store
+from companion.experiments.pairs import load_pair, path_rows
+from companion.figures import explore
+from companion.figures.explore import ALPHAS, RENORMALISATIONS, Choice, Explorer, panel, stored_pairs
+from companion.runs import store
+from repairlib import diagnostics
 
 BN = tuple(f"digits/resnet8-bn-w0.125/smoke/s{seed}" for seed in (1, 2))
 MLP = tuple(f"digits/mlp2-plain-w16/smoke/s{seed}" for seed in (1, 2))

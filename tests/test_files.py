@@ -5,8 +5,8 @@ import sys
 import pytest
 from test_store import Full, tree
 
-from repairlib import files
-from repairlib.files import atomic_write, write_folder
+from companion.runs import files
+from companion.runs.files import atomic_write, write_folder
 
 
 def test_atomic_write(tmp_path, monkeypatch):

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as vision
 
-from repairlib import folders, store
-from repairlib import train as training
-from repairlib.data import DataMissing, iterate, load
-from repairlib.models import build
-from repairlib.train import find_recipe, fit, parse_run
+from companion.runs import folders, store
+from companion.runs import train as training
+from companion.runs.data import DataMissing, iterate, load
+from companion.runs.models import build
+from companion.runs.train import find_recipe, fit, parse_run
 
 SIZES = ((50, 37), (37, 50), (36, 36), (20, 90), (90, 31), (33, 64))  # (width, height)
 RUN = "shapes@32/torchvision-resnet18/smoke/s1"

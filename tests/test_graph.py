@@ -7,7 +7,8 @@ from cases import CASES, inputs, make
 from torch import nn
 from torchvision.models import convnext, swin_transformer
 
-from repairlib import graph, matching, models
+from companion.runs import models
+from repairlib import graph, matching
 
 
 @pytest.mark.parametrize("name", CASES)

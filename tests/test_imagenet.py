@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from companion.report import figures_root
-from repairlib import store
-from repairlib.data import project_root
+from companion.figures.report import figures_root
+from companion.runs import store
+from companion.runs.data import project_root
 
 SIDE = 32
 NOTEBOOK = project_root() / "notebooks" / "repair" / "05_2_imagenet.py"

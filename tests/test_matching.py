@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import repairlib
+from companion.runs.data import iterate, load
+from companion.runs.train import Recipe, train
 from repairlib import graph, matching
-from repairlib.data import iterate, load
 from repairlib.fusion import match_transport
-from repairlib.train import Recipe, train
 from repairlib.weight_matching import match_weights
 
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from companion import mixtures
-from companion.mixtures import SCHEMES, combination_rows, evaluate_rows, sample_barriers, stitching_rows
-from companion.pairs import load_pair
-from repairlib import combine, stacked, train
-from repairlib.data import iterate
+from companion.experiments import mixtures
+from companion.experiments.mixtures import SCHEMES, combination_rows, evaluate_rows, sample_barriers, stitching_rows
+from companion.experiments.pairs import load_pair
+from companion.runs import train
+from companion.runs.data import iterate
+from repairlib import combine, evaluation
 from repairlib.interpolate import interpolate_states, with_state
 
 RUNS = ["digits/mlp2-ln-w16/smoke/s1", "digits/mlp2-ln-w16/smoke/s2"]
@@ -79,9 +80,9 @@ def test_one_network_is_made_at_a_time_and_none_kept_while_it_is_evaluated(pair,
         def __del__(self):
             alive.discard(id(self))
 
-    evaluate = stacked.evaluate
-    monkeypatch.setattr(stacked, "evaluate", lambda *args: during.append(len(alive)) or evaluate(*args))
-    monkeypatch.setattr(stacked, "CPU_STACK", 0)  # one by one
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: during.append(len(alive)) or evaluate(*args))
+    monkeypatch.setattr(evaluation, "CPU_STACK", 0)  # one by one
     evaluate_rows(pair, [({"i": i}, lambda: State(pair.a.state_dict())) for i in range(6)])
     assert most == [1] * 6 and during == [0] * 8  # and the two ends
 

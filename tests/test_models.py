@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from repairlib import models
-from repairlib.models import ModelName, build, fuse, parse
+from companion.runs import models
+from companion.runs.models import ModelName, build, fuse, parse
 
 NAMES = [
     "mlp1-plain-w7", "mlp10-bn-w16", "mlp3-fused-w16", "vgg11-plain-w0.125", "vgg13-bn-w0.125", "vgg16-bn-w0.125",

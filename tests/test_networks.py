@@ -1,8 +1,8 @@
 import pytest
 
-from companion.networks import combined, overview
-from repairlib.models import parse
-from repairlib.train import parse_run
+from companion.experiments.networks import combined, overview
+from companion.runs.models import parse
+from companion.runs.train import parse_run
 
 
 @pytest.mark.parametrize("scale", ["smoke", "quick", "fast", "paper"])

@@ -4,8 +4,8 @@ import shutil
 
 import batch
 
-from companion import report
-from repairlib.data import project_root
+from companion.figures import report
+from companion.runs.data import project_root
 
 
 def test_the_summary_of_repair_is_made_of_the_other_notebooks(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from companion.pairs import (
+from companion.experiments.pairs import (
     NETWORKS,
     barrier_means,
     barrier_rows,
@@ -11,7 +11,8 @@ from companion.pairs import (
     path_rows,
     reduction_rows,
 )
-from repairlib import Repair, reset, train
+from companion.runs import train
+from repairlib import Repair, reset
 
 RUNS = ["digits/mlp2-plain-w16/smoke/s1", "digits/mlp2-plain-w16/smoke/s2"]
 

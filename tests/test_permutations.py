@@ -91,24 +91,6 @@ def test_impossible_derangements(spec):
         permutations.derange(old, correlation, "fc", 2)
 
 
-def test_saved_permutations_come_back_and_damage_is_noticed(spec, tmp_path):
-    path = tmp_path / "matching" / "b_to_a.safetensors"
-    permutation = graph.random_permutation(spec, 3)
-    permutations.save_permutation(path, {name: perm.int() for name, perm in permutation.items()})
-    loaded = permutations.load_permutation(path, spec)
-    assert loaded.keys() == permutation.keys() and all(torch.equal(p, loaded[n]) for n, p in permutation.items())
-    with pytest.raises(ValueError, match="another architecture: group"):
-        permutations.load_permutation(path, graph.permutation_spec(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2)))
-    permutations.save_permutation(path, {"a": torch.tensor([0, 0, 1])})
-    with pytest.raises(ValueError, match="'a' is no permutation"):
-        permutations.load_permutation(path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="no file of permutations, or damaged"):
-        permutations.load_permutation(path)
-    with pytest.raises(FileNotFoundError):
-        permutations.load_permutation(tmp_path / "none")
-
-
 def test_permutations_of_different_architectures_do_not_compare():
     with pytest.raises(ValueError, match="different groups"):
         permutations.agreement({"a": torch.arange(3)}, {"a": torch.arange(4)})

@@ -10,9 +10,9 @@ import plan
 import pytest
 from PIL import Image
 
-from companion import report
-from repairlib import data, models
-from repairlib.store import Store
+from companion.figures import report
+from companion.runs import data, models
+from companion.runs.store import Store
 
 NOTEBOOK = """\
 # %% tags=["parameters"]

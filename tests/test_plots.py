@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from companion import plots
+from companion.figures import plots
 
 
 @pytest.fixture(autouse=True)

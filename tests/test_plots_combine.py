@@ -4,7 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from companion import mixtures, plots, plots_combine
+from companion.experiments import mixtures
+from companion.figures import plots
+from companion.figures.plots import combine as plots_combine
 from repairlib import combine
 
 

@@ -6,7 +6,8 @@ import torch.nn.utils.prune
 from cases import CASES, batches, inputs, make
 from torch import nn
 
-from repairlib import corrections, diagnostics, graph, models, renorm
+from companion.runs import models
+from repairlib import corrections, diagnostics, graph, renorm
 from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.moments import gather
 

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from companion import report
+from companion.experiments import scales
+from companion.figures import report
 
 ITEM = "repair/fig2-left"
 TABLE = [{"layer": 1, "ratio": 0.7, "aligned": True}, {"layer": 2, "ratio": 0.4, "aligned": False}]
@@ -25,18 +26,18 @@ def figure():
 
 
 def test_by_scale_picks_one():
-    values = [report.by_scale(scale, smoke=1, quick=2, fast=3, paper=4) for scale in report.SCALES]
+    values = [scales.by_scale(scale, smoke=1, quick=2, fast=3, paper=4) for scale in scales.SCALES]
     assert values == [1, 2, 3, 4]
 
 
 def test_unknown_scale_names_the_nearest():
     with pytest.raises(ValueError, match="unknown scale 'papr'; the nearest is 'paper'"):
-        report.by_scale("papr", smoke=1, quick=2, fast=3, paper=4)
+        scales.by_scale("papr", smoke=1, quick=2, fast=3, paper=4)
 
 
 def test_a_scale_left_out_is_named():
     with pytest.raises(TypeError, match="'fast'"):
-        report.by_scale("quick", smoke=1, quick=2, paper=4)
+        scales.by_scale("quick", smoke=1, quick=2, paper=4)
 
 
 def test_save_item_writes_data_and_pictures(figure):
@@ -130,7 +131,7 @@ scale: str = "smoke"
 items: str = ""
 
 # %% tags=["runs"]
-from companion.report import by_scale
+from companion.experiments.scales import by_scale
 
 runs = [f"digits/mlp2-bn-w8/smoke/s{s}" for s in by_scale(scale, smoke=[1], quick=[1, 2, 1], fast=[], paper=[])]
 

@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
 
-from companion import report, scorecard
-from companion.scorecard import Claim, Finding
+from companion.figures import report, scorecard
+from companion.figures.claims import Claim, Finding
 
 ITEM, OTHER = "repair/equivalence", "repair/table1"  # tables, which need no figure
 

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from repairlib import store as storing
-from repairlib import train as training
-from repairlib.models import build
-from repairlib.store import CorruptCheckpoint, StaleRun, Store, main
+from companion.runs import store as storing
+from companion.runs import train as training
+from companion.runs.models import build
+from companion.runs.store import CorruptCheckpoint, StaleRun, Store, main
 
 RUN = "digits/mlp2-plain-w16/smoke/s1"
 METRICS = {"test_accuracy": 0.5, "shape": (1, 16, 16), "classes": 10, "device": "cpu", "threads": 1, "seconds": 0.1}
@@ -250,7 +250,7 @@ def test_damaged_checkpoint_is_named_and_comes_back(store, damage):
     message = str(caught.value)
     assert message.startswith(str(path)) and f"get({RUN!r}) trains it again" in message
     command = message.split("`")[1].split()
-    assert command[:3] == ["python", "-m", "repairlib.store"]
+    assert command[:3] == ["python", "-m", "companion.runs.store"]
     assert main(command[3:]) == 0  # the way out that the message gives
     assert equal(bits(store.get(RUN, train_device="cpu", progress=False)), good)
 
@@ -352,8 +352,8 @@ def test_full_disk_names_the_file(store, monkeypatch):
 CHILDREN = """
 import os, signal, sys
 import torch
-from repairlib import store as storing
-from repairlib.models import build
+from companion.runs import store as storing
+from companion.runs.models import build
 
 RUN, METRICS, root, job = {run!r}, {metrics!r}, sys.argv[1], sys.argv[2]
 store = storing.Store(root)
@@ -514,7 +514,7 @@ def torchrun(script, *arguments):
 
 def test_two_processes_train_one_network_together(store):
     name = "digits/mlp2-plain-w8/smoke/s1"
-    done = torchrun(["-m", "repairlib.store"], "--root", store.root, "train", name)
+    done = torchrun(["-m", "companion.runs.store"], "--root", store.root, "train", name)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert done.stdout.count("test accuracy") == 1 and store.names() == [name]
     alone, metrics = training.train(name, device="cpu", progress=False)
@@ -527,7 +527,7 @@ def test_nothing_is_saved_if_one_of_the_processes_fails(store, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
-from repairlib import store, train
+from companion.runs import store, train
 
 def failing(*args, **options):
     raise OSError("no more data")
@@ -560,7 +560,7 @@ def test_command_line(store, capsys):
 
 
 def test_command_line_as_a_module(store):
-    command = [sys.executable, "-W", "error", "-m", "repairlib.store", "--root", str(store.root), "delete", RUN]
+    command = [sys.executable, "-W", "error", "-m", "companion.runs.store", "--root", str(store.root), "delete", RUN]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("FileNotFoundError: ") and len(done.stderr.splitlines()) == 1

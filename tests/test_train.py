@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repairlib import train as training
-from repairlib.data import AUGMENTATIONS, Dataset, Split, load
-from repairlib.models import build
-from repairlib.train import DivergedError, Recipe, evaluate, find_recipe, fit, parse_run, train
+from companion.runs import train as training
+from companion.runs.data import AUGMENTATIONS, Dataset, Split, load
+from companion.runs.models import build
+from companion.runs.train import DivergedError, Recipe, evaluate, find_recipe, fit, parse_run, train
 
 RUN = "digits/mlp2-plain-w16/smoke/s1"
 
@@ -176,7 +176,7 @@ def test_training_in_another_process_with_other_settings_gives_the_same_bits(tmp
     name = "digits/resnet8-bn-w0.25/smoke/s1"
     script = (
         "import torch; torch.set_num_threads(2); torch.manual_seed(5)\n"
-        "from repairlib.train import train\n"
+        "from companion.runs.train import train\n"
         f"model, _ = train({name!r}, device='cpu', progress=False)\n"
         "assert torch.get_num_threads() == 2\n"
         f"torch.save(model.state_dict(), {str(tmp_path / 'weights')!r})"

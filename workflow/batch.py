@@ -28,9 +28,10 @@ from typing import Any
 
 import filelock
 
-from companion import report, scorecard
-from repairlib.data import project_root
-from repairlib.files import atomic_write
+from companion.experiments import scales
+from companion.figures import report, scorecard
+from companion.runs.data import project_root
+from companion.runs.files import atomic_write
 from repairlib.names import check
 
 PAPERS = {
@@ -129,7 +130,7 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     path, name, root = Path(path).resolve(), name_of(path), report.figures_root()
-    output = project_root() / "build" / report.check_scale(scale) / f"{name}.ipynb"
+    output = project_root() / "build" / scales.check_scale(scale) / f"{name}.ipynb"
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Two processes making the same notebook would share its staging folder: the second waits.
@@ -325,7 +326,7 @@ def write_gallery() -> Path:
 
 def _section(item: str, entry: dict[str, Any], root: Path) -> str:
     """One item of the gallery."""
-    paths = {scale: root / scale / f"{entry['output']}.json" for scale in report.SCALES}
+    paths = {scale: root / scale / f"{entry['output']}.json" for scale in scales.SCALES}
     records = {s: json.loads(path.read_text(encoding="utf-8")) for s, path in paths.items() if path.exists()}
     notebook = project_root() / "notebooks" / f"{entry['notebook']}.py"
     section, figure = entry["paper"]["section"], entry["paper"]["figure"]
@@ -446,7 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(write_gallery())
         elif options.what == "summary":
             write_gallery()
-            print(summarize(report.check_scale(options.scale), options.since))
+            print(summarize(scales.check_scale(options.scale), options.since))
         elif options.what == "sync":
             print("\n".join(str(path) for path in sync()) or "all in line")
         else:

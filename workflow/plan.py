@@ -30,11 +30,12 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from companion import report
-from repairlib import models, train
-from repairlib.data import ARCHIVES, DIGITS_TEST, Dataset, Split, base_name, data_root, project_root
-from repairlib.folders import halves_of, stream_folder
-from repairlib.store import Store
+from companion.experiments import scales
+from companion.figures import report
+from companion.runs import models, train
+from companion.runs.data import ARCHIVES, DIGITS_TEST, Dataset, Split, base_name, data_root, project_root
+from companion.runs.folders import halves_of, stream_folder
+from companion.runs.store import Store
 
 START = 4.0  # seconds that a job takes to import PyTorch
 CALIBRATION = 5000  # images of the training set that notebooks match and measure statistics on
@@ -198,8 +199,8 @@ def notebook_seconds(name: str, scale: str, items: str, device: str, find: Calla
     """
     path = project_root() / "notebooks" / f"{name}.py"
     work = sum(find(run).look for run in report.notebook_runs(path, scale, items))
-    at = report.SCALES.index(scale)
-    for other in sorted(report.SCALES, key=lambda each: abs(report.SCALES.index(each) - at)):
+    at = scales.SCALES.index(scale)
+    for other in sorted(scales.SCALES, key=lambda each: abs(scales.SCALES.index(each) - at)):
         done = batch.read_done(name, other)
         if not done or done["device"] != device:
             continue
@@ -269,7 +270,7 @@ def plan(
         to_execute: names of the notebooks that are not up to date; default as Snakemake says, see `pending`.
         speed: FLOP/s by kind of model; default measured, see `calibrate`.
     """
-    report.check_scale(scale)
+    scales.check_scale(scale)
     device = device or train.default_device()
     here, stored = report.device_name(device), set(Store().names())
     wanted, needs = batch.find_needs(scale, notebooks, items)

@@ -23,8 +23,8 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig2,com
 samples: int = 0  # networks drawn at each point; 0: as many as the scale has
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import by_scale, wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import by_scale, wanted
 
 resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of the parameter, ends included
@@ -50,13 +50,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from companion import plots_combine
-from companion.mixtures import SCHEMES, coefficient_samples, combination_rows, mean_barriers, weight_rows
-from companion.pairs import match_rows, pairs_of, title_of
-from companion.report import save_item
-from repairlib import models
+from companion.experiments.mixtures import SCHEMES, coefficient_samples, combination_rows, mean_barriers, weight_rows
+from companion.experiments.pairs import match_rows, pairs_of, title_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
+from companion.runs import models
+from companion.runs.train import find_recipe, parse_run
 from repairlib.combine import elementwise, extreme, stitch
-from repairlib.train import find_recipe, parse_run
 
 overview()
 
@@ -137,7 +137,7 @@ for run in networks:
 # them, as fractions of the test set (0.01 is a point). Bands go from the best to the worst network of all pairs.
 #
 # At `quick` (seeds 1 to 3) networks are narrower and shallower than the paper's and tell digits in disorder apart; they
-# are trained with more weight decay (`quick-csiszarik` in `repairlib.train`). Aligned ones lose 4 to 6 points at worst
+# are trained with more weight decay (recipe `quick-csiszarik`). Aligned ones lose 4 to 6 points at worst
 # in the first three kinds of combinations, which are hardest at a half, where all three are the whole hypercube;
 # Bernoulli coefficients cost ResNets 19 points and Tiny-10s 9. Networks that are not aligned lose 70 points and more.
 

@@ -17,8 +17,8 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig6"; empty: all
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import wanted
 
 resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 networks = {"combine/fig6": resnet, "combine/figB19": tiny}
@@ -32,10 +32,10 @@ import time
 import pandas as pd
 import torch
 
-from companion import plots_combine
-from companion.mixtures import mean_barriers, stitching_rows, weight_rows
-from companion.pairs import pairs_of, title_of
-from companion.report import save_item
+from companion.experiments.mixtures import mean_barriers, stitching_rows, weight_rows
+from companion.experiments.pairs import pairs_of, title_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
 from repairlib.combine import stitch
 
 overview()

@@ -28,8 +28,8 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig7"; e
 samples: int = 0  # networks drawn at each x; 0: the scale's. The paper does not print its number
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import by_scale, wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import by_scale, wanted
 
 SEEDS, restarts = combined(scale).seeds, combined(scale).restarts  # every two seeds are a pair
 SEEDS = by_scale(scale, smoke=SEEDS, quick=SEEDS, fast=SEEDS, paper=SEEDS[:2])
@@ -49,10 +49,16 @@ import time
 
 import pandas as pd
 
-from companion import plots_combine
-from companion.mixtures import SCHEMES, coefficient_samples, combination_rows, sample_barriers, stitching_rows
-from companion.pairs import pairs_of
-from companion.report import save_item
+from companion.experiments.mixtures import (
+    SCHEMES,
+    coefficient_samples,
+    combination_rows,
+    sample_barriers,
+    stitching_rows,
+)
+from companion.experiments.pairs import pairs_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
 
 overview()
 

@@ -20,8 +20,8 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig8"; empty: all
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import by_scale, wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import by_scale, wanted
 
 resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 points = by_scale(scale, smoke=3, quick=9, fast=25, paper=25)  # of the path, ends included
@@ -37,10 +37,10 @@ from functools import partial
 import pandas as pd
 import torch
 
-from companion import plots_combine
-from companion.mixtures import KINDS, SCHEMES, evaluate_rows, states_of
-from companion.pairs import pairs_of, title_of
-from companion.report import save_item
+from companion.experiments.mixtures import KINDS, SCHEMES, evaluate_rows, states_of
+from companion.experiments.pairs import pairs_of, title_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
 from repairlib.combine import extreme
 from repairlib.interpolate import interpolate_states
 

@@ -24,8 +24,8 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig9"; e
 samples: int = 0  # networks drawn for each point of a box; 0: the scale's
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import by_scale, wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import by_scale, wanted
 
 resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 ALPHAS, EDGES = [-1 + i / 8 for i in range(25)], [i / 48 for i in range(25)]
@@ -49,10 +49,10 @@ import time
 import pandas as pd
 import torch
 
-from companion import plots_combine
-from companion.mixtures import SCHEMES, combination_rows, works_up_to
-from companion.pairs import pairs_of, title_of
-from companion.report import save_item
+from companion.experiments.mixtures import SCHEMES, combination_rows, works_up_to
+from companion.experiments.pairs import pairs_of, title_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
 
 overview()
 

@@ -20,8 +20,8 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig11a"; empty: all
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import by_scale, wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import by_scale, wanted
 
 resnet, tiny, _, restarts = combined(scale)  # see the table below
 # Seeds of A, B and C.
@@ -44,16 +44,16 @@ from functools import partial
 import pandas as pd
 from torch import nn
 
-from companion import plots_combine
-from companion.mixtures import Lazy, best_combinations, evaluate_rows, mean_barriers
-from companion.pairs import Pair, load_pair, title_of
-from companion.report import save_item
-from repairlib import store
+from companion.experiments.mixtures import Lazy, best_combinations, evaluate_rows, mean_barriers
+from companion.experiments.pairs import Pair, load_pair, title_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
+from companion.runs import store
 from repairlib.combine import simplex_grid
+from repairlib.evaluation import evaluate_many
 from repairlib.interpolate import interpolate_states, mix_states
 from repairlib.permutations import agreement, through
 from repairlib.several import Several, match_several
-from repairlib.stacked import evaluate_many
 from repairlib.weight_matching import match_weights
 
 overview()

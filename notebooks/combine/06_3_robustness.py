@@ -20,8 +20,8 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig14"; 
 samples: int = 0  # derangements for each k, which the paper does not print; 0: the scale's
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import by_scale, wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import by_scale, wanted
 
 _, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 steps = by_scale(scale, smoke=2, quick=4, fast=8, paper=16)  # values of k, besides 2: N / steps, 2 N / steps, ..., N
@@ -37,10 +37,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from companion import plots_combine
-from companion.comparisons import derangement_rows, derangements
-from companion.pairs import pairs_of, title_of
-from companion.report import save_item
+from companion.experiments.comparisons import derangement_rows, derangements
+from companion.experiments.pairs import pairs_of, title_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
 from repairlib.graph import permute
 from repairlib.permutations import derange
 

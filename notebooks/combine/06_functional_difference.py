@@ -26,8 +26,8 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig12"; 
 samples: int = 0  # networks at each point of a random scheme, which the paper does not print; 0: the scale's
 
 # %% tags=["runs"]
-from companion.networks import combined, overview
-from companion.report import by_scale, wanted
+from companion.experiments.networks import combined, overview
+from companion.experiments.scales import by_scale, wanted
 
 resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
 points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of each scheme's parameter, ends included
@@ -45,11 +45,11 @@ import time
 import numpy as np
 import pandas as pd
 
-from companion import plots_combine
-from companion.comparisons import edge_rows, label_rows
-from companion.mixtures import KINDS, SCHEMES, coefficient_samples
-from companion.pairs import pairs_of, title_of
-from companion.report import save_item
+from companion.experiments.comparisons import edge_rows, label_rows
+from companion.experiments.mixtures import KINDS, SCHEMES, coefficient_samples
+from companion.experiments.pairs import pairs_of, title_of
+from companion.figures.plots import combine as plots_combine
+from companion.figures.report import save_item
 
 overview()
 

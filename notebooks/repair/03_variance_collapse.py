@@ -14,7 +14,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig2-left,repair/sec3-theory"; empty: all
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.experiments.scales import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 mlp = by_scale(
@@ -48,9 +48,9 @@ import time
 
 import pandas as pd
 
-from companion import plots
-from companion.pairs import pairs_of
-from companion.report import save_item
+from companion.experiments.pairs import pairs_of
+from companion.figures import plots
+from companion.figures.report import save_item
 from repairlib import diagnostics
 
 # %% [markdown]

@@ -19,7 +19,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig3-right,repair/samples"; empty: all
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.experiments.scales import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 depths = by_scale(
@@ -61,9 +61,9 @@ import time
 import pandas as pd
 import torch
 
-from companion import plots
-from companion.pairs import load_pair, pairs_of, path_rows
-from companion.report import save_item
+from companion.experiments.pairs import load_pair, pairs_of, path_rows
+from companion.figures import plots
+from companion.figures.report import save_item
 from repairlib import Repair, diagnostics, reset
 from repairlib.graph import eval_mode
 

@@ -21,7 +21,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig4-left,repair/fig8-left"; empty: all
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.experiments.scales import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 model = by_scale(
@@ -60,9 +60,9 @@ import time
 
 import pandas as pd
 
-from companion import plots
-from companion.pairs import barrier_means, barrier_rows, name_means, pairs_of, path_rows
-from companion.report import read_index, save_item
+from companion.experiments.pairs import barrier_means, barrier_rows, name_means, pairs_of, path_rows
+from companion.figures import plots
+from companion.figures.report import read_index, save_item
 
 title = f"{model.split('/')[1].split('-')[0]} on {model.split('/')[0]}"
 

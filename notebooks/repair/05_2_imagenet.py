@@ -19,9 +19,9 @@
 #
 # `fast` and `paper` need ImageNet in `data/imagenet/{train,val}/<class>/` and days on a GPU. With networks that you
 # have, `recipe="imported"` trains nothing: store two of each first, for instance
-# `python -m repairlib.store import imagenet@224/torchvision-resnet50/imported/s1 FILE.safetensors`. `quick` has the
-# digits of `digits-hard` and narrow ResNets with a stem for small images: ResNet26 has ResNet50's bottleneck blocks,
-# two in each stage.
+# `python -m companion.runs.store import imagenet@224/torchvision-resnet50/imported/s1 FILE.safetensors`.
+# `quick` has the digits of `digits-hard` and narrow ResNets with a stem for small images: ResNet26 has ResNet50's
+# bottleneck blocks, two in each stage.
 
 # %% tags=["parameters"]
 scale: str = "smoke"  # smoke, quick, fast or paper
@@ -30,7 +30,7 @@ data: str = ""  # another image folder, for instance "photos@224", whose network
 recipe: str = ""  # another recipe, for instance "imported"; empty: the scale's
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.experiments.scales import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 points = by_scale(scale, smoke=3, quick=5, fast=11, paper=51)  # of a path, ends included
@@ -70,12 +70,12 @@ import time
 
 import pandas as pd
 
-from companion import plots
-from companion.pairs import pairs_of, path_rows
-from companion.report import save_item
+from companion.experiments.pairs import pairs_of, path_rows
+from companion.figures import plots
+from companion.figures.report import save_item
+from companion.runs.models import parse
 from repairlib import diagnostics
 from repairlib.interpolate import barrier_of
-from repairlib.models import parse
 
 METHOD = "simultaneous"
 labels = {name: f"ResNet{parse(models[name]).depth}" + " 2x" * name.endswith("x2") for name in names}

@@ -9,14 +9,14 @@
 # * before REPAIR it rises with depth, after REPAIR it is small and nearly flat.
 #
 # Where the papers use MNIST, FashionMNIST, SVHN and CIFAR-10, scale `quick` has scikit-learn's digits and the same
-# digits made harder: moved, turned, beside a neighbour, greyer, noisy (`repairlib.data.clutter`).
+# digits made harder: moved, turned, beside a neighbour, greyer, noisy (`companion.runs.data.clutter`).
 
 # %% tags=["parameters"]
 scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig6-left,repair/fig6-right"; empty: all
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.experiments.scales import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 data = by_scale(
@@ -67,10 +67,10 @@ import time
 
 import matplotlib.pyplot as plt
 
-from companion import plots
-from companion.pairs import barrier_means, barrier_rows, name_means
-from companion.report import save_item
-from repairlib.train import parse_run
+from companion.experiments.pairs import barrier_means, barrier_rows, name_means
+from companion.figures import plots
+from companion.figures.report import save_item
+from companion.runs.train import parse_run
 
 # %% [markdown]
 # ## Barriers

@@ -20,7 +20,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig7"; empty: all
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.experiments.scales import by_scale, wanted
 
 # Seeds of the pairs: A is trained on the first half and B on the other. The network trained on all data has A's seed.
 SEEDS = by_scale(scale, smoke=[(1, 2)], quick=[(1, 2), (2, 3), (3, 1)], fast=[(1, 2)], paper=[(1, 2)])
@@ -48,10 +48,10 @@ import time
 
 import pandas as pd
 
-from companion import plots
-from companion.pairs import baseline_rows, load_pair, path_rows
-from companion.report import save_item
-from repairlib import store
+from companion.experiments.pairs import baseline_rows, load_pair, path_rows
+from companion.figures import plots
+from companion.figures.report import save_item
+from companion.runs import store
 
 # %% [markdown]
 # ## Measure
@@ -63,8 +63,8 @@ from repairlib import store
 #   50 logits of network A such that its predictions on the test set become balanced over the 100 classes". It does not
 #   say whether to scale is to multiply or to shift. Logits can be negative, so here one constant is taken off the
 #   logits of the half of the classes that the network has seen more of, which scales their odds, until the mean
-#   probability of that half is its share of the classes (`repairlib.ensembles.balance`). This looks at the images of
-#   the test set, not at their labels;
+#   probability of that half is its share of the classes (`companion.experiments.ensembles.balance`). This looks at the
+#   images of the test set, not at their labels;
 # * one network trained on all of the data.
 
 # %%

@@ -15,7 +15,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig1-right,repair/table1"; empty: all
 
 # %% tags=["runs"]
-from companion.report import by_scale, wanted
+from companion.experiments.scales import by_scale, wanted
 
 SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
 networks = by_scale(  # of Fig. 14
@@ -48,10 +48,10 @@ import time
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from companion import plots, scorecard
-from companion.pairs import pairs_of, path_rows, reduction_rows
-from companion.report import load_item, save_item
-from repairlib.train import RECIPES, parse_run
+from companion.experiments.pairs import pairs_of, path_rows, reduction_rows
+from companion.figures import plots, scorecard
+from companion.figures.report import load_item, save_item
+from companion.runs.train import RECIPES, parse_run
 
 # %% [markdown]
 # ## What has been made

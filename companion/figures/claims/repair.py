@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from companion.pairs import barrier_means
-from companion.plots import LOOKS, SERIES
-from companion.scorecard import Claim, Finding
+from companion.experiments.pairs import barrier_means
+from companion.figures.claims import Claim, Finding
+from companion.figures.plots import LOOKS, SERIES
 
 FLAT = 5.0  # points of accuracy: what is less is no change of a barrier with depth
 

@@ -18,17 +18,17 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
 
-from companion import plots
-from companion.pairs import Pair, load_pair
-from companion.report import device_name
+from companion.experiments.pairs import Pair, load_pair
+from companion.figures import plots
+from companion.figures.report import device_name
+from companion.runs.store import Store
+from companion.runs.train import parse_run
 from repairlib.corrections import target_nodes
 from repairlib.graph import Batches, trace
 from repairlib.interpolate import Path, interpolate_models
 from repairlib.moments import gather
 from repairlib.names import check
 from repairlib.renorm import Repair, reset
-from repairlib.store import Store
-from repairlib.train import parse_run
 
 MATCHINGS = {"none": "not aligned", "activations": "aligned by activations", "weights": "aligned by weights"}
 REPAIRS = {
@@ -277,7 +277,7 @@ def panel(explorer: Explorer, choice: Choice | None = None, alpha: float = 0.5, 
     if not pairs:
         return widgets.HTML(
             f"No two stored runs that differ in the seed only in {html.escape(str(Store().root))}: <code>make figures"
-            "</code> trains some, and so does <code>repairlib.store.get(name)</code>."
+            "</code> trains some, and so does <code>companion.runs.store.get(name)</code>."
         )
     choice = choice or Choice(next(iter(pairs.values())))
     names = {runs: name for name, runs in pairs.items()}

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from companion.mixtures import mean_barriers
-from companion.scorecard import Claim, Finding
+from companion.experiments.mixtures import mean_barriers
+from companion.figures.claims import Claim, Finding
 
 NEAR = 10.0  # points of accuracy: combined networks that lose less than that stay near the endpoints
 LITTLE = 5.0  # points: what costs less costs little

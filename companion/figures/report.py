@@ -21,37 +21,13 @@ from typing import Any
 
 import yaml
 
-from repairlib.data import project_root
-from repairlib.files import atomic_write
+from companion.experiments.scales import check_scale
+from companion.runs.data import project_root
+from companion.runs.files import atomic_write
+from companion.runs.train import default_device
 from repairlib.names import check
-from repairlib.train import default_device
 
-SCALES = ("smoke", "quick", "fast", "paper")
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "safetensors")
-
-
-def by_scale(scale: str, *, smoke: Any, quick: Any, fast: Any, paper: Any) -> Any:
-    """The value for `scale`; all four stand side by side, so that a reader sees what the paper used.
-
-    >>> by_scale("quick", smoke=[1], quick=[4, 8, 16], fast=[1, 2, 4, 8], paper=[1, 2, 4, 8, 16])
-    [4, 8, 16]
-    """
-    check_scale(scale)
-    return {"smoke": smoke, "quick": quick, "fast": fast, "paper": paper}[scale]
-
-
-def check_scale(scale: str) -> str:
-    """Return `scale` if it is one of the four; ValueError otherwise."""
-    return check(scale, SCALES, "scale")
-
-
-def wanted(item: str, items: str) -> bool:
-    """Whether a notebook's parameter `items` (comma-separated IDs, empty = all) asks for `item`.
-
-    >>> wanted("repair/samples", ""), wanted("repair/samples", "repair/fig2-left")
-    (True, False)
-    """
-    return not items.strip() or item in [name.strip() for name in items.split(",")]
 
 
 def figures_root(root: str | Path | None = None) -> Path:

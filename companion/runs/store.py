@@ -1,9 +1,9 @@
 """The store of trained networks: ask for a run by name; it is loaded if it is there and trained if it is not.
 
-    get("digits/resnet20-bn-w1/quick/s1")          python -m repairlib.store train digits/resnet20-bn-w1/quick/s1
+    get("digits/resnet20-bn-w1/quick/s1")          python -m companion.runs.store train digits/resnet20-bn-w1/quick/s1
 
-On several GPUs: torchrun --nproc_per_node 8 -m repairlib.store train imagenet@224/torchvision-resnet50/jordan/s1
-Trained elsewhere: python -m repairlib.store import imagenet@224/torchvision-resnet50/imported/s1 FILE.safetensors
+On several GPUs: torchrun --nproc_per_node 8 -m companion.runs.store train imagenet@224/torchvision-resnet50/jordan/s1
+Trained elsewhere: python -m companion.runs.store import imagenet@224/torchvision-resnet50/imported/s1 FILE.safetensors
 
 A run is a folder `<root>/<data>/<model>/<recipe>/s<seed>` with the weights (model.safetensors) and a sidecar
 (run.json: recipe, metrics, versions, device, seconds, and the digest of the weights). It is there whole or not at
@@ -32,11 +32,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from repairlib import models
-from repairlib.data import DataMissing, load, project_root
-from repairlib.files import write_folder
-from repairlib.names import nearest
-from repairlib.train import (
+from companion.runs import models
+from companion.runs.data import DataMissing, load, project_root
+from companion.runs.files import write_folder
+from companion.runs.train import (
     DivergedError,
     Recipe,
     RunName,
@@ -48,6 +47,7 @@ from repairlib.train import (
     share,
     train,
 )
+from repairlib.names import nearest
 
 __all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "get", "parse_run"]
 WEIGHTS, SIDECAR = "model.safetensors", "run.json"
@@ -283,14 +283,14 @@ class Store:
             if json.dumps(then) != json.dumps(now):
                 raise StaleRun(
                     f"run {run} was trained with {field}={then!r}, and its recipe now has {now!r}: remove it with "
-                    f"`python -m repairlib.store --root {self.root} delete {run}` and it is trained again, or keep it "
-                    "and use another root (REPAIRLIB_RUNS)"
+                    f"`python -m companion.runs.store --root {self.root} delete {run}` and it is trained again, or "
+                    "keep it and use another root (REPAIRLIB_RUNS)"
                 )
 
     def _corrupt(self, name: str, path: Path, problem: str) -> CorruptCheckpoint:
         again = "import it again" if self._parse(name).recipe == "imported" else f"get({name!r}) trains it again"
         return CorruptCheckpoint(
-            f"{path} {problem}; remove the run with `python -m repairlib.store --root {self.root} delete {name}` "
+            f"{path} {problem}; remove the run with `python -m companion.runs.store --root {self.root} delete {name}` "
             f"and {again}"
         )
 
@@ -307,7 +307,7 @@ def _non_finite(model: nn.Module) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line: train, import, delete, list or check runs; the exit code is 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m repairlib.store", description="Trained networks by run name.")
+    parser = argparse.ArgumentParser(prog="python -m companion.runs.store", description="Trained networks by run name.")
     parser.add_argument("--root", help="where runs are stored (default: $REPAIRLIB_RUNS, else data/runs)")
     parser.add_argument("--data-root", help="where data sets are (default: $REPAIRLIB_DATA, else data)")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repairlib import models
-from repairlib.data import Dataset, base_name, check_name, iterate, load
-from repairlib.graph import eval_mode
+from companion.runs import models
+from companion.runs.data import Dataset, base_name, check_name, iterate, load
+from repairlib.evaluation import evaluate
 from repairlib.names import nearest
 from repairlib.progress import bar
 
@@ -294,7 +294,8 @@ def train(
     run = parse_run(run, data_root) if isinstance(run, str) else run
     if run.recipe == "imported":
         raise ValueError(
-            f"run {run} is not trained here: import it with `python -m repairlib.store import {run} FILE.safetensors`"
+            f"run {run} is not trained here: "
+            f"import it with `python -m companion.runs.store import {run} FILE.safetensors`"
         )
     rank, _ = processes()
     how = recipe or find_recipe(run.recipe, run.model.kind, run.data)
@@ -401,27 +402,6 @@ def fit(
             raise DivergedError(f"{name}: {key} became non-finite at step {steps} (the last), where the loss was still "
                                 f"{float(losses[-1]):.6g}; try a smaller learning rate")  # fmt: skip
     return losses.cpu()
-
-
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Return the mean cross entropy (nats) and the accuracy (0 to 1) over batches (x [b, ...], y int64 [b]).
-
-    In evaluation mode, which is undone afterwards; sums are float64.
-
-    Raises:
-        ValueError: there are no batches.
-    """
-    like = next(model.parameters(), torch.zeros(()))  # inputs go to the device and precision of the weights
-    total, correct, n = 0.0, 0, 0
-    with eval_mode(model):
-        for x, y in batches:
-            logits, y = model(x.to(like)).double(), y.to(like.device)
-            total = total + F.cross_entropy(logits, y, reduction="sum")
-            correct = correct + (logits.argmax(1) == y).sum()
-            n += len(y)
-    if n == 0:
-        raise ValueError("no batches to evaluate on")
-    return float(total) / n, int(correct) / n
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import RegularPolygon
 
-from companion.mixtures import best_combinations
-from companion.plots import COLUMN_WIDTH, OTHERS, STYLE, curves, style
+from companion.experiments.mixtures import best_combinations
+from companion.figures.plots import COLUMN_WIDTH, OTHERS, STYLE, curves, style
 
 KIND_LOOKS = {
     "permuted": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "aligned"},

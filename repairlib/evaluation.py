@@ -1,4 +1,4 @@
-"""Evaluate many networks of one architecture together."""
+"""Loss and accuracy of one network, or of many of one architecture together."""
 
 import copy
 import itertools
@@ -13,11 +13,31 @@ from torch.func import functional_call
 from repairlib.graph import eval_mode
 from repairlib.interpolate import State, check_compatible
 from repairlib.progress import bar
-from repairlib.train import evaluate
 
 # Elements of a stack's largest activation on a CPU (2 MB in float32): beyond, it leaves the cache, and networks run
 # faster one by one. A stack of less than 4 does not pay. Measured by benchmarks/stacked.py.
 CPU_STACK = 500_000
+
+
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Return the mean cross entropy (nats) and the accuracy (0 to 1) over batches (x [b, ...], y int64 [b]).
+
+    In evaluation mode, which is undone afterwards; sums are float64.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    like = next(model.parameters(), torch.zeros(()))  # inputs go to the device and precision of the weights
+    total, correct, n = 0.0, 0, 0
+    with eval_mode(model):
+        for x, y in batches:
+            logits, y = model(x.to(like)).double(), y.to(like.device)
+            total = total + F.cross_entropy(logits, y, reduction="sum")
+            correct = correct + (logits.argmax(1) == y).sum()
+            n += len(y)
+    if n == 0:
+        raise ValueError("no batches to evaluate on")
+    return float(total) / n, int(correct) / n
 
 
 def evaluate_many(
@@ -30,7 +50,7 @@ def evaluate_many(
     memory: float = 2e9,
     progress: bool = True,
 ) -> list[tuple[float, float]]:
-    """(mean cross entropy in nats, accuracy in [0, 1]) of one architecture under many state dicts, as `train.evaluate`.
+    """(mean cross entropy in nats, accuracy in [0, 1]) of one architecture under many state dicts, as `evaluate`.
 
     Stacked, the networks of a chunk run as one (`torch.vmap`); else one after the other.
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.mixtures import Lazy, draw_networks, evaluate_rows, sample_barriers, states_of
-from companion.pairs import Pair
-from repairlib.ensembles import predict
+from companion.experiments.ensembles import predict
+from companion.experiments.mixtures import Lazy, draw_networks, evaluate_rows, sample_barriers, states_of
+from companion.experiments.pairs import Pair
 from repairlib.graph import Batches, Permutation, permute_state
 from repairlib.interpolate import State, interpolate_states
 from repairlib.matching import gather_groups

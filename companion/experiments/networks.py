@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from companion.report import SCALES, by_scale
+from companion.experiments.scales import SCALES, by_scale
 
 
 class Combined(NamedTuple):

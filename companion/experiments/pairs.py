@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from repairlib import store, train
-from repairlib.data import Batches, Dataset, iterate, load
-from repairlib.ensembles import Balanced, MixedLogits
+from companion.experiments.ensembles import Balanced, MixedLogits
+from companion.runs import store, train
+from companion.runs.data import Batches, Dataset, iterate, load
 from repairlib.interpolate import Path, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check

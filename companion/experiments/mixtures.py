@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from companion.pairs import Pair
+from companion.experiments.pairs import Pair
+from companion.runs.data import iterate
 from repairlib import combine
-from repairlib.data import iterate
+from repairlib.evaluation import evaluate_many
 from repairlib.interpolate import State, empirical_barrier
 from repairlib.names import check
-from repairlib.stacked import evaluate_many
 
 
 @dataclass(frozen=True)

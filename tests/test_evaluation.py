@@ -8,9 +8,9 @@ from cases import CASES, CLASSES, inputs, make
 from test_combine import same_bits
 from torch import nn
 
-from repairlib import interpolate, stacked
-from repairlib.stacked import evaluate_many
-from repairlib.train import evaluate
+from companion.runs.train import evaluate
+from repairlib import evaluation, interpolate
+from repairlib.evaluation import evaluate_many
 
 
 def labelled(name, n=30, size=12, dtype=torch.float32):
@@ -63,8 +63,8 @@ def test_no_state_is_kept_while_it_is_evaluated(monkeypatch):
         return state
 
     for function in ("evaluate", "_evaluate_stack"):
-        run = getattr(stacked, function)
-        monkeypatch.setattr(stacked, function, lambda *args, run=run: found.append(len(alive)) or run(*args))
+        run = getattr(evaluation, function)
+        monkeypatch.setattr(evaluation, function, lambda *args, run=run: found.append(len(alive)) or run(*args))
     evaluate_many(model, (fresh(seed) for seed in range(4)), data, stacked=False)
     evaluate_many(model, (fresh(seed) for seed in range(4)), data, stacked=True, chunk=2)
     assert found == [0] * 6
@@ -81,8 +81,8 @@ def test_a_bar_counts_the_networks_for_whoever_looks(monkeypatch, capsys):
 
 def test_a_stack_holds_what_memory_allows(monkeypatch):
     name, sizes = "mlp2-bn-w8", []
-    run = stacked._evaluate_stack
-    monkeypatch.setattr(stacked, "_evaluate_stack", lambda n, g, b: sizes.append(len(g["bn1.bias"])) or run(n, g, b))
+    run = evaluation._evaluate_stack
+    monkeypatch.setattr(evaluation, "_evaluate_stack", lambda n, g, b: sizes.append(len(g["bn1.bias"])) or run(n, g, b))
     model, data = make(name), labelled(name, 12, 12)
     weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     states = [model.state_dict()] * 5
@@ -118,9 +118,9 @@ def test_what_vmap_cannot_run_is_evaluated_one_by_one():
 def test_large_activations_are_evaluated_one_by_one_on_a_cpu(monkeypatch):
     data = labelled("mlp1-plain-w6")  # 64 inputs, the largest
     model = make("mlp1-plain-w6")
-    monkeypatch.setattr(stacked, "_evaluate_stack", lambda *_: [(-1.0, 0.0)])
+    monkeypatch.setattr(evaluation, "_evaluate_stack", lambda *_: [(-1.0, 0.0)])
     assert evaluate_many(model, [model.state_dict()], data) == [(-1.0, 0.0)]
-    monkeypatch.setattr(stacked, "CPU_STACK", 4 * 12 * 64 - 1)  # no four of them fit
+    monkeypatch.setattr(evaluation, "CPU_STACK", 4 * 12 * 64 - 1)  # no four of them fit
     assert evaluate_many(model, [model.state_dict()], data) == [evaluate(model, data)]
 
 

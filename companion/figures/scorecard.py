@@ -1,54 +1,23 @@
 """The scorecard: what the papers claim, and whether the tables saved so far show it.
 
 A claim is judged on every item that it rests on, from the table in `figures/<scale>/...json` and nothing else; the
-claims of a paper stand in a module of their own (`claims_repair`, `claims_combine`).
+claims of a paper stand in a module of their own (`claims.repair`, `claims.combine`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from companion.report import SCALES, load_item
+from companion.experiments.scales import SCALES
+from companion.figures.claims import Claim, Finding, combine, repair
+from companion.figures.report import load_item
 from repairlib.names import check
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One comparison that a claim makes, in words with our numbers, and whether it came out as claimed."""
-
-    text: str
-    holds: bool
-
-    def __post_init__(self):
-        object.__setattr__(self, "holds", bool(self.holds))  # of numpy, often
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement of a paper that tables can confirm or refute.
-
-    Attributes:
-        name: ID, such as "repair/width-helps".
-        statement: what must be seen.
-        published: the paper's numbers, in words.
-        items: the items it rests on.
-        judge: from the table of an item (a frame, seeds and all) and its ID to findings, one at least.
-    """
-
-    name: str
-    statement: str
-    published: str
-    items: tuple[str, ...]
-    judge: Callable[[pd.DataFrame, str], list[Finding]]
 
 
 def claims(paper: str = "") -> dict[str, Claim]:
     """All claims by name, or those of one paper: "repair"."""
-    from companion import claims_combine, claims_repair  # here, since they take their dataclasses from this module
-
-    found = {claim.name: claim for module in (claims_repair, claims_combine) for claim in module.CLAIMS}
+    found = {claim.name: claim for module in (repair, combine) for claim in module.CLAIMS}
     if paper:
         check(paper, {name.partition("/")[0] for name in found}, "paper")
     return {name: claim for name, claim in found.items() if name.startswith(f"{paper}/" if paper else "")}

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
-from repairlib.folders import MEAN, STD, DataMissing, Stream, halves_of, read_folder, stream_folder
+from companion.runs.folders import MEAN, STD, DataMissing, Stream, halves_of, read_folder, stream_folder
 from repairlib.names import nearest
 
 # name -> (class in torchvision.datasets, images in train and test, the files that class reads under the root)
@@ -106,7 +106,7 @@ class Dataset:
 
 def project_root() -> Path:
     """Return the source checkout that holds this package, or the working folder if it is installed elsewhere."""
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 

@@ -1,0 +1,31 @@
+"""The four scales of every experiment, and which items a notebook was asked for."""
+
+from typing import Any
+
+from repairlib.names import check
+
+SCALES = ("smoke", "quick", "fast", "paper")
+
+
+def by_scale(scale: str, *, smoke: Any, quick: Any, fast: Any, paper: Any) -> Any:
+    """The value for `scale`; all four stand side by side, so that a reader sees what the paper used.
+
+    >>> by_scale("quick", smoke=[1], quick=[4, 8, 16], fast=[1, 2, 4, 8], paper=[1, 2, 4, 8, 16])
+    [4, 8, 16]
+    """
+    check_scale(scale)
+    return {"smoke": smoke, "quick": quick, "fast": fast, "paper": paper}[scale]
+
+
+def check_scale(scale: str) -> str:
+    """Return `scale` if it is one of the four; ValueError otherwise."""
+    return check(scale, SCALES, "scale")
+
+
+def wanted(item: str, items: str) -> bool:
+    """Whether a notebook's parameter `items` (comma-separated IDs, empty = all) asks for `item`.
+
+    >>> wanted("repair/samples", ""), wanted("repair/samples", "repair/fig2-left")
+    (True, False)
+    """
+    return not items.strip() or item in [name.strip() for name in items.split(",")]
