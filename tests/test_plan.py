@@ -1,17 +1,15 @@
-"""The plan of `make figures`: sizes of data sets, FLOPs, and what is counted in the sums."""
+"""The plan of `make figures`: how long notebooks take, and what is counted in the sums."""
 
 import json
 import math
 import shutil
 
 import batch
-import numpy as np
 import plan
 import pytest
-from PIL import Image
 
 from companion.figures import report
-from companion.runs import data, models
+from companion.runs import costs, data
 from companion.runs.store import Store
 
 NOTEBOOK = """\
@@ -66,85 +64,22 @@ def line(text, start):
     return found[0].split()
 
 
-# -------------------------------------------------------------------------------------------------------------- facts
-
-
-@pytest.mark.parametrize("name", ["digits", "digits-hard", "digits-first80"])
-def test_facts_are_those_of_the_data(name):
-    loaded, facts = data.load(name), plan.find_facts(name)
-    assert (facts.test, facts.shape, facts.classes) == (len(loaded.test), loaded.shape, loaded.classes)
-    assert abs(facts.train - len(loaded.train)) <= 10  # a half is rounded class by class
-
-
-def test_facts_of_names(tmp_path):
-    assert set(data.ARCHIVES) < set(plan.FACTS)
-    assert plan.find_facts("imagenet@224", tmp_path) == plan.Facts(1_281_167, 50_000, (3, 224, 224), 1000)
-    assert plan.find_facts("imagenet@64", tmp_path).shape == (3, 64, 64)
-    assert plan.find_facts("cifar100-last80", tmp_path).train == 25_000
-    assert plan.find_facts("cifar100", tmp_path).train == 50_000
-    assert plan.find_facts("my-photographs", tmp_path) is None
-    assert plan.find_facts("cifar10@large", tmp_path) is None
-
-
-def test_an_image_folder_is_counted(tmp_path):
-    for half, n in (("train", 3), ("test", 1)):
-        for label in ("cats", "dogs"):
-            folder = tmp_path / "pets" / half / label
-            folder.mkdir(parents=True)
-            (folder / ".hidden").touch()
-            for i in range(n):
-                Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(folder / f"{i}.png")
-    loaded, facts = data.load("pets", tmp_path), plan.find_facts("pets", tmp_path)
-    assert facts == plan.Facts(6, 2, (3, 5, 7), 2)
-    assert (len(loaded.train), len(loaded.test), loaded.shape, loaded.classes) == (6, 2, (3, 5, 7), 2)
-    assert plan.find_facts("pets-first80", tmp_path).train == 3
-    assert plan.find_facts("pets@32", tmp_path) == plan.Facts(6, 2, (3, 32, 32), 2)
-
-
-def test_flops_and_bytes_of_an_mlp():
-    forward, size = plan.cost(models.parse("mlp3-plain-w16"), (1, 16, 16), 10)
-    assert forward == 2 * (256 * 16 + 16 * 16 + 16 * 16 + 16 * 10)
-    assert size == 4 * (256 * 16 + 16 + 2 * (16 * 16 + 16) + 16 * 10 + 10)
-
-
-def test_work_of_a_run():
-    run = plan.describe(MLP.format(1))  # two epochs in batches of 200, of which six are whole
-    assert run.work == run.forward * (3 * 2 * 1200 + 1397 + 400) and run.look == run.forward * (400 + 1397)
-    assert str(run.model) == "mlp2-bn-w8"  # as it is trained
-    assert plan.describe("imagenet@224/torchvision-resnet50/jordan/s1").forward == pytest.approx(8.2e9, rel=0.02)
-
-
 # ------------------------------------------------------------------------------------------------------------ seconds
 
 
-def test_speed_is_interpolated_over_the_logarithm():
-    run = plan.describe(MLP.format(1))
-    at = math.log(run.forward / 1000) / math.log(10)
-    assert plan.train_seconds(run, SPEED) == pytest.approx(run.work / (1e6 * 4**at))
-    assert plan.train_seconds(run, {"mlp-bn": [(run.forward // 2, 5e6)]}) == pytest.approx(run.work / 5e6)
-
-
-def test_calibration_times_real_steps():
-    names = [f"digits/mlp{depth}-fused-w{width}/smoke/s1" for depth in (1, 2) for width in (4, 64)]
-    runs = [plan.describe(name) for name in [*names, RESNET.format(1), "somebody/mlp2-bn-w8/smoke/s1"]]
-    speed = plan.calibrate(runs, "cpu")
-    assert {kind: len(points) for kind, points in speed.items()} == {"mlp-bn": 3, "resnet-bn": 1}
-    points = speed["mlp-bn"]
-    assert points[0][0] == runs[0].forward and points[-1][0] == runs[3].forward and points == sorted(points)
-    assert all(1e5 < rate < 1e15 for points in speed.values() for _, rate in points)
-
-
 def test_a_notebook_is_scaled_from_its_last_execution(project):
-    small, large = (plan.describe(name) for name in (MLP.format(1), RESNET.format(1)))
+    small, large = (costs.describe(name) for name in (MLP.format(1), RESNET.format(1)))
 
     def seconds():
-        return plan.notebook_seconds("two", "quick", "", DEVICE, plan.describe)
+        return plan.notebook_seconds("two", "quick", "", DEVICE, costs.describe)
 
     assert math.isnan(seconds()[0]) and "run it at quick first" in seconds()[1]
     write_done("two", "smoke", 14.0, device="another device")
     assert math.isnan(seconds()[0])
     write_done("two", "smoke", 14.0, {"a.json": [RESNET.format(1)]})  # it needed another network then
-    assert seconds()[0] == pytest.approx(plan.START + (14 - plan.START) * small.look / large.look)
+    assert seconds()[0] == pytest.approx(
+        plan.START + (14 - plan.START) * small.evaluation_flops / large.evaluation_flops
+    )
     write_done("two", "quick", 9.0)  # the nearest scale counts
     assert seconds() == (9.0, "the work of 9 s at quick")
     write_done("two", "quick", 9.0, {"a.json": ["somebody/mlp2-bn-w8/smoke/s1"]})
@@ -157,15 +92,18 @@ def test_a_notebook_is_scaled_from_its_last_execution(project):
 def test_sums(project):
     write_done("one", "smoke", 60.0)
     write_done("two", "smoke", 10.0)
-    seconds = [plan.train_seconds(plan.describe(name), SPEED) for name in (MLP.format(1), RESNET.format(1))]
+    seconds = [
+        costs.train_seconds([costs.describe(name)], "cpu", speed=SPEED)[name]
+        for name in (MLP.format(1), RESNET.format(1))
+    ]
     training = 2 * seconds[0] + seconds[1]  # the shared run once
     text = make_plan(jobs=2)
-    assert line(text, "Networks to train")[3:] == ["3", "of", "3", *plan.rough(training).split()]
-    assert line(text, "Notebooks to execute")[3:] == ["2", "of", "2", *plan.rough(70).split()]
+    assert line(text, "Networks to train")[3:] == ["3", "of", "3", *costs.rough(training).split()]
+    assert line(text, "Notebooks to execute")[3:] == ["2", "of", "2", *costs.rough(70).split()]
     total = training + 70 + 5 * plan.START
-    assert line(text, "In all, one")[-2:] == plan.rough(total).split()
+    assert line(text, "In all, one")[-2:] == costs.rough(total).split()
     chain = max(seconds) + 60 + 2 * plan.START  # longer than half of everything
-    assert chain > total / 2 and line(text, "In all, 2 at the same time")[-2:] == plan.rough(chain).split()
+    assert chain > total / 2 and line(text, "In all, 2 at the same time")[-2:] == costs.rough(chain).split()
     assert line(text, MLP.format("1,s2"))[1:4] == ["to", "train", "2"]
     assert "as above" in " ".join(line(text, f"{MLP.format(1)} "))
     assert max(map(len, text.splitlines())) <= 120
