@@ -125,7 +125,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(schedule, warmup):
 
 
 @pytest.mark.parametrize("schedule,milestones,words", [
-    ("steps", (), "'steps': linear, cosine or step"), ("step", (), "step needs them"),
+    ("steps", (), "'steps'; the nearest is 'step'"), ("step", (), "step needs them"),
     ("cosine", (0.5,), "step needs them, and only it"),
 ])  # fmt: skip
 def test_impossible_schedule(schedule, milestones, words):

@@ -7,11 +7,10 @@ processes train one network together (see `fit`).
 
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -22,212 +21,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from companion.runs import models
-from companion.runs.data import Dataset, base_name, check_name, iterate, load
+from companion.runs.data import Dataset, iterate, load
+from companion.runs.names import RunName, lineage, parse_run, recipe_of
+from companion.runs.recipes import RECIPES, Recipe, find_recipe
 from repairlib.evaluation import evaluate
-from repairlib.names import nearest
 from repairlib.progress import bar
+
+__all__ = [
+    "RECIPES", "DivergedError", "Recipe", "RunName", "default_device", "find_recipe", "fit", "lineage", "measure",
+    "parse_run", "processes", "recipe_of", "share", "train",
+]  # fmt: skip
 
 
 class DivergedError(RuntimeError):
     """The loss became non-finite; the message names the run, the step and the last finite loss."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: SGD on the cross entropy. New fields need a default, so that old checkpoints stay valid."""
-
-    name: str
-    epochs: int  # passes over the training set
-    batch_size: int  # images
-    lr: float  # peak learning rate, for the mean loss over a batch
-    schedule: str  # after the warm-up: "linear" or "cosine" down to 0, or "step": divided by 10 at every milestone
-    weight_decay: float = 0.0  # coefficient of (1/2)|w|^2 in the loss, for all parameters
-    augment: tuple[str, ...] = ()  # see data.augment
-    momentum: float = 0.9
-    warmup_epochs: float = 0.0  # epochs of linear growth from 0 to lr
-    nesterov: bool = False
-    label_smoothing: float = 0.0  # probability spread evenly over the classes
-    milestones: tuple[float, ...] = ()  # fractions of all steps, warm-up included
-
-    def __post_init__(self):
-        if self.schedule not in ("linear", "cosine", "step"):
-            raise ValueError(f"unknown schedule {self.schedule!r}: linear, cosine or step")
-        if bool(self.milestones) != (self.schedule == "step"):
-            raise ValueError(
-                f"schedule {self.schedule!r} with milestones {self.milestones}: step needs them, and only it"
-            )
-
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of a step, counted from 0.
-
-        >>> recipe = Recipe("example", 10, 100, lr=0.4, schedule="linear", warmup_epochs=2)
-        >>> [round(recipe.lr_at(step, 1), 3) for step in (0, 1, 2, 6, 9)]
-        [0.2, 0.4, 0.4, 0.2, 0.05]
-        """
-        warmup = self.warmup_epochs * steps_per_epoch
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        if self.schedule == "step":
-            total = self.epochs * steps_per_epoch
-            return self.lr / 10 ** sum(step >= round(milestone * total) for milestone in self.milestones)
-        progress = (step - warmup) / (self.epochs * steps_per_epoch - warmup)
-        return self.lr * (1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
-
-
-_ALL = ("flip", "translate", "cutout")
-_WARPS = ("resize", "flip", "rotate")
-
-# Qu and Horvath 2024, App. C: iterations 32,000 and 48,000 of 160 epochs of CIFAR in batches of 128.
-_STEP = Recipe("qu", 160, 128, 0.1, "step", 1e-4, ("flip", "translate"), milestones=(320 / 624, 480 / 624))
-_COSINE = replace(_STEP, schedule="cosine", milestones=(), warmup_epochs=1)
-
-# Without BatchNorm, networks diverge at the rates that suit it.
-_FAST = Recipe("fast", 30, 128, 0.1, "cosine", 1e-4, ("flip", "translate"), warmup_epochs=1)
-_QUICK = Recipe("quick", 20, 50, 0.02, "cosine", 1e-4, ("translate",), warmup_epochs=4)
-
-# By recipe and by family (mlp, vgg, resnet, tiny, torchvision), family and norm, or family and `plain-nobias`; the
-# closest key counts (see models.ModelName.kind).
-#
-# Jordan et al. 2022, Table 1 (momentum 0.9 throughout):
-#
-#                  MLP          VGG              ResNet20                ResNet50 on ImageNet
-#   batch size     2000         500              500                     512
-#   epochs         100          100              200                     300
-#   learning rate  linear 0.2   cosine 0.08      cosine 0.4              linear 0.5
-#   weight decay   0            0.0005           0.0001                  0.0001
-#   augmentation   translate    flip+translate   flip+translate+cutout   flip+RandomResizedCrop
-#
-# `jordan-released` is what the authors' code does instead where it differs (the length of VGG's warm-up is ours).
-# `qu`, and `qu-cifar100` and `qu-mnist` where they did otherwise there: Qu and Horvath 2024, App. C, which does not say
-# how MLPs were trained. Warm-ups that they name for single widths and weight decays are for the whole family here.
-# `csiszarik`: Csiszarik et al. 2023, App. A. Where these two begin a warm-up at 1e-6, ours begins at its first step.
-# `fast` is for the papers' data sets within minutes, `quick` for digits; `fast-csiszarik` and `quick-csiszarik` have
-# the augmentation of `csiszarik` and so much weight decay that the initial weights fade to about a tenth, the product
-# of 1 - lr wd / (1 - momentum) over all steps: matching by weights and combining element by element need that. `smoke`
-# takes a few steps, for tests. Networks trained elsewhere are `imported` (see store.Store.add) and not trained here.
-RECIPES: dict[str, dict[str, Recipe]] = {
-    "jordan": {
-        "mlp": Recipe("jordan", 100, 2000, 0.2, "linear", augment=("translate",)),
-        "vgg": Recipe("jordan", 100, 500, 0.08, "cosine", 5e-4, ("flip", "translate")),
-        "resnet": Recipe("jordan", 200, 500, 0.4, "cosine", 1e-4, _ALL),
-        "torchvision": Recipe("jordan", 300, 512, 0.5, "linear", 1e-4, ("flip", "resized-crop")),
-    },
-    "jordan-released": {
-        "mlp": Recipe("jordan-released", 50, 1000, 0.05, "linear"),
-        "vgg": Recipe("jordan-released", 250, 500, 0.08, "linear", 5e-4, ("flip", "translate"), warmup_epochs=5),
-        "resnet": Recipe("jordan-released", 250, 500, 0.4, "cosine", 1e-4, _ALL),
-        "resnet-ln": Recipe("jordan-released", 250, 100, 0.1, "cosine", 1e-4, _ALL),
-    },
-    "qu": {
-        "mlp": replace(_STEP, augment=()),
-        "vgg": _STEP,
-        "vgg-ln": replace(_STEP, warmup_epochs=1),
-        "vgg-plain-nobias": _COSINE,
-        "resnet": replace(_STEP, warmup_epochs=1),
-        "resnet-plain": _COSINE,
-        "resnet-fixup": _COSINE,
-    },
-    "qu-cifar100": {"vgg": replace(_COSINE, name="qu-cifar100", warmup_epochs=2)},
-    "qu-mnist": {"vgg": Recipe("qu-mnist", 25, 100, 0.1, "cosine", 5e-4, warmup_epochs=1)},
-    "csiszarik": {
-        "resnet": Recipe("csiszarik", 250, 100, 0.1, "cosine", 1e-4, _WARPS, warmup_epochs=1),
-        "tiny": Recipe("csiszarik", 300, 100, 0.01, "step", 1e-4, _WARPS, milestones=(1 / 3, 2 / 3)),
-    },
-    "fast": {
-        "mlp": Recipe("fast", 20, 1000, 0.05, "linear", warmup_epochs=10, nesterov=True),  # trains 35 layers, not 50
-        "vgg": Recipe("fast", 30, 500, 0.08, "cosine", 5e-4, ("flip", "translate"), warmup_epochs=1),
-        "resnet": Recipe("fast", 30, 500, 0.4, "cosine", 1e-4, ("flip", "translate"), warmup_epochs=1),
-        **dict.fromkeys(("vgg-ln", "vgg-plain-nobias", "resnet-ln", "resnet-plain", "resnet-fixup", "tiny"), _FAST),
-        "torchvision": Recipe("fast", 30, 256, 0.2, "cosine", 1e-4, ("flip", "resized-crop"), warmup_epochs=1),
-    },
-    "fast-csiszarik": dict.fromkeys(
-        ("resnet", "tiny"), Recipe("fast-csiszarik", 30, 128, 0.1, "cosine", 4e-4, _WARPS, warmup_epochs=1)
-    ),
-    "quick": {
-        "mlp": Recipe("quick", 80, 200, 0.1, "linear", warmup_epochs=25, nesterov=True),  # 35 layers need it all
-        "vgg": Recipe("quick", 20, 100, 0.1, "cosine", 5e-4, ("translate",)),
-        "resnet": Recipe("quick", 20, 100, 0.2, "cosine", 1e-4, ("translate",)),
-        **dict.fromkeys(("vgg-ln", "vgg-plain-nobias", "resnet-ln", "resnet-fixup", "tiny"), _QUICK),
-        "resnet-bn-bottleneck": _QUICK,
-        "resnet-plain": replace(_QUICK, lr=0.01),
-        "torchvision": Recipe("quick", 20, 100, 0.1, "cosine", 1e-4, ("translate",)),
-    },
-    "quick-csiszarik": dict.fromkeys(
-        ("resnet", "tiny"), Recipe("quick-csiszarik", 30, 50, 0.05, "cosine", 0.01, _WARPS, warmup_epochs=4)
-    ),
-    "smoke": {
-        "mlp": Recipe("smoke", 2, 200, 0.1, "linear"),
-        "vgg": Recipe("smoke", 1, 200, 0.1, "linear"),
-        "resnet": Recipe("smoke", 1, 200, 0.1, "linear"),
-        "tiny": Recipe("smoke", 1, 200, 0.1, "linear"),
-        "torchvision": Recipe("smoke", 1, 200, 0.1, "linear"),
-    },
-    "imported": dict.fromkeys(("mlp", "vgg", "resnet", "tiny", "torchvision"), Recipe("imported", 0, 1, 0.0, "linear")),
-}
-# Digits must not be mirrored, nor a part of their strokes cut out or off.
-UPRIGHT = ("digits", "digits-hard", "mnist", "svhn")
-
-
-def find_recipe(name: str, kind: str, data: str) -> Recipe:
-    """Return a recipe by name for a kind of model (`vgg`, `resnet-ln`) and a data set; digits stay upright and whole.
-
-    Raises:
-        ValueError: unknown recipe, or none for such a model.
-
-    >>> [find_recipe("jordan", "resnet-bn", data).augment for data in ("cifar10", "mnist")]
-    [('flip', 'translate', 'cutout'), ('translate',)]
-    """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; the nearest is {nearest(name, list(RECIPES))!r} "
-                         f"(known: {', '.join(RECIPES)})")  # fmt: skip
-    key = kind
-    while key not in RECIPES[name]:
-        key = key.rpartition("-")[0]
-        if not key:
-            known = [other for other in RECIPES if kind.split("-")[0] in RECIPES[other]]
-            raise ValueError(f"recipe {name!r} is for {', '.join(RECIPES[name])}, not for {kind}; "
-                             f"the nearest that is: {nearest(name, known)!r}")  # fmt: skip
-    found = RECIPES[name][key]
-    if base_name(data).partition("@")[0] in UPRIGHT:
-        found = replace(found, augment=tuple(a for a in found.augment if a not in ("flip", "cutout", "resized-crop")))
-    return found
-
-
-@dataclass(frozen=True)
-class RunName:
-    """A parsed run name; `str` gives the name back, with the model's width in full."""
-
-    data: str
-    model: models.ModelName
-    recipe: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.data}/{self.model}/{self.recipe}/s{self.seed}"
-
-
-def parse_run(name: str, data_root: str | os.PathLike | None = None, *, check_data: bool = True) -> RunName:
-    """Parse `<data>/<model>/<recipe>/s<seed>`; ValueError with the nearest valid name for whatever part is wrong.
-
-    Image folders are looked for under data_root (see data.load), unless check_data is False.
-
-    >>> str(parse_run("digits/resnet20-bn/quick/s1"))
-    'digits/resnet20-bn-w1/quick/s1'
-    """
-    parts = name.split("/")
-    if len(parts) != 4:
-        raise ValueError(
-            f"run name {name!r} is not <data>/<model>/<recipe>/s<seed>, like digits/vgg11-bn-w0.25/quick/s1"
-        )
-    try:
-        data, model = check_name(parts[0], data_root) if check_data else parts[0], models.parse(parts[1])
-        find_recipe(parts[2], model.kind, data)
-        if not re.fullmatch(r"s(0|[1-9]\d{0,17})", parts[3]):
-            number = re.search(r"[1-9]\d*", parts[3])
-            raise ValueError(f"{parts[3]!r} is not a seed; the nearest is {f's{number[0] if number else 1}'!r}")
-    except ValueError as error:
-        raise ValueError(f"run name {name!r}: {error}") from error
-    return RunName(data, model, parts[2], int(parts[3][1:]))
 
 
 def default_device() -> str:
