@@ -3,9 +3,10 @@
 import torch
 from common import arguments, images, network, save, timed
 
-from repairlib.graph import TracedNet, eval_mode, permutation_spec, trace
+from repairlib.groups import permutation_spec
 from repairlib.matching import match_moments, solve_assignment
 from repairlib.moments import gather
+from repairlib.tracing import TracedNet, eval_mode, trace
 
 
 def float64_correlation(net_a: TracedNet, net_b: TracedNet, batches: list, tap: str) -> torch.Tensor:

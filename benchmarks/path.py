@@ -3,9 +3,9 @@
 from common import arguments, images, network, save, timed
 from torch import nn
 
-from repairlib.graph import eval_mode
 from repairlib.interpolate import interpolate_models
 from repairlib.renorm import Goals, Repair
+from repairlib.tracing import eval_mode
 
 POINTS = 11
 

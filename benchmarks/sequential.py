@@ -5,10 +5,10 @@ from functools import partial
 from common import arguments, images, network, save, timed
 
 from repairlib.corrections import Correction
-from repairlib.graph import Batches, TracedNet, eval_mode, trace
 from repairlib.interpolate import interpolate_models
 from repairlib.moments import Moments
 from repairlib.renorm import Repair, _correct, _sequential
+from repairlib.tracing import Batches, TracedNet, eval_mode, trace
 
 
 def layer_by_layer(net: TracedNet, batches: list, rules: dict, whole: bool) -> dict[str, Correction]:

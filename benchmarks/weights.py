@@ -4,7 +4,7 @@ import torch
 from common import arguments, network, save, timed
 from torch import Tensor
 
-from repairlib.graph import PermutationSpec, permutation_spec
+from repairlib.groups import PermutationSpec, permutation_spec
 from repairlib.matching import solve_assignment
 from repairlib.weight_matching import match_weights
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from repairlib.graph import SpecError, UnsupportedNode, UntraceableModel, invariance_error, permutation_spec
+from repairlib.groups import SpecError, UnsupportedNode, invariance_error, permutation_spec
+from repairlib.tracing import UntraceableModel
 
 TABLE = Path(__file__).with_name("torchvision.md")
 OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": False})

@@ -7,15 +7,18 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from repairlib import groups_attention as groups_attention  # registers its rules
 from repairlib.corrections import Repaired
 from repairlib.evaluation import evaluate, evaluate_many
 from repairlib.fusion import match_transport
-from repairlib.graph import permutation_spec, permute, trace
+from repairlib.groups import permutation_spec
 from repairlib.interpolate import Path, barrier_of, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check as _check
+from repairlib.permutations import permute
 from repairlib.renorm import Goals, Recorder, Repair, batch_statistics, renormalize, reset
 from repairlib.several import match_several
+from repairlib.tracing import trace
 from repairlib.weight_matching import match_straight_through, match_weights
 
 __version__ = "0.1.0"

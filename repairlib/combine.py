@@ -16,8 +16,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, fx, nn
 
-from repairlib.graph import trace
 from repairlib.interpolate import State, allowed, check_compatible
+from repairlib.tracing import aliases, trace
 
 # A distribution of coefficients, as the function that turns uniform numbers in [0, 1) into numbers that have it.
 Quantile = Callable[[Tensor], Tensor]
@@ -179,9 +179,7 @@ def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
     ['0', '2']
     """
     net = trace(model, example)
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
+    names = aliases(model)
     titles: list[str] = []
     entries: list[list[str]] = [[]]  # the first are those that precede all layers
     owner: dict[fx.Node, int] = {}

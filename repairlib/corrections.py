@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor, fx, nn
 
-from repairlib.graph import ChannelAffine, TracedNet, trace
+from repairlib.tracing import ChannelAffine, TracedNet, trace
 
 TARGETS = ("conv", "linear", "block")
 ROLES = (*TARGETS, "classifier", "stem", "inner", "shortcut", "norm")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from repairlib.corrections import target_nodes
-from repairlib.graph import Batches, trace
 from repairlib.moments import Moments, gather
 from repairlib.renorm import predicted_variance
+from repairlib.tracing import Batches, trace
 
 
 def variance_ratio(moments: Moments, k: int, ends: tuple[int, int] = (0, 1)) -> float:

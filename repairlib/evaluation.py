@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from repairlib.graph import eval_mode
 from repairlib.interpolate import State, check_compatible
 from repairlib.progress import bar
+from repairlib.tracing import eval_mode
 
 # Elements of a stack's largest activation on a CPU (2 MB in float32): beyond, it leaves the cache, and networks run
 # faster one by one. A stack of less than 4 does not pay. Measured by benchmarks/stacked.py.

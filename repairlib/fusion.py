@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from repairlib.graph import Axis, Batches, PermutationSpec, UnsupportedNode, permutation_spec
+from repairlib.groups import Axis, PermutationSpec, UnsupportedNode, permutation_spec
 from repairlib.interpolate import check_compatible
 from repairlib.matching import gather_groups, solve_assignment
 from repairlib.names import check
+from repairlib.tracing import Batches
 
 
 @dataclass(frozen=True)

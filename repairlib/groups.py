@@ -1,55 +1,289 @@
-"""One rule for every kind of node: which hidden units may change places, and which axes of weights hold them.
+"""Derive the permutation groups of a network from its graph, and verify them.
 
-Every element of every activation carries the number of the unit it belongs to. Reshaping an activation reshapes its
-numbers, adding two activations identifies their numbers, and a layer's weight axis inherits the numbers of its input.
+A group is a set of hidden units that may be reordered without changing the function (Jordan et al. 2022, Sec. 2.2).
+Every element of every activation carries the number of the unit that it belongs to. Reshaping an activation reshapes
+its numbers, adding two activations identifies their numbers, and a layer's weight axis inherits the numbers of its
+input. Units whose numbers occur on the same axes form a group.
 """
 
+import copy
 import functools
+import math
 import operator
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from jaxtyping import Int
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from repairlib.graph import TracedNet
+from repairlib.tracing import TracedNet, aliases, eval_mode, trace
 
-# Unit numbers of what has no unit: constants, equal for all units (padding with zeros makes them), and of what may not
-# move, network inputs and outputs.
+# Two numbers that are no unit's. FREE: a constant that is equal for all units, such as the zeros of a padding.
+# FIXED: what may not move, such as the network's inputs and outputs.
 FREE, FIXED = 0, 1
-# Positional arguments after the input, by their names: those of a function are those of its module's attributes.
-_ARGUMENTS = {
-    "conv": ("weight", "bias", "stride", "padding", "dilation", "groups"),
-    "conv-transpose": ("weight", "bias", "stride", "padding", "output_padding", "groups"),
-    "linear": ("weight", "bias"),
-    "embedding": ("weight",),
-    "batchnorm": ("running_mean", "running_var", "weight", "bias"),
-    "instancenorm": ("running_mean", "running_var", "weight", "bias"),
-    "affine": ("weight", "bias"),
-    "layernorm": ("normalized_shape", "weight", "bias"),
-    "groupnorm": ("num_groups", "weight", "bias"),
-    "softmax": ("dim",),
-    "normalize": ("p", "dim"),
-    "pad": ("padding", "mode", "value"),
-    "mean": ("dim",),
-    "attention": ("key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights"),
-    "dot-attention": ("key", "value", "attn_mask"),
-    "window-attention": ("qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads",
-                         "shift_size", "attention_dropout", "dropout", "qkv_bias", "proj_bias", "logit_scale"),
-}  # fmt: skip
+# Kinds of nodes at which a group's activations may be read.
+TAPPED = ("conv", "conv-transpose", "linear", "batchnorm", "groupnorm", "add", "multiply", "activation", "permute")
+
+# group name -> int64 indices (units,): unit i of the permuted network is unit perm[i] of the original
+Permutation = dict[str, Tensor]
 
 
 class UnsupportedNode(ValueError):
     """A node of the graph has no permutation rule; the message names the node and the missing rule."""
 
 
+class SpecError(ValueError):
+    """The derived groups do not leave the network's function unchanged."""
+
+
+# ------------------------------------------------------------------------------------------------ permutation groups
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Place of a group's units: ``positions[i]`` are the indices of unit i along one axis of one tensor."""
+
+    tensor: str
+    axis: int
+    positions: Int[Tensor, "units occurrences"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Hidden units that move together.
+
+    Attributes:
+        name: of the first layer that makes them.
+        size: number of units.
+        axes: all weight axes that they index.
+        taps: names of the nodes to read them at, "pre" and "post" activation.
+        channels: at the same keys, (units, k): the k channels on axis 1 of that node which belong to each unit.
+    """
+
+    name: str
+    size: int
+    axes: tuple[Axis, ...]
+    taps: dict[str, str] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """All permutation groups of a network; prints as a table."""
+
+    groups: tuple[Group, ...]
+    layers: tuple[str, ...] = ()  # those with weight matrices, in order of execution
+
+    def __getitem__(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; there are: {', '.join(group.name for group in self.groups)}")
+
+    def __str__(self) -> str:
+        rows = [("group", "size", "tap", "parameters [axis]")]
+        for group in self.groups:
+            axes = ", ".join(f"{axis.tensor}[{axis.axis}]" for axis in group.axes)
+            rows.append((group.name, str(group.size), group.taps.get("post", "-"), axes))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        left = sum(widths) + 6
+        margin = " " * (left if left <= 60 else 4)  # parameters on lines of their own where names are long
+        lines = []
+        for *cells, axes in rows:
+            start = "".join(cell.ljust(w + 2) for cell, w in zip(cells, widths, strict=True))
+            first, *rest = textwrap.wrap(axes, 120 - len(margin), break_long_words=False, break_on_hyphens=False)
+            lines += [start + first] if left <= 60 else [start.rstrip(), margin + first]
+            lines += [margin + line for line in rest]
+        return "\n".join(lines)
+
+    def check(self, permutation: Permutation) -> None:
+        """Refuse what is no permutation of these groups.
+
+        Raises:
+            KeyError: a group that does not exist.
+            ValueError: indices that are no permutation of the group's units.
+        """
+        for name, perm in permutation.items():
+            if sorted(perm.tolist()) != list(range(self[name].size)):
+                raise ValueError(f"group {name!r}: not a permutation of its {self[name].size} units")
+
+    def moves(self, permutation: Permutation) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+        """Moved entries of every permuted axis: tensor, axis, positions to fill, and positions to fill them from."""
+        self.check(permutation)
+        for name, perm in permutation.items():
+            for axis in self[name].axes:
+                yield axis.tensor, axis.axis, axis.positions.flatten(), axis.positions[perm.cpu()].flatten()
+
+
+def permutation_spec(model: nn.Module, example: Tensor, verify: bool = True) -> PermutationSpec:
+    """Permutation groups of a model, derived from its graph and verified in float64.
+
+    Args:
+        model: any network that torch.fx can trace, as it runs in evaluation mode. Untouched.
+        example: inputs (n, ...) of a small batch.
+        verify: permute every group at random in a float64 copy with random weights and compare outputs.
+
+    Raises:
+        UntraceableModel, UnsupportedNode: with the node's name.
+        SpecError: the check failed: the rules do not fit this model, or its outputs can tell nothing.
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> print(permutation_spec(net, torch.randn(2, 3)))
+    group  size  tap  parameters [axis]
+    0      4     _1   0.weight[0], 0.bias[0], 2.weight[1]
+    """
+    labels = Labels(trace(model, example))
+    for node in labels.net.nodes:
+        labels.visit(node)
+    spec = _groups(labels)
+    if verify:
+        error = invariance_error(model, spec, example)
+        if math.isinf(error):
+            raise SpecError(
+                f"the groups of {type(model).__name__} cannot be verified: on random inputs an output is zero, not "
+                "finite or the same for both"
+            )
+        if not error < 1e-8:
+            raise SpecError(f"permuting the groups of {type(model).__name__} changes its output by {error:.1e}")
+    return spec
+
+
+def _groups(labels: "Labels") -> PermutationSpec:
+    """Groups of units that occur equally often on the same axes, and where to read them."""
+    root = labels.settle().numpy()
+    axes = {key: root[units.numpy()] for key, units in labels.axes.items() if units is not None}
+    movable = np.unique(np.concatenate([[root[FIXED]], *axes.values()]))
+    movable = movable[movable != root[FIXED]]
+    place = np.full(labels.count, -1)
+    place[movable] = np.arange(len(movable))
+    # The sum of random 64-bit keys, one an axis, tells sets of axes apart without a table of units x axes.
+    rng = np.random.default_rng(0)
+    signature = np.zeros(len(movable), dtype=np.int64)
+    for units in axes.values():
+        places = place[units]
+        signature += rng.integers(1, 2**62) * np.bincount(places[places >= 0], minlength=len(movable))
+    for units, classes in labels.apart:
+        places, keys = place[root[units.numpy()]], rng.integers(1, 2**62, size=int(classes.max()) + 1)[classes]
+        np.add.at(signature, places[places >= 0], keys[places >= 0])
+    _, first, same = np.unique(signature, return_index=True, return_inverse=True)
+    group_of = np.argsort(np.argsort(first))[same]  # groups in order of their first unit
+    units_of = [movable[group_of == g] for g in range(len(first))]
+
+    def members(on_axis: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        """Groups all of whose units are on an axis, equally often: number, and positions (units, occurrences)."""
+        places = place[on_axis]
+        for g in np.unique(group_of[places[places >= 0]]):
+            positions = np.flatnonzero((places >= 0) & (group_of[places] == g))
+            positions = positions[np.argsort(on_axis[positions], kind="stable")]
+            occurrences, rest = divmod(len(positions), len(units_of[g]))
+            if not rest and np.array_equal(on_axis[positions], np.repeat(units_of[g], occurrences)):
+                yield g, torch.from_numpy(positions.reshape(-1, occurrences))
+
+    axes_of: list[list[Axis]] = [[] for _ in units_of]
+    for (tensor, axis), on_axis in axes.items():
+        for g, positions in members(on_axis):
+            axes_of[g].append(Axis(tensor, axis, positions))
+    # Tap of each group: its last node before ("pre") and after ("post") the non-linearity. That of a residual stream is
+    # the end of its last block.
+    taps: list[dict[str, str]] = [{} for _ in units_of]
+    channels: list[dict[str, Tensor]] = [{} for _ in units_of]
+    for node, label in labels.values.items():
+        kind = labels.kind(node)
+        if node not in labels.fed or kind not in TAPPED or label.ndim < 2:
+            continue
+        if any(varies(label, axis) for axis in range(label.ndim) if axis != 1):
+            continue
+        for g, positions in members(root[label.movedim(1, -1).flatten(0, -2)[0].numpy()]):
+            for tap in ("post",) if kind == "activation" else ("pre", "post"):
+                # Once a map is flattened, its units have as many channels as it had positions: read them before.
+                if tap not in channels[g] or positions.shape[1] <= channels[g][tap].shape[1]:
+                    taps[g][tap], channels[g][tap] = node.name, positions
+    groups: list[Group] = []
+    seen: dict[str, int] = {}
+    for g, units in enumerate(units_of):
+        name = next((a.tensor.rpartition(".")[0] for a in axes_of[g] if "." in a.tensor), axes_of[g][0].tensor)
+        seen[name] = seen.get(name, 0) + 1
+        name += f":{seen[name]}" if seen[name] > 1 else ""  # a layer whose units fall into several groups
+        groups.append(Group(name, len(units), tuple(axes_of[g]), taps[g], channels[g]))
+    weights = [t for t, _ in axes if t.endswith("weight") and labels.state[t].ndim > 1]
+    return PermutationSpec(tuple(groups), tuple(dict.fromkeys(t.rpartition(".")[0] for t in weights)))
+
+
+# ------------------------------------------------------------------------------------------------------ verification
+
+
+def invariance_error(model: nn.Module, spec: PermutationSpec, example: Tensor, seed: int = 0) -> float:
+    """Largest relative change of the output, in float64, when every group is permuted at random.
+
+    ``max |f(P theta) - f(theta)| / max |f(theta)|`` of two random inputs, for a copy with random weights and
+    normalisation statistics, so that a forgotten axis cannot hide behind ones and zeros. Infinite where an output is
+    zero, not finite or the same for both inputs: such an output would hide any mistake.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probe = copy.deepcopy(model).cpu().double()
+    state = {t.data_ptr(): (name, t) for name, t in reversed(probe.state_dict().items()) if t.is_floating_point()}
+    for _, tensor in reversed(state.values()):
+        if tensor.ndim < 2:  # biases, scales, statistics: positive, of order one
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            bound = math.sqrt(6 / tensor[0].numel())
+            tensor.uniform_(-bound, bound, generator=generator)
+    shape, floating = example.shape[1:], example.is_floating_point()
+    x = torch.randn(2, *shape, generator=generator, dtype=torch.float64) if floating else example[:2].cpu()
+
+    def outputs():
+        return [y.double().reshape(len(x), -1) for y in tree_leaves(probe(x)) if isinstance(y, Tensor)]
+
+    with eval_mode(probe):
+        _move_statistics(probe)
+        before = outputs()
+        # In place: a network of 5 GB should not be there twice.
+        tensors = dict(state.values())
+        generator = torch.Generator().manual_seed(seed + 1)
+        permutation = {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
+        for name, axis, target, source in spec.moves(permutation):
+            if name in tensors:  # of tied weights, the first name only
+                tensors[name].index_copy_(axis, target, tensors[name].index_select(axis, source))
+        after = outputs()
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        scale = old.abs().amax(1)
+        distinct = (old[0] - old[-1]).abs().max() > 1e-8 * scale.max()
+        if not (new.isfinite().all() and scale.isfinite().all() and distinct):
+            return math.inf
+        worst = max(worst, float(((new - old).abs().amax(1) / scale).max()))
+    return worst
+
+
+def _move_statistics(model: nn.Module) -> None:
+    """In the next pass, move every BatchNorm's statistics, which are of order one, to its input's mean and variance.
+
+    Otherwise a deep network forgets its input, or its activations grow until a sigmoid hides what comes before. One
+    variance for the whole layer, as dividing by that of a dead channel would blow up rounding errors.
+    """
+    pending = {}
+
+    def move(module, inputs):
+        pending.pop(module).remove()
+        var, mean = torch.var_mean(inputs[0].transpose(0, 1).flatten(1), 1)
+        module.running_mean.sub_(1).mul_(var.mean().sqrt()).add_(mean)
+        module.running_var.mul_(var.mean())
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            pending[module] = module.register_forward_pre_hook(move)
+
+
+# ----------------------------------------------------------------------------------------------------- unit numbers
+
+
 def varies(x: Tensor, axis: int) -> bool:
+    """Whether labels may differ along an axis."""
     return x.shape[axis] > 1 and x.stride(axis) != 0
 
 
@@ -67,9 +301,15 @@ def _compact(x: Tensor) -> Tensor:
     return thin.expand(x.shape)
 
 
-def _spread(units: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+def spread(units: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+    """Labels of an activation whose units lie along one axis."""
     axis %= len(shape)
     return units.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+
+
+def fixed(shape: tuple[int, ...]) -> Tensor:
+    """Labels of an activation of which nothing may move."""
+    return torch.tensor(FIXED).expand(shape)
 
 
 class Labels:
@@ -79,7 +319,7 @@ class Labels:
     rule needs units to move together that need not, it identifies them: that loses a symmetry and never invents one.
     """
 
-    def __init__(self, net: "TracedNet"):
+    def __init__(self, net: TracedNet):
         self.net = net
         self.count = 2  # FREE and FIXED
         self.values: dict[fx.Node, object] = {}  # labels (or tuples of labels) in the shape of the node's value
@@ -88,20 +328,17 @@ class Labels:
         self.axes: dict[tuple[str, int], Tensor | None] = {}  # in order of use; None where no axis was chosen yet
         self.leaves: dict[str, Tensor] = {}  # parameters that take part like activations: a label for every element
         self.same = [(torch.tensor([FIXED]), torch.tensor([FIXED]))]
-        self.apart: list[tuple[Tensor, Tensor]] = []  # units and a number each: other number, other group
-        self.aliases: dict[str, list[str]] = {}  # tied weights: one tensor, several names in the state dict
-        by_tensor: dict[int, list[str]] = {}
+        self.apart: list[tuple[Tensor, Tensor]] = []  # (units, class): units of different classes may not share a group
         self.state = net.model.state_dict(keep_vars=True)
-        for name, tensor in self.state.items():
-            by_tensor.setdefault(id(tensor), []).append(name)
-        for names in by_tensor.values():
-            self.aliases |= dict.fromkeys(names, names)
+        self.aliases = {name: names for names in aliases(net.model).values() for name in names}
 
     def fresh(self, n: int) -> Tensor:
+        """Numbers of n new units."""
         self.count += n
         return torch.arange(self.count - n, self.count)
 
     def identify(self, a: Tensor, b: Tensor) -> None:
+        """Make units the same, element by element."""
         a, b = torch.broadcast_tensors(a, b)
         where = tuple(slice(None) if varies(a, i) or varies(b, i) else slice(0, 1) for i in range(a.ndim))
         a, b = a[where].flatten(), b[where].flatten()
@@ -109,6 +346,7 @@ class Labels:
         self.same.append((a[known], b[known]))
 
     def fix(self, x: Tensor) -> None:
+        """Let these units never move."""
         self.identify(x, torch.tensor(FIXED))
 
     def check(self, tensor: str) -> None:
@@ -129,6 +367,13 @@ class Labels:
             else:
                 self.identify(known, units)
 
+    def produce(self, weight: str, bias: str | None, units: Tensor, axis: int = 0) -> Tensor:
+        """Mark the axes of a layer's weight and bias that make its output units."""
+        self.mark(weight, axis, units)
+        if bias is not None:
+            self.mark(bias, 0, units)
+        return units
+
     def channels(self, x: Tensor, axis: int) -> Tensor:
         """Units along one axis of an activation, the same everywhere else."""
         moved = _thin(x.movedim(axis, -1)).flatten(0, -2).expand(-1, x.shape[axis])
@@ -148,19 +393,6 @@ class Labels:
                 self.axes |= {(alias, axis): self.axes.get((alias, axis)) for axis in range(tensor.ndim)}
         return known
 
-    def value(self, node: fx.Node) -> object:
-        """Labels of an input of a rule; indices, sizes and the like as they are."""
-        if node in self.values:
-            return self.values[node]
-        if node in self.plain:
-            value = self.plain[node]
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            return torch.tensor(FIXED).expand(value.shape) if floating else value
-        constant = all(self.rule(user) in ("conv", "linear") for user in node.users)  # a table of coordinates
-        if isinstance(self.state[node.target], nn.Parameter) or not constant:
-            return self.parameter(node.target)
-        return torch.tensor(FIXED).expand(self.state[node.target].shape)
-
     # ---- what may move after two activations are combined, or one is summed over axes
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
@@ -173,7 +405,7 @@ class Labels:
         if over_a and over_b:
             self.fix(a)
             self.fix(b)
-            return torch.tensor(FIXED).expand(shape)
+            return fixed(shape)
         if over_a or over_b:  # a few values, each used by many units
             few, many = (a, b) if over_a else (b, a)
             if not any(varies(few, i) and varies(many, i) for i in range(rank)):
@@ -186,12 +418,13 @@ class Labels:
         return _compact(torch.where(a == FREE, b, a)) if (_thin(a) == FREE).any() else a
 
     def merge(self, x: Tensor, axes: Collection[int]) -> Tensor:
+        """Make the units along these axes one."""
         first = _thin(x).amax(tuple(axes), keepdim=True)
         self.identify(x, first)
         return first.expand(x.shape)
 
     def together(self, x: Tensor, axes: Collection[int]) -> None:
-        """Units are treated alike along these axes: they may change places, but not with units from elsewhere."""
+        """A symmetric reduction over these axes: their units may permute among themselves only."""
         rows = _thin(x).movedim(tuple(axes), tuple(range(-len(axes), 0))).flatten(-len(axes))
         rows = rows.reshape(-1, rows.shape[-1])
         if rows.shape[1] > 1:
@@ -205,184 +438,38 @@ class Labels:
             x = self.merge(x, axes)
         elif inside:
             self.together(x, axes)
-            x = torch.tensor(FIXED).expand(x.shape)
+            x = fixed(x.shape)
         return x[tuple(slice(0, 1) if i in axes else slice(None) for i in range(x.ndim))]
-
-    # ---- one rule per kind of node; each returns the labels of the node's value
-
-    def conv(self, node, x, weight, bias=None, groups=1, out=0, **_):
-        inputs, shape = self.channels(x, 1), self.net.shapes[node.name]
-        if groups == 1:
-            self.mark(weight, 1 - out, inputs)
-            return _spread(self.produce(weight, bias, self.fresh(shape[1]), out), shape, 1)
-        if out == 1:
-            raise UnsupportedNode("a transposed convolution in groups")
-        # The weight's input axis is shared by all groups, so the channels of a group stay together and in order; a
-        # group moves as one unit, its outputs with its inputs. A depthwise convolution has groups of one channel.
-        blocks = inputs.view(groups, -1)
-        self.identify(blocks, blocks[:, :1])
-        return _spread(self.produce(weight, bias, blocks[:, 0].repeat_interleave(shape[1] // groups)), shape, 1)
-
-    def conv_transpose(self, node, x, **arguments):
-        return self.conv(node, x, **arguments, out=1)
-
-    def linear(self, node, x, weight, bias=None, **_):
-        shape = self.net.shapes[node.name]
-        self.mark(weight, 1, self.channels(x, -1))
-        return _spread(self.produce(weight, bias, self.fresh(shape[-1])), shape, -1)
-
-    def embedding(self, node, x, weight):
-        shape = self.net.shapes[node.name]
-        return _spread(self.produce(weight, None, self.fresh(shape[-1]), 1), shape, -1)
-
-    def produce(self, weight, bias, units, axis=0):
-        self.mark(weight, axis, units)
-        if bias is not None:
-            self.mark(bias, 0, units)
-        return units
-
-    def batchnorm(self, node, x, **parameters):
-        units = self.channels(x, 1)
-        for name in parameters.values():
-            if isinstance(name, str | Tensor):
-                self.mark(name, 0, units)
-        return _spread(units, x.shape, 1)
-
-    affine = instancenorm = batchnorm
-
-    def layernorm(self, node, x, normalized_shape, weight=None, bias=None, **_):
-        self.together(x, range(-len(normalized_shape), 0))
-        for name in (weight, bias):
-            if isinstance(name, str | Tensor):  # of rms_norm, the third is a number
-                x = self.combine(x, self.labels(name))
-        return x
-
-    def groupnorm(self, node, x, num_groups, weight=None, bias=None, **_):
-        x = self.batchnorm(node, x, weight=weight, bias=bias)
-        self.together(self.channels(x, 1).view(num_groups, -1), [1])  # they share mean and variance: they stay together
-        return x
-
-    def pointwise(self, node):
-        return functools.reduce(self.combine, map(self.units, node.all_input_nodes))
-
-    add = multiply = pointwise
-
-    def activation(self, node):
-        module = self.net.modules.get(node.target)
-        prelu = isinstance(module, nn.PReLU)
-        if not prelu and node.target is not torch.prelu:
-            return self.pointwise(node)
-        x, weight = self.units(node.args[0]), f"{node.target}.weight" if prelu else node.args[1].target
-        return self.combine(x, self.parameter(weight).view(-1, *[1] * (x.ndim - 2)))
-
-    def identity(self, node):
-        return self.units(node.all_input_nodes[0])
-
-    def softmax(self, node, x, dim, **_):
-        self.together(x, [dim])
-        return x
-
-    def normalize(self, node, x, p=2.0, dim=1, **_):
-        return self.softmax(node, x, dim)
-
-    def mean(self, node, x, dim=None, keepdim=False, dtype=None):
-        axes = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-        return self.collapse(x, axes).reshape(self.net.shapes[node.name])
-
-    def pool(self, node):
-        return _spread(self.channels(self.identity(node), 1), self.net.shapes[node.name], 1)
-
-    resize = pool
-
-    def structure(self, node):
-        values = {n: self.value(n) for n in node.all_input_nodes}
-        if node.target == "view":  # the labels' strides are others than the activation's
-            x, *shape = fx.node.map_arg(node.args, values.__getitem__)
-            return x.reshape(*shape)
-        return self.net.compute(node, values)
-
-    reshape = permute = concat = split = getitem = structure
-
-    def pad(self, node, x, padding, mode="constant", value=None):
-        return F.pad(x.double(), padding, mode).long()  # a constant is FREE, whatever its value
-
-    def product(self, a, b):
-        return self.collapse(self.combine(a.unsqueeze(-1), b.unsqueeze(-3)), [-2]).squeeze(-2)
-
-    def matmul(self, node):
-        a, b = node.args
-        if b.op == "get_attr" and len(self.net.shapes[b.name]) == 2:
-            shape = self.net.shapes[node.name]
-            self.mark(b.target, 0, self.channels(self.units(a), -1))
-            return _spread(self.produce(b.target, None, self.fresh(shape[-1]), 1), shape, -1)
-        return self.product(self.units(a), self.units(b))
-
-    def einsum(self, node):
-        equation, *sources = node.args
-        sources = sources[0] if isinstance(sources[0], tuple | list) else sources
-        inputs, output = equation.replace(" ", "").split("->")
-        letters = sorted(set(inputs) - {","})
-        aligned = []
-        for names, source in zip(inputs.split(","), sources, strict=True):
-            x = self.units(source).permute([names.index(i) for i in letters if i in names])
-            aligned.append(x[tuple(slice(None) if i in names else None for i in letters)])
-        summed = [axis for axis, i in enumerate(letters) if i not in output]
-        x = self.collapse(functools.reduce(self.combine, aligned), summed)
-        left = [i for i in letters if i in output]
-        return x[tuple(slice(None) if i in output else 0 for i in letters)].permute([left.index(i) for i in output])
-
-    def dot_attention(self, node, query, key, value, attn_mask=None, **_):
-        scores = self.product(query, self.labels(key).transpose(-1, -2))
-        if attn_mask is not None:
-            scores = self.combine(scores, self.labels(attn_mask))
-        return self.product(self.softmax(node, scores, -1), self.labels(value))
-
-    def attention(self, node, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, **options):
-        if need_weights and not options.get("average_attn_weights", True):
-            raise UnsupportedNode("the weights of each head as an output")
-        module, name, shape = self.net.modules[node.target], node.target, query.shape
-        heads = self.fresh(module.num_heads).repeat_interleave(module.head_dim)  # a head moves as one unit
-        for part, x in zip("qkv", (query, key, value), strict=True):
-            weight = f"{name}.{part}_proj_weight" if module.in_proj_weight is None else f"{name}.in_proj_weight"
-            self.mark(weight, 1, self.channels(self.labels(x), -1))
-            self.mark(weight, 0, heads if module.in_proj_weight is None else heads.repeat(3))
-        for parameter, axis, units in (
-            ("in_proj_bias", 0, heads.repeat(3)),
-            ("bias_k", 2, heads),
-            ("bias_v", 2, heads),
-        ):
-            if getattr(module, parameter) is not None:
-                self.mark(f"{name}.{parameter}", axis, units)
-        for mask in (key_padding_mask, attn_mask):
-            if mask is not None:
-                self.fix(self.labels(mask))
-        self.mark(f"{name}.out_proj.weight", 1, heads)
-        bias = None if module.out_proj.bias is None else f"{name}.out_proj.bias"
-        out = _spread(self.produce(f"{name}.out_proj.weight", bias, self.fresh(shape[-1])), shape, -1)
-        weights = (shape[0], *(self.labels(x).shape[1] for x in (query, key))) if module.batch_first else (1, 1, 1)
-        return out, torch.tensor(FIXED).expand(weights)
-
-    def window_attention(self, node, x, qkv_weight, proj_weight, relative_position_bias, num_heads, **options):
-        heads = self.fresh(num_heads)
-        rows = heads.repeat_interleave(x.shape[-1] // num_heads)  # a head moves as one unit
-        self.mark(qkv_weight, 1, self.channels(x, -1))
-        self.produce(qkv_weight, options.get("qkv_bias"), rows.repeat(3))
-        self.identify(self.labels(relative_position_bias), _spread(heads, (1, num_heads, 1, 1), 1))
-        if options.get("logit_scale") is not None:
-            self.mark(options["logit_scale"], 0, heads)
-        self.mark(proj_weight, 1, rows)
-        return _spread(self.produce(proj_weight, options.get("proj_bias"), self.fresh(x.shape[-1])), x.shape, -1)
 
     # ---- the walk
 
-    def labels(self, argument: str | Tensor) -> Tensor:
-        return self.parameter(argument) if isinstance(argument, str) else argument
+    def value(self, node: fx.Node) -> object:
+        """Labels of an input of a rule; indices, sizes and the like as they are."""
+        if node in self.values:
+            return self.values[node]
+        if node in self.plain:
+            value = self.plain[node]
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return fixed(value.shape) if floating else value
+        constant = all(self.kind(user) in ("conv", "linear") for user in node.users)  # a table of coordinates
+        if isinstance(self.state[node.target], nn.Parameter) or not constant:
+            return self.parameter(node.target)
+        return fixed(self.state[node.target].shape)
 
     def units(self, node: fx.Node) -> object:
+        """Labels of an input of a rule; a tensor that depends on no activation may not move."""
         value = self.value(node)
-        return torch.tensor(FIXED).expand(value.shape) if node in self.plain and isinstance(value, Tensor) else value
+        return fixed(value.shape) if node in self.plain and isinstance(value, Tensor) else value
 
-    def arguments(self, node: fx.Node, kind: str) -> tuple[Tensor, dict[str, object]]:
+    def read(self, argument: str | Tensor) -> Tensor:
+        """Labels of an argument of a rule: of a parameter, by its name, or of an activation."""
+        return self.parameter(argument) if isinstance(argument, str) else argument
+
+    def kind(self, node: fx.Node) -> str:
+        """Kind of a node, the same for a module and its function."""
+        return self.net.kinds[node.name].removeprefix("functional-")
+
+    def arguments(self, node: fx.Node, names: tuple[str, ...]) -> tuple[Tensor, dict[str, object]]:
         """Labels of the input and, by name, the rest: names of parameters, labels of activations, plain values."""
 
         def read(source):
@@ -391,14 +478,15 @@ class Labels:
 
         given = dict(node.kwargs)
         first, *rest = node.args or [given.pop(next(iter(given)))]
-        if node.op != "call_module" or kind == "attention":
-            return self.units(first), fx.node.map_arg(dict(zip(_ARGUMENTS[kind], rest, strict=False)) | given, read)
+        if node.op != "call_module" or self.kind(node) == "attention":
+            return self.units(first), fx.node.map_arg(dict(zip(names, rest, strict=False)) | given, read)
         module = self.net.modules[node.target]
-        values = {name: getattr(module, name, None) for name in _ARGUMENTS[kind]}
+        values = {name: getattr(module, name, None) for name in names}
         values = {k: f"{node.target}.{k}" if isinstance(v, Tensor) else v for k, v in values.items() if v is not None}
         return self.units(first), values
 
     def visit(self, node: fx.Node) -> None:
+        """Label a node's value; the nodes before it have been visited."""
         if node.op == "placeholder" or self.fed.intersection(node.all_input_nodes):
             self.fed.add(node)
         if node.name in self.net.plain:
@@ -408,7 +496,7 @@ class Labels:
             if node.target not in self.state or not tensor.is_floating_point():
                 self.plain[node] = tensor.detach().cpu()
         elif node.op == "placeholder":
-            self.values[node] = torch.tensor(FIXED).expand(self.net.shapes[node.name])
+            self.values[node] = fixed(self.net.shapes[node.name])
         elif node.op == "output":
             for x in tree_leaves([self.units(source) for source in node.all_input_nodes]):
                 if isinstance(x, Tensor):
@@ -419,28 +507,28 @@ class Labels:
         else:
             self.values[node] = self.apply(node)
 
-    def rule(self, node: fx.Node) -> str:
-        return self.net.kinds[node.name].removeprefix("functional-")
-
     def apply(self, node: fx.Node) -> Tensor | tuple:
-        kind = self.rule(node)
+        """Labels of a node's value, by the rule of its kind."""
         what = type(self.net.modules[node.target]) if node.op == "call_module" else node.target
         missing = f"node '{node.name}': no permutation rule for {getattr(what, '__name__', what)}"
-        if not kind:
+        if self.kind(node) not in RULES:
             raise UnsupportedNode(missing)
+        function, names = RULES[self.kind(node)]
         try:
-            rule = getattr(self, kind.replace("-", "_"))
-            if kind in _ARGUMENTS:
-                x, arguments = self.arguments(node, kind)
-                out = rule(node, x, **arguments)
+            if names:
+                x, arguments = self.arguments(node, names)
+                out = function(self, node, x, **arguments)
             else:
-                out = rule(node)
+                out = function(self, node)
             return tuple(map(_compact, out)) if isinstance(out, tuple | list) else _compact(out)
         except Exception as error:  # arguments that the rule does not know, among others
             raise UnsupportedNode(f"{missing} in this use: {error}") from error
 
     def resolve(self) -> Tensor:
         """Representative of every unit number: the smallest number identified with it."""
+        from scipy.sparse import coo_array  # here: half of the time that importing this library would take
+        from scipy.sparse.csgraph import connected_components
+
         a, b = (torch.cat([pair[i] for pair in self.same]).numpy() for i in (0, 1))
         edges = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(self.count, self.count))
         _, component = connected_components(edges, directed=False)
@@ -465,6 +553,128 @@ class Labels:
             if chosen is None:
                 self.fix(elements)
             for axis in range(units.ndim):
-                if axis != chosen and self.axes.get((name, axis)) is not None:
-                    self.fix(self.axes[name, axis])
+                if axis != chosen and (other := self.axes.get((name, axis))) is not None:
+                    self.fix(other)
         return self.resolve()
+
+
+# ------------------------------------------------------------------------------------- one rule for every kind of node
+
+# kind (see `TracedNet`) -> rule, and names of its arguments after the input. A rule returns the labels of the node's
+# value. It gets (labels, node), and if arguments are named: the labels of the input, and the arguments by their names,
+# which are a function's parameters in order, or a module's attributes.
+RULES: dict[str, tuple[Callable, tuple[str, ...]]] = {}
+
+
+def rule(*kinds: str, arguments: str = "") -> Callable[[Callable], Callable]:
+    """Register a rule for some kinds of nodes."""
+
+    def register(function: Callable) -> Callable:
+        RULES.update(dict.fromkeys(kinds, (function, tuple(arguments.split()))))
+        return function
+
+    return register
+
+
+@rule("conv", arguments="weight bias stride padding dilation groups")
+def conv(labels: Labels, node, x, weight, bias=None, groups=1, out=0, **_):
+    inputs, shape = labels.channels(x, 1), labels.net.shapes[node.name]
+    if groups == 1:
+        labels.mark(weight, 1 - out, inputs)
+        return spread(labels.produce(weight, bias, labels.fresh(shape[1]), out), shape, 1)
+    if out == 1:
+        raise UnsupportedNode("a transposed convolution in groups")
+    # The weight's input axis is shared by all groups, so the channels of a group stay together and in order; a
+    # group moves as one unit, its outputs with its inputs. A depthwise convolution has groups of one channel.
+    blocks = inputs.view(groups, -1)
+    labels.identify(blocks, blocks[:, :1])
+    return spread(labels.produce(weight, bias, blocks[:, 0].repeat_interleave(shape[1] // groups)), shape, 1)
+
+
+@rule("conv-transpose", arguments="weight bias stride padding output_padding groups")
+def conv_transpose(labels: Labels, node, x, **arguments):
+    return conv(labels, node, x, **arguments, out=1)
+
+
+@rule("linear", arguments="weight bias")
+def linear(labels: Labels, node, x, weight, bias=None, **_):
+    shape = labels.net.shapes[node.name]
+    labels.mark(weight, 1, labels.channels(x, -1))
+    return spread(labels.produce(weight, bias, labels.fresh(shape[-1])), shape, -1)
+
+
+@rule("batchnorm", "instancenorm", arguments="running_mean running_var weight bias")
+@rule("affine", arguments="weight bias")
+def batchnorm(labels: Labels, node, x, **parameters):
+    units = labels.channels(x, 1)
+    for name in parameters.values():
+        if isinstance(name, str | Tensor):
+            labels.mark(name, 0, units)
+    return spread(units, x.shape, 1)
+
+
+@rule("layernorm", arguments="normalized_shape weight bias")
+def layernorm(labels: Labels, node, x, normalized_shape, weight=None, bias=None, **_):
+    labels.together(x, range(-len(normalized_shape), 0))
+    for name in (weight, bias):
+        if isinstance(name, str | Tensor):  # the third argument of rms_norm is a number
+            x = labels.combine(x, labels.read(name))
+    return x
+
+
+@rule("groupnorm", arguments="num_groups weight bias")
+def groupnorm(labels: Labels, node, x, num_groups, weight=None, bias=None, **_):
+    x = batchnorm(labels, node, x, weight=weight, bias=bias)
+    labels.together(labels.channels(x, 1).view(num_groups, -1), [1])  # they share mean and variance
+    return x
+
+
+@rule("add", "multiply")
+def pointwise(labels: Labels, node):
+    return functools.reduce(labels.combine, map(labels.units, node.all_input_nodes))
+
+
+@rule("activation")
+def activation(labels: Labels, node):
+    module = labels.net.modules.get(node.target)
+    prelu = isinstance(module, nn.PReLU)
+    if not prelu and node.target is not torch.prelu:
+        return pointwise(labels, node)
+    x, weight = labels.units(node.args[0]), f"{node.target}.weight" if prelu else node.args[1].target
+    return labels.combine(x, labels.parameter(weight).view(-1, *[1] * (x.ndim - 2)))
+
+
+@rule("identity")
+def identity(labels: Labels, node):
+    return labels.units(node.all_input_nodes[0])
+
+
+@rule("softmax", arguments="dim")
+def softmax(labels: Labels, node, x, dim, **_):
+    labels.together(x, [dim])
+    return x
+
+
+@rule("mean", arguments="dim")
+def mean(labels: Labels, node, x, dim=None, keepdim=False, dtype=None):
+    axes = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    return labels.collapse(x, axes).reshape(labels.net.shapes[node.name])
+
+
+@rule("pool", "resize")
+def pool(labels: Labels, node):
+    return spread(labels.channels(identity(labels, node), 1), labels.net.shapes[node.name], 1)
+
+
+@rule("reshape", "permute", "concat", "split", "getitem")
+def structure(labels: Labels, node):
+    values = {source: labels.value(source) for source in node.all_input_nodes}
+    if node.target == "view":  # the labels' strides are others than the activation's
+        x, *shape = fx.node.map_arg(node.args, values.__getitem__)
+        return x.reshape(*shape)
+    return labels.net.compute(node, values)
+
+
+@rule("pad", arguments="padding mode value")
+def pad(labels: Labels, node, x, padding, mode="constant", value=None):
+    return F.pad(x.double(), padding, mode).long()  # a constant is FREE, whatever its value

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repairlib.graph import TracedNet, trace
+from repairlib.tracing import TracedNet, aliases, trace
 
 State = Mapping[str, Tensor]
 
@@ -137,9 +137,7 @@ def bias_depths(model: nn.Module, example: Tensor) -> dict[str, int]:
     {'0.bias': 1, '2.bias': 2}
     """
     net = trace(model, example)
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
+    names = aliases(model)
     depth: dict[fx.Node, int] = {}
     depths = {}
     for node in net.nodes:

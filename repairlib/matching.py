@@ -9,10 +9,12 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from repairlib.graph import Batches, Permutation, PermutationSpec, UnsupportedNode, permutation_spec, permute, trace
+from repairlib.groups import Permutation, PermutationSpec, UnsupportedNode, permutation_spec
 from repairlib.interpolate import check_compatible
 from repairlib.moments import BatchMeanMoments, Moments, gather
 from repairlib.names import check
+from repairlib.permutations import permute
+from repairlib.tracing import Batches, trace
 
 
 @dataclass(frozen=True)

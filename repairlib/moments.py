@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from repairlib.graph import TracedNet, eval_mode
 from repairlib.names import check
+from repairlib.tracing import TracedNet, eval_mode
 
 CROSS = ("none", "paired", "full")
 

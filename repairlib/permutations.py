@@ -1,12 +1,70 @@
-"""What is done with permutations once they are found: compare, chain and disturb them."""
+"""Permutations of hidden units: apply, compose, compare and disturb them."""
 
+import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repairlib.graph import Permutation, PermutationSpec, compose, invert, permute, random_permutation
-from repairlib.matching import Matching
+from repairlib.groups import Permutation, PermutationSpec
+
+
+def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutation: Permutation) -> dict[str, Tensor]:
+    """State dict of the permuted network: W -> P W on outgoing, W P^-1 on incoming axes (Jordan et al. 2022, Sec. 2.2).
+
+    Args:
+        state: the network's state dict. Untouched.
+        spec: its groups.
+        permutation: of some or all groups, int64 indices (units,): unit i of the result is unit ``perm[i]`` of the
+            network.
+
+    Raises:
+        KeyError: a group that does not exist.
+        ValueError: an entry is no permutation of the group's units.
+    """
+    out = dict(state)
+    for tensor, axis, target, source in spec.moves(permutation):
+        old = out[tensor]
+        source, target = source.to(old.device), target.to(old.device)
+        out[tensor] = old.index_copy(axis, target, old.index_select(axis, source))
+    return out
+
+
+def permute(model: nn.Module, spec: PermutationSpec, permutation: Permutation) -> nn.Module:
+    """Permuted copy of a model; it computes the same function."""
+    out = copy.deepcopy(model)
+    out.load_state_dict(permute_state(model.state_dict(), spec, permutation))
+    return out
+
+
+def random_permutation(spec: PermutationSpec, seed: int = 0) -> Permutation:
+    """Independent uniform permutation of every group; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
+
+
+def fill_identity(spec: PermutationSpec, some: Permutation | None) -> Permutation:
+    """Permutations of all groups: the identity where `some` has none.
+
+    Raises:
+        KeyError: a group that does not exist.
+        ValueError: an entry is no permutation of the group's units.
+    """
+    some = some or {}
+    spec.check(some)
+    identity = {group.name: torch.arange(group.size) for group in spec.groups}
+    return identity | {name: perm.cpu() for name, perm in some.items()}
+
+
+def invert(permutation: Permutation) -> Permutation:
+    """Inverse: permuting by the result undoes permuting by the argument."""
+    return {name: torch.argsort(perm) for name, perm in permutation.items()}
+
+
+def compose(first: Permutation, then: Permutation) -> Permutation:
+    """One permutation that does `first`, then `then`."""
+    return {name: first[name][then[name]] for name in first}
 
 
 def agreement(first: Permutation, second: Permutation) -> dict[str, float]:
@@ -23,7 +81,7 @@ def agreement(first: Permutation, second: Permutation) -> dict[str, float]:
     return {name: float((p.cpu() == second[name].cpu()).double().mean()) for name, p in first.items()}
 
 
-def through(b_to_a: Permutation, c_to_a: Permutation) -> Permutation:
+def chain(b_to_a: Permutation, c_to_a: Permutation) -> Permutation:
     """Matching of C to B by way of A: units that have the same partner in A (Csiszarik et al. 2023, Sec. 5.3).
 
     Unit i of A goes with unit ``b_to_a[i]`` of B and ``c_to_a[i]`` of C; so ``P_CB = P_CA[P_BA^-1]``. Transitivity: B
@@ -37,7 +95,7 @@ def shuffle_and_recover(
     model_a: nn.Module,
     model_b: nn.Module,
     spec: PermutationSpec,
-    match: Callable[[nn.Module, nn.Module], Matching],
+    match: Callable[[nn.Module, nn.Module], Any],
     seed: int = 0,
 ) -> dict[str, float]:
     """Shuffle B at random, match it to A, and say how much of the order is found again (Qu & Horvath 2024, Sec. 3.2).

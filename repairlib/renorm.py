@@ -15,10 +15,10 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from repairlib.corrections import TARGETS, Correction, Repaired, Units, attach, batchnorms, fold, target_nodes
-from repairlib.graph import Batches, ChannelAffine, TracedNet, as_batches, eval_mode, trace
 from repairlib.interpolate import check_compatible, mix_states, with_state
 from repairlib.moments import BatchMeanMoments, Moments, gather
 from repairlib.names import check
+from repairlib.tracing import Batches, ChannelAffine, TracedNet, as_batches, eval_mode, trace
 
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from repairlib.graph import Permutation, compose
+from repairlib.groups import Permutation
 from repairlib.interpolate import mix_states, with_state
 from repairlib.matching import Matching
 from repairlib.names import check
+from repairlib.permutations import compose
 
 REGIMES = ("reference", "sequential", "iterative")
 

@@ -9,18 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from repairlib.graph import (
-    Axis,
-    Batches,
-    Permutation,
-    PermutationSpec,
-    as_batches,
-    permutation_spec,
-    permute_state,
-    random_permutation,
-)  # fmt: skip
+from repairlib.groups import Axis, Permutation, PermutationSpec, permutation_spec
 from repairlib.interpolate import check_compatible
 from repairlib.matching import Matching, solve_assignment
+from repairlib.permutations import fill_identity, permute_state, random_permutation
+from repairlib.tracing import Batches, as_batches
 
 
 def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9)) -> Tensor:
@@ -29,16 +22,6 @@ def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9
         if len(places) != x.shape[axis] or not torch.equal(places, torch.arange(len(places))):
             x = x.index_select(axis, places.to(x.device))
     return x
-
-
-def complete(spec: PermutationSpec, some: Permutation | None) -> Permutation:
-    """Permutations of all groups, the identity where `some` has none; refuses what is no permutation."""
-    whole = {g.name: torch.arange(g.size) for g in spec.groups}
-    for name, perm in (some or {}).items():
-        if sorted(perm.tolist()) != list(range(spec[name].size)):
-            raise ValueError(f"group {name!r}: not a permutation of its {spec[name].size} units")
-        whole[name] = perm.cpu()
-    return whole
 
 
 class _Product:
@@ -110,7 +93,7 @@ class WeightCost:
         start: Permutation | None = None,
     ):
         self.a, self.b = state_a, state_b
-        self.permutation = complete(spec, start)
+        self.permutation = fill_identity(spec, start)
         self.on: dict[str, dict[int, list[tuple[str, Axis]]]] = {}  # tensor -> axis -> groups that index it
         for group in spec.groups:
             for axis in group.axes:
@@ -289,7 +272,7 @@ def match_straight_through(
         spec = _derive(model_a, data)
     if start is None:
         start = match_weights(model_a, model_b, spec=spec, seed=seed).permutation
-    permutation = complete(spec, start)
+    permutation = fill_identity(spec, start)
     a, b = (_weights(model, buffers=False) for model in (model_a, model_b))
     whole_b = {name: value.detach() for name, value in model_b.state_dict().items()}
     dtype = torch.promote_types(torch.float32, next(iter(a.values())).dtype)

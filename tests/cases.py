@@ -1,6 +1,6 @@
-"""The models that every test of graph, matching and renormalisation runs on: small, of each family and norm.
+"""The models that every test of groups, matching and renormalisation runs on: small, of each family and norm.
 
-torchvision's networks come in one size, which is not small: test_graph.py and test_models.py have their own tests.
+torchvision's networks come in one size, which is not small: test_groups.py and test_models.py have their own tests.
 """
 
 import copy

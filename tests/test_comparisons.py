@@ -15,8 +15,8 @@ from companion.experiments.comparisons import (
 )
 from companion.experiments.pairs import load_pair
 from companion.runs.data import iterate
-from repairlib.graph import permute
 from repairlib.interpolate import interpolate_states, with_state
+from repairlib.permutations import permute
 
 RUNS = ["digits/mlp2-ln-w16/smoke/s1", "digits/mlp2-ln-w16/smoke/s2"]
 

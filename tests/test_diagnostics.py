@@ -2,7 +2,7 @@ import pytest
 import torch
 from cases import batches, make
 
-from repairlib import diagnostics, graph
+from repairlib import diagnostics, tracing
 from repairlib.interpolate import interpolate_models
 from repairlib.moments import Moments
 from repairlib.renorm import Repair
@@ -29,8 +29,8 @@ def test_profile_against_a_direct_computation():
     node = rows[1]["node"]
     v = []
     for model in (mid, a, b):
-        net = graph.trace(model, data[0])
-        with graph.eval_mode(model):
+        net = tracing.trace(model, data[0])
+        with tracing.eval_mode(model):
             ((_, value),) = net.walk(torch.cat(data), [node])
         v.append(value.double().var(0, correction=0).sum())
     assert rows[1]["ratio"] == pytest.approx(float(v[0] / ((v[1] + v[2]) / 2)), rel=1e-5)
@@ -44,7 +44,7 @@ def test_profile_against_a_direct_computation():
 def test_channel_statistics_and_agreement():
     name = "vgg11-bn-w0.125"
     a, data = make(name), batches(name)
-    node = graph.trace(a, data[0]).nodes[1].name
+    node = tracing.trace(a, data[0]).nodes[1].name
     rows = diagnostics.channel_statistics({"a": a, "b": make(name, 1)}, data, node)
     assert {row["network"] for row in rows} == {"a", "b"} and all(row["variance"] > 0 for row in rows)
     for corr in diagnostics.unit_agreement(a, a, data).values():

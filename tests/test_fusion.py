@@ -6,7 +6,7 @@ import torch
 from cases import CASES, batches, inputs, make
 from torch import nn
 
-from repairlib import graph
+from repairlib import groups, permutations
 from repairlib.fusion import SoftMatching, match_transport
 from repairlib.interpolate import interpolate_models
 
@@ -15,25 +15,25 @@ from repairlib.interpolate import interpolate_models
 @pytest.mark.parametrize("name", ["mlp3-plain-w8", "vgg11-bn-w0.125", "resnet8-bn-w0.5"])
 def test_without_regularisation_a_planted_permutation_is_found(name, cost):
     a = make(name)
-    spec = graph.permutation_spec(a, inputs(name, 2))
-    planted = graph.random_permutation(spec, 3)
-    b = graph.permute(a, spec, planted)
+    spec = groups.permutation_spec(a, inputs(name, 2))
+    planted = permutations.random_permutation(spec, 3)
+    b = permutations.permute(a, spec, planted)
     with torch.no_grad():
         for p in b.parameters():
             p.add_(1e-3 * p.abs().mean() * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
     found = match_transport(a, b, batches(name, 120), spec=spec, cost=cost, tap="pre")
-    for group, back in graph.invert(planted).items():
+    for group, back in permutations.invert(planted).items():
         assert torch.equal(found.plan[group], torch.eye(len(back), dtype=torch.float64)[back]), group
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_permutation_as_a_plan_permutes(name):
     a = make(name)
-    spec = graph.permutation_spec(a, inputs(name, 2))
-    permutation = graph.random_permutation(spec, 3)
+    spec = groups.permutation_spec(a, inputs(name, 2))
+    permutation = permutations.random_permutation(spec, 3)
     plan = {g: torch.eye(len(p), dtype=torch.float64)[p] for g, p in permutation.items()}
     moved = SoftMatching(spec, plan).apply(a).state_dict()
-    expected = graph.permute_state(a.state_dict(), spec, permutation)
+    expected = permutations.permute_state(a.state_dict(), spec, permutation)
     assert all(torch.equal(value, expected[k]) for k, value in moved.items())
 
 
@@ -81,7 +81,7 @@ def test_what_has_no_distance_is_refused():
         match_transport(a, b, [x.half() * 6e4 for x in batches(name)])
     up = [nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2), nn.ReLU(), nn.Conv2d(5, 2, 1))]
     up.append(copy.deepcopy(up[0]))
-    with pytest.raises(graph.UnsupportedNode, match="no incoming weights along a first axis"):
+    with pytest.raises(groups.UnsupportedNode, match="no incoming weights along a first axis"):
         match_transport(*up, [torch.randn(3, 1, 4, 4)], cost="weights")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import repairlib
 from companion.runs.data import iterate, load
 from companion.runs.train import Recipe, train
-from repairlib import graph, matching
+from repairlib import groups, matching, permutations, tracing
 from repairlib.fusion import match_transport
 from repairlib.weight_matching import match_weights
 
@@ -21,11 +21,11 @@ from repairlib.weight_matching import match_weights
 def test_recovers_a_planted_permutation(name, tap):
     """B is a permuted A plus a little noise: the matching must return the inverse of the permutation."""
     model_a = make(name)
-    spec = graph.permutation_spec(model_a, inputs(name, 2))
-    planted = graph.random_permutation(spec, 3)
-    model_b = noisy(graph.permute(model_a, spec, planted), 1e-3)
+    spec = groups.permutation_spec(model_a, inputs(name, 2))
+    planted = permutations.random_permutation(spec, 3)
+    model_b = noisy(permutations.permute(model_a, spec, planted), 1e-3)
     found = matching.match_activations(model_a, model_b, batches(name, 120), tap=tap)
-    for group, perm in graph.invert(planted).items():
+    for group, perm in permutations.invert(planted).items():
         dead = found.correlation[group] == 0  # random nets have dead units, whose order is arbitrary
         assert torch.equal(found.permutation[group][~dead], perm[~dead]), group
         assert int(dead.sum()) <= max(found.dead[group])
@@ -36,7 +36,7 @@ def test_objective_is_the_sum_of_correlations_and_the_best_one():
     a, b = make(name, 0), make(name, 1)
     data = batches(name, 200)
     found = matching.match_activations(a, b, data)
-    net_a, net_b = graph.trace(a, data[0]), graph.trace(b, data[0])
+    net_a, net_b = tracing.trace(a, data[0]), tracing.trace(b, data[0])
     (group,) = found.spec.groups
     with torch.no_grad():
         values = []
@@ -93,7 +93,7 @@ def test_float32_one_pass_gives_the_assignment_of_float64_two_passes(trained_pai
         for group in found.spec.groups:
             rows = []
             for model in doubles:
-                net = graph.trace(model, x[:2].double())
+                net = tracing.trace(model, x[:2].double())
                 with torch.no_grad():
                     ((_, value),) = net.walk(x.double(), [group.taps["post"]])
                 rows.append(value.transpose(0, 1).flatten(1))
@@ -116,7 +116,7 @@ def test_inner_products_are_what_similarity_inner_maximises():
     found = matching.match_activations(a, b, data, similarity="inner", tap="pre")
     (group,) = found.spec.groups
     with torch.no_grad():
-        values = [dict(graph.trace(m, data[0]).walk(torch.cat(data), [group.taps["pre"]])) for m in (a, b)]
+        values = [dict(tracing.trace(m, data[0]).walk(torch.cat(data), [group.taps["pre"]])) for m in (a, b)]
     product = values[0][group.taps["pre"]].double().T @ values[1][group.taps["pre"]].double() / 200
     best = max(itertools.permutations(range(6)), key=lambda p: float(sum(product[i, p[i]] for i in range(6))))
     assert found.permutation[group.name].tolist() == list(best)
@@ -200,7 +200,7 @@ def test_dead_units_are_counted_in_their_own_group():
 
 def test_a_flattened_map_is_read_where_it_was_a_map():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.ReLU(), nn.Linear(4 * 36, 5), nn.ReLU(), nn.Linear(5, 2))
-    group = graph.permutation_spec(net, torch.randn(2, 1, 8, 8)).groups[0]
+    group = groups.permutation_spec(net, torch.randn(2, 1, 8, 8)).groups[0]
     assert group.taps["pre"] == "_0" and group.channels["pre"].shape == (4, 1)
 
 
@@ -247,12 +247,12 @@ def test_networks_without_groups_and_groups_of_one_unit():
     x = torch.randn(50, 4)
     line, other = nn.Linear(4, 3), nn.Linear(4, 3)
     thin = [nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 3)) for _ in range(2)]
-    for a, b, groups in ((line, other, []), (*thin, [1])):
+    for a, b, units in ((line, other, []), (*thin, [1])):
         for match in (matching.match_activations, match_weights, match_transport):
             found = match(a, b, [x])
-            assert [g.size for g in found.spec.groups] == groups
+            assert [g.size for g in found.spec.groups] == units
             torch.testing.assert_close(found.apply(b)(x), b(x))
-        assert [p.tolist() for p in matching.match_activations(a, b, [x]).permutation.values()] == [[0]] * len(groups)
+        assert [p.tolist() for p in matching.match_activations(a, b, [x]).permutation.values()] == [[0]] * len(units)
         merged = repairlib.merge(*thin, [x])
         assert merged(x).isfinite().all()
     with pytest.raises(ValueError, match="nothing to correct"):

@@ -4,8 +4,8 @@ from cases import batches, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repairlib.graph import trace
 from repairlib.moments import BatchMeanMoments, Moments, gather
+from repairlib.tracing import trace
 
 
 def split(x: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:

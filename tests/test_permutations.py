@@ -7,7 +7,7 @@ import torch
 from cases import batches, inputs, make
 from scipy import stats
 
-from repairlib import graph, permutations
+from repairlib import groups, permutations
 from repairlib.matching import match_activations
 from repairlib.weight_matching import match_weights
 
@@ -16,16 +16,16 @@ NAME = "vgg11-bn-w0.125"
 
 @pytest.fixture(scope="module")
 def spec():
-    return graph.permutation_spec(make(NAME), inputs(NAME, 2))
+    return groups.permutation_spec(make(NAME), inputs(NAME, 2))
 
 
 def test_the_way_through_a_third_network_ends_at_the_planted_units(spec):
     """A, and B and C that are shuffles of it: C's units in B's order, found without comparing B with C."""
-    b_from_a, c_from_a = graph.random_permutation(spec, 1), graph.random_permutation(spec, 2)
+    b_from_a, c_from_a = permutations.random_permutation(spec, 1), permutations.random_permutation(spec, 2)
     a = make(NAME)
-    b, c = graph.permute(a, spec, b_from_a), graph.permute(a, spec, c_from_a)
-    way = permutations.through(graph.invert(b_from_a), graph.invert(c_from_a))
-    for name, value in graph.permute(c, spec, way).state_dict().items():
+    b, c = permutations.permute(a, spec, b_from_a), permutations.permute(a, spec, c_from_a)
+    way = permutations.chain(permutations.invert(b_from_a), permutations.invert(c_from_a))
+    for name, value in permutations.permute(c, spec, way).state_dict().items():
         assert torch.equal(value, b.state_dict()[name])
     assert set(permutations.agreement(way, way).values()) == {1.0}
     assert min(permutations.agreement(way, b_from_a).values()) < 1
@@ -51,7 +51,7 @@ def test_shuffle_and_recover(spec):
 def test_derangement_moves_the_k_least_correlated_pairs_and_no_other(k, spec):
     group = spec.groups[0]
     assert group.size == 8
-    old = graph.random_permutation(spec, 3)
+    old = permutations.random_permutation(spec, 3)
     correlation = {group.name: torch.tensor([0.9, 0.1, 0.5, 0.3, 0.8, 0.2, 0.7, 0.6])}
     seen = set()
     for seed in range(30):
@@ -80,7 +80,7 @@ def test_every_derangement_is_as_likely_as_any_other():
 
 
 def test_impossible_derangements(spec):
-    old = graph.random_permutation(spec, 3)
+    old = permutations.random_permutation(spec, 3)
     correlation = {g.name: torch.zeros(g.size) for g in spec.groups}
     for k in (1, -1, 9):
         with pytest.raises(ValueError, match=f"{k} of 8 pairs cannot be deranged"):
@@ -94,3 +94,34 @@ def test_impossible_derangements(spec):
 def test_permutations_of_different_architectures_do_not_compare():
     with pytest.raises(ValueError, match="different groups"):
         permutations.agreement({"a": torch.arange(3)}, {"a": torch.arange(4)})
+
+
+@pytest.mark.parametrize("name", ["mlp2-bn-w8", "resnet8-bn-w0.5"])
+def test_compose_with_the_inverse_is_the_identity(name):
+    model = make(name)
+    spec = groups.permutation_spec(model, inputs(name, 2))
+    p, q = permutations.random_permutation(spec, 1), permutations.random_permutation(spec, 2)
+    for group, perm in permutations.compose(p, permutations.invert(p)).items():
+        assert perm.tolist() == list(range(spec[group].size))
+    state = model.state_dict()
+    two_steps = permutations.permute_state(permutations.permute_state(state, spec, p), spec, q)
+    one_step = permutations.permute_state(state, spec, permutations.compose(p, q))
+    assert all(torch.equal(two_steps[k], one_step[k]) for k in state)
+    back = permutations.permute_state(two_steps, spec, permutations.invert(permutations.compose(p, q)))
+    assert all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_permuting_leaves_the_model_untouched():
+    name = "resnet8-bn-w0.5"
+    model = make(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    spec = groups.permutation_spec(model, inputs(name, 2))
+    permutations.permute(model, spec, permutations.random_permutation(spec))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_permutation_is_refused():
+    model = make("mlp1-plain-w6")
+    spec = groups.permutation_spec(model, inputs("mlp1-plain-w6", 2))
+    with pytest.raises(ValueError, match="not a permutation of its 6 units"):
+        permutations.permute_state(model.state_dict(), spec, {spec.groups[0].name: torch.zeros(6, dtype=torch.int64)})

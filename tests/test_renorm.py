@@ -7,7 +7,7 @@ from cases import CASES, batches, inputs, make
 from torch import nn
 
 from companion.runs import models
-from repairlib import corrections, diagnostics, graph, renorm
+from repairlib import corrections, diagnostics, renorm, tracing
 from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.moments import gather
 
@@ -19,7 +19,7 @@ def pair(name, dtype=torch.float64):
 
 
 def output(model, x):
-    with graph.eval_mode(model):
+    with tracing.eval_mode(model):
         return model(x)
 
 
@@ -29,7 +29,7 @@ def relative(a, b):
 
 def goal_errors(models, repaired, data, targets, alpha):
     """How far the repaired network's means and stds are from Eqs. 3 and 4, relative to the goal std."""
-    nets = [graph.trace(m, data[0][:2]) for m in (*models, repaired)]
+    nets = [tracing.trace(m, data[0][:2]) for m in (*models, repaired)]
     worst = 0.0
     for m in gather(nets, data, targets).values():
         goal_mean = (1 - alpha) * m.mean(0) + alpha * m.mean(1)
@@ -52,7 +52,7 @@ def test_sequential_repair_hits_its_goals_exactly(name):
     result = repair(alpha)
     # Before folding: a convolution without bias hands its shift on to the BatchNorm behind it.
     unfolded = renorm.attach(interpolate_models(a, b, alpha), result.corrections, repair.example)
-    nets = [graph.trace(m, data[0][:2]) for m in (a, b, unfolded)]
+    nets = [tracing.trace(m, data[0][:2]) for m in (a, b, unfolded)]
     for node, m in gather(nets, data, repair.targets).items():
         alive = ~m.dead(2) & ~m.dead(0) & ~m.dead(1)
         goal_mean, goal_std = repair.at(alpha)[node]
@@ -92,7 +92,7 @@ def test_frozen_batchnorm_differs_from_reset_by_std_against_variance():
     # Endpoints whose BatchNorm statistics are those of this data.
     a, b = renorm.reset(a, data), renorm.reset(b, data)
     repaired = renorm.Repair(a, b, data, targets=("conv",), bn="frozen")(0.5).model
-    nets = [graph.trace(m, data[0][:2]) for m in (a, b, repaired)]
+    nets = [tracing.trace(m, data[0][:2]) for m in (a, b, repaired)]
     bn = next(n for n, kind in nets[0].kinds.items() if kind == "batchnorm")
     conv = nets[0].node(bn).args[0].name
     m = gather(nets, data, [conv, bn])
@@ -148,7 +148,7 @@ def test_folding_changes_nothing(name):
     result = repair(0.5)
     unfolded = renorm.attach(interpolate_models(a, b, 0.5), result.corrections, repair.example)
     assert relative(output(result.model, x), output(unfolded, x)) < 1e-5
-    net = graph.trace(a, x)
+    net = tracing.trace(a, x)
     layers = {net.node(node).target: net.kinds[node] for node in repair.targets}
     bare = {name for name, kind in layers.items() if kind in ("conv", "linear") and net.modules[name].bias is None}
     assert set(result.new_biases) == (set() if "-bn-" in name else bare)  # a BatchNorm takes the shift, a LayerNorm not
@@ -199,7 +199,7 @@ def test_reset_gives_every_batchnorm_the_statistics_of_its_input():
     _, b, data = pair(name)
     model = interpolate_models(*pair(name)[:2], 0.5)
     out = renorm.reset(model, data)
-    net = graph.trace(out, data[0][:2])
+    net = tracing.trace(out, data[0][:2])
     norms = corrections.batchnorms(net)
     moments = gather([net], data, {node.args[0].name for node in norms.values()})
     for node in norms.values():
@@ -230,7 +230,7 @@ def test_simultaneous_batch_mean_is_what_torch_batchnorm_records():
 
 def test_block_targets_are_the_ends_of_blocks():
     name = "resnet8-bn-w0.5"
-    net = graph.trace(make(name), inputs(name, 2))
+    net = tracing.trace(make(name), inputs(name, 2))
     blocks = renorm.target_nodes(net, ["block"])
     assert len(blocks) == 3 and all(net.kinds[n] == "activation" for n in blocks)
     assert len(renorm.target_nodes(net, ["conv"])) == sum(isinstance(m, nn.Conv2d) for m in make(name).modules())
@@ -335,7 +335,7 @@ def test_weights_that_are_shared_or_computed_are_not_folded_into(build):
 
 def test_classifier_is_left_alone_also_before_a_softmax():
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.LogSoftmax(1))
-    traced = graph.trace(net, torch.zeros(2, 4))
+    traced = tracing.trace(net, torch.zeros(2, 4))
     assert renorm.target_nodes(traced) == ["_0"] and renorm.target_nodes(traced, "classifier") == ["_2"]
 
 
@@ -384,7 +384,7 @@ def test_every_module_keeps_its_own_training_flag():
 
 
 def moments_at(model, data, targets):
-    return gather([graph.trace(model, data[0][:2])], data, targets)
+    return gather([tracing.trace(model, data[0][:2])], data, targets)
 
 
 def assert_statistics(model, goals, data, mean=True, std=True):
@@ -636,7 +636,7 @@ def test_recorded_goals_need_no_data_of_the_references():
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("resnet")])
 def test_roles_of_residual_networks(name):
     """stem, inner and shortcut share the convolutions out, and the modules' names say which is which."""
-    net = graph.trace(make(name), inputs(name, 2))
+    net = tracing.trace(make(name), inputs(name, 2))
     where = {
         role: {net.node(n).target for n in renorm.target_nodes(net, role)} for role in ("stem", "inner", "shortcut")
     }
@@ -656,7 +656,7 @@ def test_roles_of_residual_networks(name):
 def test_roles_of_torchvisions_resnets(name, inner, shortcut):
     from torchvision.models import get_model
 
-    net = graph.trace(get_model(name), torch.zeros(1, 3, 32, 32))
+    net = tracing.trace(get_model(name), torch.zeros(1, 3, 32, 32))
     where = {role: {net.node(n).target for n in renorm.target_nodes(net, role)} for role in corrections.ROLES}
     assert where["stem"] == {"conv1"} and where["classifier"] == {"fc"} and len(where["inner"]) == inner
     assert len(where["shortcut"]) == shortcut and all(n.endswith("downsample.0") for n in where["shortcut"])
@@ -759,5 +759,5 @@ def test_a_layer_that_is_called_like_a_role_has_its_own_role():
         def forward(self, x):
             return self.linear(torch.relu(self.stem(x)))
 
-    net = graph.trace(Named(), torch.zeros(2, 4))
+    net = tracing.trace(Named(), torch.zeros(2, 4))
     assert renorm.target_nodes(net, "linear") == ["stem"] and renorm.target_nodes(net, "classifier") == ["linear"]

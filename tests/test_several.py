@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import inputs, make
 
-from repairlib import graph, several
+from repairlib import groups, permutations, several
 from repairlib.weight_matching import match_weights
 
 NAME = "mlp3-plain-w8"
@@ -13,15 +13,15 @@ NAME = "mlp3-plain-w8"
 def setup():
     """A network and four shuffled, slightly disturbed copies, the match, and the shuffles."""
     first = make(NAME)
-    spec = graph.permutation_spec(first, inputs(NAME, 2))
+    spec = groups.permutation_spec(first, inputs(NAME, 2))
     models, planted = [first], []
     for seed in range(1, 5):
         other = copy.deepcopy(first)
         with torch.no_grad():
             for p in other.parameters():
                 p.add_(0.01 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
-        planted.append(graph.random_permutation(spec, seed))
-        models.append(graph.permute(other, spec, planted[-1]))
+        planted.append(permutations.random_permutation(spec, seed))
+        models.append(permutations.permute(other, spec, planted[-1]))
     return models, spec, planted, lambda a, b: match_weights(a, b, spec=spec, restarts=4)
 
 
@@ -32,12 +32,12 @@ def test_shuffled_copies_come_into_one_order(regime):
     found = several.match_several(models, match, regime)
     assert found.converged
     # Whatever order is agreed on, it is one: relative to the first network, every copy is where it came from.
-    own = graph.invert(found.permutation[0])
+    own = permutations.invert(found.permutation[0])
     for perm, shuffle in zip(found.permutation[1:], planted, strict=True):
-        for group, back in graph.invert(shuffle).items():
+        for group, back in permutations.invert(shuffle).items():
             assert torch.equal(perm[group][own[group]], back)
     for model, perm, state in zip(found.models, found.permutation, before, strict=True):
-        expected = graph.permute_state(state, spec, perm)
+        expected = permutations.permute_state(state, spec, perm)
         assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
     mean = found.mean().state_dict()
     for name, value in mean.items():
@@ -70,7 +70,7 @@ def test_sequential_matches_to_the_one_before_as_permuted():
 
 def test_iterative_matching_stops_at_its_cap_and_raises_the_similarity():
     models = [make(NAME, seed) for seed in range(4)]
-    spec = graph.permutation_spec(models[0], inputs(NAME, 2))
+    spec = groups.permutation_spec(models[0], inputs(NAME, 2))
 
     def match(a, b):
         return match_weights(a, b, spec=spec)

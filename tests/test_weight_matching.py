@@ -6,7 +6,7 @@ import torch
 from cases import CASES, inputs, make, noisy
 from torch import nn
 
-from repairlib import graph
+from repairlib import groups, permutations
 from repairlib.interpolate import interpolate_models
 from repairlib.weight_matching import WeightCost, match_straight_through, match_weights
 
@@ -18,7 +18,7 @@ def parameters(model):
 def by_hand(state_a, state_b, spec, permutation, name):
     """C of one group as Algorithm 1 writes it: permute all of B but this group, then one full product an axis."""
     others = {g: p for g, p in permutation.items() if g != name}
-    b = graph.permute_state(state_b, spec, others)
+    b = permutations.permute_state(state_b, spec, others)
     group = spec[name]
     total = torch.zeros(group.size, group.size, dtype=torch.float64)
     for axis in group.axes:
@@ -30,11 +30,11 @@ def by_hand(state_a, state_b, spec, permutation, name):
 @pytest.mark.parametrize("name", CASES)
 def test_recovers_a_planted_permutation(name):
     model_a = make(name)
-    spec = graph.permutation_spec(model_a, inputs(name, 2))
-    planted = graph.random_permutation(spec, 3)
-    model_b = noisy(graph.permute(model_a, spec, planted), 1e-3)
+    spec = groups.permutation_spec(model_a, inputs(name, 2))
+    planted = permutations.random_permutation(spec, 3)
+    model_b = noisy(permutations.permute(model_a, spec, planted), 1e-3)
     found = match_weights(model_a, model_b, spec=spec, restarts=6)
-    for group, perm in graph.invert(planted).items():
+    for group, perm in permutations.invert(planted).items():
         assert torch.equal(found.permutation[group], perm), group
 
 
@@ -42,7 +42,7 @@ def test_recovers_a_planted_permutation(name):
 def test_cost_is_that_of_algorithm_1_wherever_the_descent_has_gone(name):
     """Products that are kept between moves must be those of a fresh computation, and gains those of the objective."""
     a, b = make(name, 0, torch.float64), make(name, 1, torch.float64)
-    spec = graph.permutation_spec(a, inputs(name, 2, dtype=torch.float64))
+    spec = groups.permutation_spec(a, inputs(name, 2, dtype=torch.float64))
     states = a.state_dict(), b.state_dict()
     cost = WeightCost(*states, spec)
     indexed = {axis.tensor for g in spec.groups for axis in g.axes}
@@ -55,7 +55,7 @@ def test_cost_is_that_of_algorithm_1_wherever_the_descent_has_gone(name):
         gain = cost.gain(group.name, perm)
         cost.permutation[group.name] = perm
         assert cost.objective() - before == pytest.approx(gain, abs=1e-8)
-        permuted = graph.permute_state(states[1], spec, cost.permutation)
+        permuted = permutations.permute_state(states[1], spec, cost.permutation)
         direct = sum(float((states[0][t] * permuted[t]).sum()) for t in indexed)
         assert cost.objective() == pytest.approx(direct, abs=1e-8)
         for other in spec.groups:
@@ -97,7 +97,7 @@ def test_one_hidden_layer_is_solved_exactly():
 def test_seeds_fix_the_result_and_restarts_do_not_lose():
     name = "resnet8-plain-w0.5"
     a, b = make(name, 0), make(name, 1)
-    spec = graph.permutation_spec(a, inputs(name, 2))
+    spec = groups.permutation_spec(a, inputs(name, 2))
     once = match_weights(a, b, spec=spec, seed=1)
     again = match_weights(a, b, spec=spec, seed=1)
     assert all(torch.equal(p, again.permutation[g]) for g, p in once.permutation.items())
@@ -113,16 +113,16 @@ def test_seeds_fix_the_result_and_restarts_do_not_lose():
 def test_running_statistics_count_if_asked_for():
     name = "vgg11-bn-w0.125"
     a = make(name)
-    spec = graph.permutation_spec(a, inputs(name, 2))
+    spec = groups.permutation_spec(a, inputs(name, 2))
     b = copy.deepcopy(a)
-    planted = graph.random_permutation(spec, 3)
-    b.load_state_dict(graph.permute_state(a.state_dict(), spec, planted))
+    planted = permutations.random_permutation(spec, 3)
+    b.load_state_dict(permutations.permute_state(a.state_dict(), spec, planted))
     for model in (a, b):  # nothing but the running means tells units apart
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(0.5)
     found = match_weights(a, b, spec=spec, buffers=True)
-    assert all(torch.equal(found.permutation[g], p) for g, p in graph.invert(planted).items())
+    assert all(torch.equal(found.permutation[g], p) for g, p in permutations.invert(planted).items())
     blind = match_weights(a, b, spec=spec)
     assert all(torch.equal(p, torch.arange(len(p))) for p in blind.permutation.values())
 
@@ -157,11 +157,11 @@ def test_a_group_on_two_axes_of_one_tensor_never_loses():
 def test_grouped_convolutions_and_half_precision():
     torch.manual_seed(0)
     a = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    spec = graph.permutation_spec(a, torch.randn(2, 3, 9, 9))
-    planted = graph.random_permutation(spec, 3)
-    b = graph.permute(a, spec, planted).bfloat16()
+    spec = groups.permutation_spec(a, torch.randn(2, 3, 9, 9))
+    planted = permutations.random_permutation(spec, 3)
+    b = permutations.permute(a, spec, planted).bfloat16()
     found = match_weights(copy.deepcopy(a).bfloat16(), b, spec=spec)
-    assert all(torch.equal(found.permutation[g], p) for g, p in graph.invert(planted).items())
+    assert all(torch.equal(found.permutation[g], p) for g, p in permutations.invert(planted).items())
 
 
 def test_bad_arguments():
@@ -203,7 +203,7 @@ def test_straight_through_lowers_the_loss_of_the_midpoint():
     data = classification()
     a, b = trained(0, data), trained(1, data)
     before = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
-    spec = graph.permutation_spec(a, data[0][0])
+    spec = groups.permutation_spec(a, data[0][0])
     start = {group.name: torch.arange(group.size) for group in spec.groups}
     found = match_straight_through(a, b, data, spec=spec, start=start, epochs=4)
     assert min(found.history) < found.history[0] / 2 and len(found.history) == 5
@@ -238,7 +238,7 @@ def test_straight_through_takes_any_type_of_weights_and_inputs():
     x, y = torch.randint(0, 9, (40, 5)), torch.randint(0, 3, (40,))
     for dtype in (torch.float32, torch.float64):
         a, b = Tokens().to(dtype), Tokens().to(dtype)
-        spec = graph.permutation_spec(a, x[:2])
+        spec = groups.permutation_spec(a, x[:2])
         with torch.no_grad():
             found = match_straight_through(a, b, [(x, y)], spec=spec, start={}, epochs=2)
         assert set(found.permutation) == {group.name for group in spec.groups} and len(found.history) == 3

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from companion.experiments.ensembles import predict
 from companion.experiments.mixtures import Lazy, draw_networks, evaluate_rows, sample_barriers, states_of
 from companion.experiments.pairs import Pair
-from repairlib.graph import Batches, Permutation, permute_state
+from repairlib.groups import Permutation
 from repairlib.interpolate import State, interpolate_states
 from repairlib.matching import gather_groups
-from repairlib.permutations import derange
+from repairlib.permutations import derange, permute_state
 from repairlib.progress import bar
+from repairlib.tracing import Batches
 
 
 def label_agreement(

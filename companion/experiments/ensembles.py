@@ -8,7 +8,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from repairlib.graph import Batches, eval_mode
+from repairlib.tracing import Batches, eval_mode
 
 
 class MixedLogits(nn.Module):

@@ -24,11 +24,11 @@ from companion.figures.report import device_name
 from companion.runs.store import Store
 from companion.runs.train import parse_run
 from repairlib.corrections import target_nodes
-from repairlib.graph import Batches, trace
 from repairlib.interpolate import Path, interpolate_models
 from repairlib.moments import gather
 from repairlib.names import check
 from repairlib.renorm import Repair, reset
+from repairlib.tracing import Batches, trace
 
 MATCHINGS = {"none": "not aligned", "activations": "aligned by activations", "weights": "aligned by weights"}
 REPAIRS = {

@@ -52,7 +52,7 @@ from companion.runs import store
 from repairlib.combine import simplex_grid
 from repairlib.evaluation import evaluate_many
 from repairlib.interpolate import interpolate_states, mix_states
-from repairlib.permutations import agreement, through
+from repairlib.permutations import agreement, chain
 from repairlib.several import Several, match_several
 from repairlib.weight_matching import match_weights
 
@@ -89,7 +89,7 @@ def triangle_table(pair: Pair, several: Several, a: nn.Module, steps: int) -> li
 def agreement_table(pair: Pair, several: Several) -> list[dict]:
     """Rows of every group's agreement between the way through A and the direct matching."""
     direct = pair.matching.permutation
-    found = agreement(through(*several.permutation[1:]), direct)
+    found = agreement(chain(*several.permutation[1:]), direct)
     return [{"group": group, "units": len(direct[group]), "agreement": value} for group, value in found.items()]
 
 

@@ -41,8 +41,7 @@ from companion.experiments.comparisons import derangement_rows, derangements
 from companion.experiments.pairs import pairs_of, title_of
 from companion.figures.plots import combine as plots_combine
 from companion.figures.report import save_item
-from repairlib.graph import permute
-from repairlib.permutations import derange
+from repairlib.permutations import derange, permute
 
 overview()
 

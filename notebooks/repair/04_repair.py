@@ -65,7 +65,7 @@ from companion.experiments.pairs import load_pair, pairs_of, path_rows
 from companion.figures import plots
 from companion.figures.report import save_item
 from repairlib import Repair, diagnostics, reset
-from repairlib.graph import eval_mode
+from repairlib.tracing import eval_mode
 
 # %% [markdown]
 # ## One layer, channel by channel (Fig. 3 left)

@@ -1,4 +1,3 @@
-import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,22 +7,22 @@ from torch import nn
 from torchvision.models import convnext, swin_transformer
 
 from companion.runs import models
-from repairlib import graph, matching
+from repairlib import groups, matching, permutations, tracing
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_permuted_network_equals_the_original(name):
     model = make(name)
-    spec = graph.permutation_spec(model, inputs(name, 2), verify=False)
+    spec = groups.permutation_spec(model, inputs(name, 2), verify=False)
     for seed in range(2):
-        assert graph.invariance_error(model, spec, inputs(name, 2), seed) < 1e-10
+        assert groups.invariance_error(model, spec, inputs(name, 2), seed) < 1e-10
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_hidden_unit_is_in_exactly_one_group(name):
     """Counted from the model: outgoing axes of all hidden layers, residual layers sharing their stream's group."""
     model = make(name)
-    spec = graph.permutation_spec(model, inputs(name, 2))
+    spec = groups.permutation_spec(model, inputs(name, 2))
     layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     owners = {
         layer: [g.name for g in spec.groups if any(a.tensor == f"{layer}.weight" and a.axis == 0 for a in g.axes)]
@@ -38,110 +37,24 @@ def test_every_hidden_unit_is_in_exactly_one_group(name):
 
 def test_number_of_groups_of_known_networks():
     # ResNet20: one stream a stage, one inner group a block. VGG16: one a convolution. MLP: one a hidden layer.
-    for name, groups in {
+    for name, count in {
         "resnet20-bn-w0.25": 3 + 9,
         "vgg16-plain-w0.125": 13,
         "mlp3-plain-w8": 3,
         "resnet18-bn-w0.125": 4 + 8,
     }.items():
-        assert len(graph.permutation_spec(make(name), inputs(name, 2)).groups) == groups
+        assert len(groups.permutation_spec(make(name), inputs(name, 2)).groups) == count
 
 
 def test_residual_stream_is_read_at_the_end_of_its_last_block():
     name = "resnet20-bn-w0.25"
     model = make(name)
-    spec, net = graph.permutation_spec(model, inputs(name, 2)), graph.trace(model, inputs(name, 2))
+    spec, net = groups.permutation_spec(model, inputs(name, 2)), tracing.trace(model, inputs(name, 2))
     order = [node.name for node in net.nodes]
     last_add = [n for n in order if net.kinds[n] == "add"][-1]
     stream = max(spec.groups, key=lambda g: order.index(g.taps["post"]))
     assert stream.taps["pre"] == last_add
     assert stream.taps["post"] == order[order.index(last_add) + 1]
-
-
-@pytest.mark.parametrize("name", ["mlp2-bn-w8", "resnet8-bn-w0.5"])
-def test_compose_with_the_inverse_is_the_identity(name):
-    model = make(name)
-    spec = graph.permutation_spec(model, inputs(name, 2))
-    p, q = graph.random_permutation(spec, 1), graph.random_permutation(spec, 2)
-    for group, perm in graph.compose(p, graph.invert(p)).items():
-        assert perm.tolist() == list(range(spec[group].size))
-    state = model.state_dict()
-    two_steps = graph.permute_state(graph.permute_state(state, spec, p), spec, q)
-    one_step = graph.permute_state(state, spec, graph.compose(p, q))
-    assert all(torch.equal(two_steps[k], one_step[k]) for k in state)
-    back = graph.permute_state(two_steps, spec, graph.invert(graph.compose(p, q)))
-    assert all(torch.equal(back[k], state[k]) for k in state)
-
-
-def test_permuting_leaves_the_model_untouched():
-    name = "resnet8-bn-w0.5"
-    model = make(name)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    spec = graph.permutation_spec(model, inputs(name, 2))
-    graph.permute(model, spec, graph.random_permutation(spec))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_no_permutation_is_refused():
-    model = make("mlp1-plain-w6")
-    spec = graph.permutation_spec(model, inputs("mlp1-plain-w6", 2))
-    with pytest.raises(ValueError, match="not a permutation of its 6 units"):
-        graph.permute_state(model.state_dict(), spec, {spec.groups[0].name: torch.zeros(6, dtype=torch.int64)})
-
-
-def test_walk_reads_what_the_network_computes():
-    name = "vgg11-bn-w0.125"
-    model, x = make(name), inputs(name)
-    seen = {}
-    hooks = [
-        m.register_forward_hook(lambda m, i, o, n=n: seen.update({n: o.clone()})) for n, m in model.named_modules()
-    ]
-    with torch.no_grad():
-        expected = model(x)
-    for hook in hooks:
-        hook.remove()
-    net = graph.trace(model, x)
-    with graph.eval_mode(model):
-        assert torch.equal(net.run(x), expected)
-        convs = [n for n, kind in net.kinds.items() if kind == "conv"]
-        values = {n: v.clone() for n, v in net.walk(x, convs)}
-    assert list(values) == convs
-    for node in convs:
-        assert torch.equal(values[node], seen[net.node(node).target])
-
-
-def test_edits_replace_what_later_nodes_read():
-    model = make("mlp1-plain-w6")
-    x = inputs("mlp1-plain-w6")
-    net = graph.trace(model, x)
-    hidden = next(n for n, kind in net.kinds.items() if kind == "activation")
-    with graph.eval_mode(model):
-        edited = net.run(x, {hidden: torch.zeros_like})
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    assert torch.equal(edited, last.bias.detach().expand_as(edited))
-
-
-def test_training_flags_come_back():
-    model = make("resnet8-bn-w0.5").train()
-    frozen = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
-    graph.trace(model, inputs("resnet8-bn-w0.5", 2))
-    assert model.training and not frozen.training
-    assert sum(not m.training for m in model.modules()) == 1
-
-
-class DataDependent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        h = F.relu(self.first(x))
-        return self.second(h) if h.sum() > 0 else self.second(-h)
-
-
-def test_untraceable_model_names_the_node_it_reached():
-    with pytest.raises(graph.UntraceableModel, match=r"DataDependent.*'(sum_1|gt)'"):
-        graph.trace(DataDependent(), torch.zeros(1, 4))
 
 
 class NoRule(nn.Module):
@@ -154,14 +67,14 @@ class NoRule(nn.Module):
 
 
 def test_operation_without_a_rule_names_the_node():
-    with pytest.raises(graph.UnsupportedNode, match="'cumsum'.*no permutation rule"):
-        graph.permutation_spec(NoRule(), torch.zeros(1, 1, 8, 8))
+    with pytest.raises(groups.UnsupportedNode, match="'cumsum'.*no permutation rule"):
+        groups.permutation_spec(NoRule(), torch.zeros(1, 1, 8, 8))
     recurrent = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 4))
-    with pytest.raises(graph.UnsupportedNode, match="'_1'.*no permutation rule for GRU"):
-        graph.permutation_spec(recurrent, torch.zeros(1, 5, 3))
+    with pytest.raises(groups.UnsupportedNode, match="'_1'.*no permutation rule for GRU"):
+        groups.permutation_spec(recurrent, torch.zeros(1, 5, 3))
     grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(256, 2))
-    with pytest.raises(graph.UnsupportedNode, match="'_1'.*ConvTranspose2d.*in groups"):
-        graph.permutation_spec(grouped, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(groups.UnsupportedNode, match="'_1'.*ConvTranspose2d.*in groups"):
+        groups.permutation_spec(grouped, torch.zeros(1, 1, 8, 8))
 
 
 @pytest.mark.parametrize("operation", [torch.cumsum, torch.cumprod, F.glu, torch.logcumsumexp])
@@ -174,8 +87,8 @@ def test_operations_that_see_the_order_of_units_are_refused(operation):
         def forward(self, x):
             return self.last(operation(self.first(x), 1))
 
-    with pytest.raises((graph.UnsupportedNode, graph.UntraceableModel), match="node '"):
-        graph.permutation_spec(Ordered(), torch.zeros(2, 3))
+    with pytest.raises((groups.UnsupportedNode, tracing.UntraceableModel), match="node '"):
+        groups.permutation_spec(Ordered(), torch.zeros(2, 3))
 
 
 def test_wrong_groups_do_not_pass_the_check():
@@ -183,12 +96,12 @@ def test_wrong_groups_do_not_pass_the_check():
     name = "mlp2-bn-w8"
     torch.manual_seed(0)
     model = models.build(name, shape=CASES[name], classes=3)
-    spec = graph.permutation_spec(model, inputs(name, 2))
+    spec = groups.permutation_spec(model, inputs(name, 2))
     group = spec.groups[0]
     for axis in group.axes:
         kept = tuple(a for a in group.axes if a is not axis)
-        damaged = graph.PermutationSpec((graph.Group(group.name, group.size, kept, group.taps), *spec.groups[1:]))
-        assert graph.invariance_error(model, damaged, inputs(name, 2)) > 1e-4, axis.tensor
+        damaged = groups.PermutationSpec((groups.Group(group.name, group.size, kept, group.taps), *spec.groups[1:]))
+        assert groups.invariance_error(model, damaged, inputs(name, 2)) > 1e-4, axis.tensor
 
 
 @pytest.mark.parametrize(
@@ -209,32 +122,34 @@ def test_an_output_that_tells_nothing_verifies_nothing(end):
         def forward(self, x):
             return end(self.last(F.relu(self.first(x))))
 
-    spec = graph.permutation_spec(Mute(), torch.zeros(2, 3), verify=False)
-    assert graph.invariance_error(Mute(), spec, torch.zeros(2, 3)) == torch.inf
-    with pytest.raises(graph.SpecError, match="cannot be verified"):
-        graph.permutation_spec(Mute(), torch.zeros(2, 3))
+    spec = groups.permutation_spec(Mute(), torch.zeros(2, 3), verify=False)
+    assert groups.invariance_error(Mute(), spec, torch.zeros(2, 3)) == torch.inf
+    with pytest.raises(groups.SpecError, match="cannot be verified"):
+        groups.permutation_spec(Mute(), torch.zeros(2, 3))
 
 
 def test_the_check_runs_on_two_inputs():
     model, shapes = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), []
-    spec = graph.permutation_spec(model, torch.zeros(1, 3), verify=False)
+    spec = groups.permutation_spec(model, torch.zeros(1, 3), verify=False)
     model.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
-    assert graph.invariance_error(model, spec, torch.zeros(1, 3)) < 1e-10
+    assert groups.invariance_error(model, spec, torch.zeros(1, 3)) < 1e-10
     assert shapes == [(2, 3), (2, 3)]  # before and after
 
 
 def test_statistics_of_normalisation_are_checked():
     """Also where a deep network without the right statistics would forget its input."""
     model = torchvision.models.efficientnet_b0(num_classes=3)
-    spec = graph.permutation_spec(model, torch.zeros(1, 3, 32, 32))
+    spec = groups.permutation_spec(model, torch.zeros(1, 3, 32, 32))
     for tensor in ("features.1.0.block.0.1.running_mean", "features.7.0.block.3.1.running_var"):
-        groups = tuple(graph.Group(g.name, g.size, tuple(a for a in g.axes if a.tensor != tensor)) for g in spec.groups)
-        assert graph.invariance_error(model, graph.PermutationSpec(groups), torch.zeros(1, 3, 32, 32)) > 1e-4
+        forgetful = tuple(
+            groups.Group(g.name, g.size, tuple(a for a in g.axes if a.tensor != tensor)) for g in spec.groups
+        )
+        assert groups.invariance_error(model, groups.PermutationSpec(forgetful), torch.zeros(1, 3, 32, 32)) > 1e-4
 
 
 def test_flatten_of_maps_repeats_units():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 2))
-    (group,) = graph.permutation_spec(model, torch.zeros(2, 1, 8, 8)).groups
+    (group,) = groups.permutation_spec(model, torch.zeros(2, 1, 8, 8)).groups
     assert group.axes[-1].tensor == "3.weight" and group.axes[-1].positions.shape == (3, 36)
 
 
@@ -248,21 +163,14 @@ def test_shared_module_is_tied_to_itself():
             h = F.relu(self.first(x))
             return self.last(F.relu(self.again(F.relu(self.again(h)))))
 
-    (group,) = graph.permutation_spec(Twice(), torch.zeros(2, 3)).groups
+    (group,) = groups.permutation_spec(Twice(), torch.zeros(2, 3)).groups
     assert {(a.tensor, a.axis) for a in group.axes} >= {("again.weight", 0), ("again.weight", 1), ("first.weight", 0)}
 
 
 def test_spec_prints_as_a_table():
-    text = str(graph.permutation_spec(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2)))
+    text = str(groups.permutation_spec(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2)))
     assert text.splitlines()[0].split()[:3] == ["group", "size", "tap"]
     assert len(text.splitlines()) == 4
-
-
-def test_unknown_node_is_an_error_with_the_nearest():
-    net = graph.trace(make("mlp1-plain-w6"), inputs("mlp1-plain-w6", 2))
-    name = next(n for n, k in net.kinds.items() if k == "linear")
-    with pytest.raises(KeyError, match=name):
-        net.check_names([name + "x"])
 
 
 OTHER_SIZES = (
@@ -274,8 +182,8 @@ OTHER_SIZES = (
 @pytest.mark.parametrize("name", OTHER_SIZES)
 def test_the_other_sizes_of_every_family(name):
     model = models.build(name, shape=(1, 16, 16), classes=3)
-    spec = graph.permutation_spec(model, torch.zeros(2, 1, 16, 16), verify=False)
-    assert graph.invariance_error(model, spec, torch.zeros(2, 1, 16, 16)) < 1e-10
+    spec = groups.permutation_spec(model, torch.zeros(2, 1, 16, 16), verify=False)
+    assert groups.invariance_error(model, spec, torch.zeros(2, 1, 16, 16)) < 1e-10
 
 
 def test_tied_weights_are_permuted_under_all_their_names():
@@ -292,7 +200,7 @@ def test_tied_weights_are_permuted_under_all_their_names():
                 x = F.relu(layer(x))
             return self.last(x)
 
-    (group,) = graph.permutation_spec(Tied(), torch.zeros(2, 3)).groups
+    (group,) = groups.permutation_spec(Tied(), torch.zeros(2, 3)).groups
     named = {(axis.tensor, axis.axis) for axis in group.axes}
     assert named >= {(f"{layer}.weight", axis) for layer in ("first", "second") for axis in (0, 1)}
 
@@ -300,8 +208,8 @@ def test_tied_weights_are_permuted_under_all_their_names():
 def test_computed_weights_are_named():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     nn.utils.parametrizations.weight_norm(net[0])
-    with pytest.raises(graph.UnsupportedNode, match="'0.weight' is no parameter but computed"):
-        graph.permutation_spec(net, torch.zeros(2, 3))
+    with pytest.raises(groups.UnsupportedNode, match="'0.weight' is no parameter but computed"):
+        groups.permutation_spec(net, torch.zeros(2, 3))
 
 
 class Several(nn.Module):
@@ -315,17 +223,8 @@ class Several(nn.Module):
 
 
 def test_outputs_in_containers_and_softmax():
-    (group,) = graph.permutation_spec(Several(), torch.zeros(2, 3)).groups
+    (group,) = groups.permutation_spec(Several(), torch.zeros(2, 3)).groups
     assert group.size == 4
-
-
-def test_a_second_input_is_named():
-    class Two(nn.Module):
-        def forward(self, x, y):
-            return x + y
-
-    with pytest.raises(graph.UntraceableModel, match="second input, 'y'"):
-        graph.trace(Two(), torch.zeros(1, 2))
 
 
 class Shuffle(nn.Module):
@@ -496,9 +395,9 @@ def test_rules_of_operations(name):
     body, sizes = OPERATIONS[name]
     torch.manual_seed(0)
     model = nn.Sequential(*body(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
-    spec = graph.permutation_spec(model, torch.zeros(2, 3, 6, 6))
+    spec = groups.permutation_spec(model, torch.zeros(2, 3, 6, 6))
     assert [group.size for group in spec.groups] == sizes
-    assert graph.invariance_error(model, spec, torch.zeros(2, 3, 6, 6), seed=3) < 1e-10
+    assert groups.invariance_error(model, spec, torch.zeros(2, 3, 6, 6), seed=3) < 1e-10
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -507,10 +406,10 @@ def test_operations_recover_a_planted_permutation(name):
     body, _ = OPERATIONS[name]
     model = nn.Sequential(*body(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
     data = [torch.randn(60, 3, 6, 6, generator=torch.Generator().manual_seed(1))]
-    spec = graph.permutation_spec(model, data[0][:2])
-    planted = graph.random_permutation(spec, 3)
-    found = matching.match_activations(model, graph.permute(model, spec, planted), data)
-    for group, perm in graph.invert(planted).items():
+    spec = groups.permutation_spec(model, data[0][:2])
+    planted = permutations.random_permutation(spec, 3)
+    found = matching.match_activations(model, permutations.permute(model, spec, planted), data)
+    for group, perm in permutations.invert(planted).items():
         dead = found.correlation[group].abs() < 0.5
         assert torch.equal(found.permutation[group][~dead], perm[~dead]) and not dead.all()
 
@@ -583,15 +482,15 @@ def test_heads_move_as_blocks(name):
     attention, expected = ATTENTION[name]
     torch.manual_seed(0)
     model, example = Tokens(attention(), 12), torch.zeros(2, 4, 5)
-    spec = graph.permutation_spec(model, example)
+    spec = groups.permutation_spec(model, example)
     assert sorted((g.size, g.axes[0].positions.shape[1]) for g in spec.groups) == sorted([*expected, (12, 1)])
     for group in spec.groups:
         for axis in group.axes:
             kept = tuple(a for a in group.axes if a is not axis)
             others = tuple(g for g in spec.groups if g is not group)
-            damaged = graph.PermutationSpec((graph.Group(group.name, group.size, kept), *others))
+            damaged = groups.PermutationSpec((groups.Group(group.name, group.size, kept), *others))
             cancels = name in ("module", "module, weights") and axis.tensor == "attention.key.bias"  # in the softmax
-            assert cancels or graph.invariance_error(model, damaged, example) > 1e-6, axis.tensor
+            assert cancels or groups.invariance_error(model, damaged, example) > 1e-6, axis.tensor
 
 
 def test_embedded_tokens():
@@ -604,7 +503,7 @@ def test_embedded_tokens():
         def forward(self, x):
             return self.last(F.gelu(self.words(x) @ self.matrix).mean(1))
 
-    spec = graph.permutation_spec(Words(), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    spec = groups.permutation_spec(Words(), torch.tensor([[1, 2, 3], [4, 5, 6]]))
     assert [(g.size, g.axes[0].tensor) for g in spec.groups] == [(6, "words.weight"), (6, "matrix")]
 
 
@@ -622,9 +521,9 @@ class Positions(nn.Module):
 
 
 def test_positions_beyond_the_input_move_along():
-    (group,) = graph.permutation_spec(Positions(mixed=False), torch.zeros(2, 4, 3)).groups
+    (group,) = groups.permutation_spec(Positions(mixed=False), torch.zeros(2, 4, 3)).groups
     assert ("positions", 2) in {(axis.tensor, axis.axis) for axis in group.axes}
-    graph.permutation_spec(Positions(mixed=True), torch.zeros(2, 4, 3))  # what is read elsewhere is no such position
+    groups.permutation_spec(Positions(mixed=True), torch.zeros(2, 4, 3))  # what is read elsewhere is no such position
 
 
 def test_a_use_without_a_rule_says_which():
@@ -637,8 +536,8 @@ def test_a_use_without_a_rule_says_which():
             x = self.first(x)
             return self.attention(x, x, x, average_attn_weights=False)
 
-    with pytest.raises(graph.UnsupportedNode, match="'attention'.*MultiheadAttention in this use: the weights of each"):
-        graph.permutation_spec(PerHead(), torch.zeros(2, 4, 3))
+    with pytest.raises(groups.UnsupportedNode, match="'attention'.*MultiheadAttention in this use: the weights of"):
+        groups.permutation_spec(PerHead(), torch.zeros(2, 4, 3))
 
 
 TRANSFORMERS = {
@@ -667,7 +566,7 @@ def test_torchvision_transformers(name):
     torch.manual_seed(0)
     build, size = TRANSFORMERS[name]
     model, example = build(), torch.zeros(1, 3, size, size)
-    spec = graph.permutation_spec(model, example)
+    spec = groups.permutation_spec(model, example)
     # Every hidden layer's outputs belong to some group; rows of q, k and v to that of the heads.
     moved = {axis.tensor for group in spec.groups for axis in group.axes if axis.axis == 0}
     layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.shape[0] != 5}
@@ -679,29 +578,15 @@ def test_torchvision_transformers(name):
 
 def test_a_table_of_coordinates_stays():
     build, size = TRANSFORMERS["swin v2"]
-    spec = graph.permutation_spec(build(), torch.zeros(1, 3, size, size), verify=False)
+    spec = groups.permutation_spec(build(), torch.zeros(1, 3, size, size), verify=False)
     assert not [a for g in spec.groups for a in g.axes if "coords_table" in a.tensor]
     assert not [g for g in spec.groups if "cpb_mlp" in g.name and g.taps]  # computed from it, without the input
-
-
-def test_diagram_shows_every_group():
-    plt.switch_backend("agg")
-    for name in ("resnet20-bn-w0.25", "vgg11-plain-w0.125", "mlp3-plain-w8"):
-        spec = graph.permutation_spec(make(name), inputs(name, 2), verify=False)
-        ax = spec.draw()
-        assert [label.get_text() for label in ax.get_yticklabels()] == list(spec.layers)
-        bands = [line for line in ax.lines if line.get_linewidth() == 5]
-        assert len(bands) == len(spec.groups)
-        lanes = sorted((*line.get_xdata()[:1], *line.get_ydata()) for line in bands)
-        assert all(a[0] != b[0] or a[2] < b[1] for a, b in zip(lanes, lanes[1:], strict=False))  # none overlap
-        assert spec.draw(ax) is ax
-        plt.close(ax.figure)
 
 
 def test_long_rows_of_the_table_wrap():
     for name in ("resnet110-bn-w0.125", "resnet20-bn-w0.25"):
         model = models.build(name, shape=(1, 16, 16), classes=3)
-        spec = graph.permutation_spec(model, torch.zeros(2, 1, 16, 16), verify=False)
+        spec = groups.permutation_spec(model, torch.zeros(2, 1, 16, 16), verify=False)
         assert max(map(len, str(spec).splitlines())) <= 120
         assert str(spec).count("[") - 1 == sum(len(group.axes) for group in spec.groups)  # "[axis]" of the header
 
@@ -716,6 +601,6 @@ TORCHVISION = (
 def test_torchvision_models(name):
     model = torchvision.models.get_model(name, weights=None)
     example = torch.zeros(2, 3, 64, 64)
-    spec = graph.permutation_spec(model, example, verify=False)
-    assert graph.invariance_error(model, spec, example) < 1e-8
+    spec = groups.permutation_spec(model, example, verify=False)
+    assert groups.invariance_error(model, spec, example) < 1e-8
     assert all(set(group.taps) == {"pre", "post"} for group in spec.groups)
