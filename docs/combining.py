@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from companion.experiments.mixtures import combination_rows, sample_barriers, stitching_rows
+from companion.experiments.mixtures import combination_rows, stitching_rows
 from companion.experiments.pairs import Pair
+from companion.experiments.tables import sample_barriers
 from companion.figures.report import environment
 from companion.runs.data import iterate, load
 from companion.runs.train import RECIPES, find_recipe, train
@@ -60,8 +61,8 @@ MATCHED = {
 def losses(pair: Pair) -> dict[str, float]:
     """Points of accuracy lost by the worst of each kind of combination."""
     grids = {"linear": [0.5], "uniform": [0.5], "bernoulli": [0.5]}
-    rows = combination_rows(pair, grids, samples=4, kinds=("permuted",))
-    rows += [{"scheme": "cut"} | row for row in stitching_rows(pair, kinds=("permuted",))]
+    rows = combination_rows(pair, grids, samples=4, matchings=("WM",))
+    rows += [{"scheme": "cut"} | row for row in stitching_rows(pair, matchings=("WM",))]
     found = {row["scheme"]: 100 * row["accuracy_barrier"] for row in sample_barriers(rows, ("scheme",))}
     names = {"linear": "midpoint", "uniform": "hypercube", "bernoulli": "Bernoulli", "cut": "cut"}
     return {"ends": 100 * rows[0]["end_accuracy"]} | {name: found[scheme] for scheme, name in names.items()}

@@ -10,13 +10,22 @@ PAIRS = ("1-2", "1-3")
 END = {"end_loss": 0.1, "end_accuracy": 0.9}
 
 
-def samples(permuted: float, naive: float, schemes=("uniform",), hardest: float = 0.0, **columns) -> list[dict]:
+def samples(permuted: float, not_aligned: float, schemes=("uniform",), hardest: float = 0.0, **columns) -> list[dict]:
     """Networks of several schemes with these accuracies; Bernoulli's loses `hardest` more."""
     return [
-        {"scheme": scheme, "kind": kind, "pair": pair, "split": "test", "x": x, "loss": 1 - accuracy, **END, **columns}
+        {
+            "scheme": scheme,
+            "matching": matching,
+            "pair": pair,
+            "split": "test",
+            "x": x,
+            "loss": 1 - accuracy,
+            **END,
+            **columns,
+        }
         | {"accuracy": accuracy - (hardest if scheme == "bernoulli" else 0)}
         for scheme in schemes
-        for kind, accuracy in {"permuted": permuted, "naive": naive}.items()
+        for matching, accuracy in {"WM": permuted, "none": not_aligned}.items()
         for pair in PAIRS
         for x in (0, 0.25, 0.5)
     ]
@@ -27,7 +36,7 @@ ALL = ("uniform", "subcube", "hyperplane", "bernoulli")
 
 def widths(narrow: float, wide: float, bernoulli: float = 0.0) -> list[dict]:
     return [
-        {"scheme": scheme, "kind": "permuted", "width": width, "pair": pair, "loss_barrier": 0.1}
+        {"scheme": scheme, "matching": "WM", "width": width, "pair": pair, "loss_barrier": 0.1}
         | {"accuracy_barrier": (barrier + (bernoulli if scheme == "bernoulli" else 0)) / 100}
         for scheme in ("uniform", "bernoulli")
         for width, barrier in {1: narrow, 2: wide}.items()
@@ -37,54 +46,59 @@ def widths(narrow: float, wide: float, bernoulli: float = 0.0) -> list[dict]:
 
 def ends(least: float) -> list[dict]:
     return [
-        {"pair": p, "kind": kind, "alpha": a, "accuracy": v, **END}
-        for p in PAIRS for kind, worst in {"permuted": least, "naive": 0.5}.items()
+        {"pair": p, "matching": matching, "alpha": a, "accuracy": v, **END}
+        for p in PAIRS for matching, worst in {"WM": least, "none": 0.5}.items()
         for a, v in {0: 0.8, 0.5: 0.6, 1: worst}.items()
     ]  # fmt: skip
 
 
-def beyond(permuted: float, naive: float, box: float = 0.88) -> list[dict]:
+def beyond(permuted: float, not_aligned: float, box: float = 0.88) -> list[dict]:
     """Extrapolation and centred boxes."""
     lines = [
-        {"scheme": "extrapolation", "kind": kind, "x": x, "accuracy": accuracy if x < 0 or x > 1 else 0.9}
-        for kind, accuracy in {"permuted": permuted, "naive": naive}.items()
+        {"scheme": "extrapolation", "matching": matching, "x": x, "accuracy": accuracy if x < 0 or x > 1 else 0.9}
+        for matching, accuracy in {"WM": permuted, "none": not_aligned}.items()
         for x in (-1, 0, 1, 2)
     ]
     lines += [
-        {"scheme": "centred", "kind": kind, "x": x, "accuracy": 0.9 if x == 0 else box if kind == "permuted" else 0.3}
-        for kind in ("permuted", "naive")
+        {
+            "scheme": "centred",
+            "matching": matching,
+            "x": x,
+            "accuracy": 0.9 if x == 0 else box if matching == "WM" else 0.3,
+        }
+        for matching in ("WM", "none")
         for x in (0, 0.25, 0.5)
     ]
     return [{**line, "pair": pair, "split": "test", "loss": 1.0, **END} for line in lines for pair in PAIRS]
 
 
-def three(transitive: float, naive: float) -> list[dict]:
-    kinds = {"transitive": transitive, "direct": 0.85, "naive": naive}
+def three(transitive: float, not_aligned: float) -> list[dict]:
+    matchings = {"through A": transitive, "directly": 0.85, "none": not_aligned}
     return [
-        {"triple": t, "kind": kind, "alpha": a, "loss": 1.0, "accuracy": middle if a == 0.5 else 0.9, **END}
-        for t in ("123", "231") for kind, middle in kinds.items() for a in (0, 0.5, 1)
+        {"triple": t, "matching": matching, "alpha": a, "loss": 1.0, "accuracy": middle if a == 0.5 else 0.9, **END}
+        for t in ("123", "231") for matching, middle in matchings.items() for a in (0, 0.5, 1)
     ]  # fmt: skip
 
 
 def corners(edge: float, middle: float) -> list[dict]:
     weights = [((1, 0, 0), 0.9), ((0, 1, 0), 0.9), ((0, 0, 1), 0.88), ((0.5, 0.5, 0), edge), ((1 / 3,) * 3, middle)]
     return [
-        {"kind": kind, "triple": t, "loss": 1.0, "accuracy": accuracy - (kind == "naive") / 2}
+        {"matching": matching, "triple": t, "loss": 1.0, "accuracy": accuracy - (matching == "none") / 2}
         | dict(zip(("w_a", "w_b", "w_c"), w, strict=True))
-        for kind in ("permuted", "naive") for t in ("123", "231") for w, accuracy in weights
+        for matching in ("WM", "none") for t in ("123", "231") for w, accuracy in weights
     ]  # fmt: skip
 
 
 def labels(differ: int) -> list[dict]:
     row = {f"{who}_{word}": 0 for who in ("a", "b", "both", "neither") for word in ("correct", "wrong")}
     row |= {"a_correct": differ // 2, "a_wrong": differ - differ // 2, "both_wrong": 10, "both_correct": 90 - differ}
-    return [{"model": "tiny", "scheme": "linear", "kind": "permuted", "pair": pair, "x": 0, **row} for pair in PAIRS]
+    return [{"model": "tiny", "scheme": "linear", "matching": "WM", "pair": pair, "x": 0, **row} for pair in PAIRS]
 
 
 def edges(permuted: float) -> list[dict]:
     return [
-        {"pair": p, "kind": kind, "layer": "conv1", "bin_low": mean - 0.1, "bin_high": mean + 0.1, "share": 1.0}
-        for p in PAIRS for kind, mean in {"permuted": permuted, "naive": 1.0}.items()
+        {"pair": p, "matching": matching, "layer": "conv1", "bin_low": mean - 0.1, "bin_high": mean + 0.1, "share": 1.0}
+        for p in PAIRS for matching, mean in {"WM": permuted, "none": 1.0}.items()
     ]  # fmt: skip
 
 

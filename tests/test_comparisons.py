@@ -59,9 +59,9 @@ def test_labels_that_are_known_are_counted_as_what_they_are(pair):
 
 
 def test_rows_of_labels_name_the_networks_that_they_count(pair):
-    rows = label_rows(pair, "bernoulli", [0, 0.5, 1], samples=2, kind="naive")
-    assert [(r["kind"], r["x"], r["sample"]) for r in rows] == [
-        ("naive", x, i) for x, i in ((0, 0), (0.5, 0), (0.5, 1), (1, 0))
+    rows = label_rows(pair, "bernoulli", [0, 0.5, 1], samples=2, matching="none")
+    assert [(r["matching"], r["x"], r["sample"]) for r in rows] == [
+        ("none", x, i) for x, i in ((0, 0), (0.5, 0), (0.5, 1), (1, 0))
     ]
     counts = [{k: v for k, v in r.items() if k.endswith(("_correct", "_wrong"))} for r in rows]
     assert all(sum(count.values()) == len(pair.dataset.test) for count in counts)
@@ -72,7 +72,7 @@ def test_rows_of_labels_name_the_networks_that_they_count(pair):
 def test_edges_are_lengths_in_units_of_the_weights(pair):
     same = edge_rows(load_pair([RUNS[0]] * 2, calibration=200, match="weights"))
     assert all(row["share"] == (row["bin_low"] == 0) and row["median"] == 0 for row in same)
-    rows = edge_rows(pair, "naive", bins=[0, 1, 2])
+    rows = edge_rows(pair, "none", bins=[0, 1, 2])
     assert [row["layer"] for row in rows[::2]] == [
         name.removesuffix(".weight") for name, w in pair.a.state_dict().items() if w.ndim > 1
     ]
@@ -89,7 +89,7 @@ def test_edges_of_unrelated_weights_have_mean_square_two(pair):
     pair.a.load_state_dict({k: torch.randn_like(v) for k, v in pair.a.state_dict().items()})
     pair.b.load_state_dict({k: 3 * torch.randn_like(v) for k, v in pair.b.state_dict().items()})
     bins = [i / 50 for i in range(401)]
-    rows = [row for row in edge_rows(pair, "naive", bins) if row["layer"] == edge_rows(pair, "naive")[0]["layer"]]
+    rows = [row for row in edge_rows(pair, "none", bins) if row["layer"] == edge_rows(pair, "none")[0]["layer"]]
     square = sum(row["share"] * ((row["bin_low"] + row["bin_high"]) / 2) ** 2 for row in rows)
     assert square == pytest.approx(2, rel=0.1)  # 4,096 weights: a standard error of 0.03
 
@@ -135,5 +135,5 @@ def test_barriers_of_disturbed_matchings_start_at_that_of_the_matching(pair):
         if row["k"] == 0:
             assert row["loss_barrier"] == pytest.approx(max(loss) - mean, abs=1e-5)
         assert math.isfinite(row["loss_barrier"]) and row["networks"] == 2
-    naive = [pair.evaluate(pair.direct(alpha))[0] for alpha in (0.25, 0.5)]
-    assert rows[0]["naive_loss_barrier"] == pytest.approx(max(naive) - mean, abs=1e-5)
+    not_aligned = [pair.evaluate(pair.direct(alpha))[0] for alpha in (0.25, 0.5)]
+    assert rows[0]["not_aligned_loss_barrier"] == pytest.approx(max(not_aligned) - mean, abs=1e-5)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from companion.experiments import mixtures
-from companion.experiments.mixtures import SCHEMES, combination_rows, evaluate_rows, sample_barriers, stitching_rows
+from companion.experiments.mixtures import SCHEMES, combination_rows, evaluate_rows, stitching_rows
 from companion.experiments.pairs import load_pair
+from companion.experiments.tables import sample_barriers
 from companion.runs import train
 from companion.runs.data import iterate
 from repairlib import combine, evaluation
@@ -32,8 +33,8 @@ def test_grids_reach_their_ends_and_every_point_is_allowed(name):
 
 def test_rows_are_evaluations_of_the_networks_they_name(pair):
     rows = combination_rows(pair, {"subcube": [0, 0.3, 1]}, samples=2, seed=4)
-    assert [(r["kind"], r["x"], r["sample"]) for r in rows] == [
-        (kind, x, i) for kind in ("permuted", "naive") for x, i in ((0, 0), (0.3, 0), (0.3, 1), (1, 0))
+    assert [(r["matching"], r["x"], r["sample"]) for r in rows] == [
+        (matching, x, i) for matching in ("WM", "none") for x, i in ((0, 0), (0.3, 0), (0.3, 1), (1, 0))
     ]
     ends = [pair.evaluate(model) for model in (pair.a, pair.b)]
     assert rows[0]["end_loss"] == pytest.approx(sum(loss for loss, _ in ends) / 2)
@@ -50,20 +51,20 @@ def test_rows_are_evaluations_of_the_networks_they_name(pair):
 
 def test_every_scheme_has_its_own_grid_and_samples_where_it_is_random(pair):
     rows = combination_rows(pair, {"bernoulli": [0.5], "linear": [0.25, 0.5]}, 2)
-    assert [(r["scheme"], r["kind"], r["x"], r["sample"]) for r in rows] == [
-        *(("bernoulli", kind, 0.5, i) for kind in ("permuted", "naive") for i in range(2)),
-        *(("linear", kind, x, 0) for kind in ("permuted", "naive") for x in (0.25, 0.5)),
+    assert [(r["scheme"], r["matching"], r["x"], r["sample"]) for r in rows] == [
+        *(("bernoulli", matching, 0.5, i) for matching in ("WM", "none") for i in range(2)),
+        *(("linear", matching, x, 0) for matching in ("WM", "none") for x in (0.25, 0.5)),
     ]
 
 
 def test_a_scheme_that_is_not_random_gives_one_network(pair):
-    rows = combination_rows(pair, {"extrapolation": [1.5]}, samples=9, kinds=["naive"], splits=("test", "train"))
+    rows = combination_rows(pair, {"extrapolation": [1.5]}, samples=9, matchings=["none"], splits=("test", "train"))
     assert [row["split"] for row in rows] == ["test", "train"]
     model = with_state(pair.a, interpolate_states(pair.a.state_dict(), pair.b.state_dict(), 1.5))
     for row in rows:
         expected = train.evaluate(model, iterate(pair.dataset, row["split"], 500))
         assert (row["loss"], row["accuracy"]) == pytest.approx(expected)
-    (row,) = combination_rows(pair, {"extrapolation": [1.5]}, kinds=["naive"], splits=["train"], train_images=50)
+    (row,) = combination_rows(pair, {"extrapolation": [1.5]}, matchings=["none"], splits=["train"], train_images=50)
     expected = train.evaluate(model, iterate(pair.dataset, "train", 500, limit=50))
     assert (row["loss"], row["accuracy"]) == pytest.approx(expected)
 
@@ -96,7 +97,7 @@ def test_a_network_that_cannot_be_made_is_no_end_of_the_list(pair):
 
 
 def test_stitching_begins_with_b_and_ends_with_a(pair):
-    rows = stitching_rows(pair, kinds=["permuted"])
+    rows = stitching_rows(pair, matchings=["WM"])
     names = list(combine.layers(pair.a, next(iter(pair.calibration))[0]))
     assert [row["name"] for row in rows] == ["", *names] and [row["layer"] for row in rows] == list(range(len(rows)))
     assert rows[0]["loss"] == pytest.approx(pair.evaluate(pair.b)[0])
@@ -105,19 +106,26 @@ def test_stitching_begins_with_b_and_ends_with_a(pair):
 
 def test_barriers_of_samples_are_of_the_worst():
     rows = [
-        {"scheme": "uniform", "kind": kind, "loss": loss, "accuracy": accuracy, "end_loss": 0.1, "end_accuracy": 0.9}
-        for kind, loss, accuracy in (("permuted", 0.3, 0.8), ("permuted", 0.2, 0.7), ("naive", 2.0, 0.1))
+        {
+            "scheme": "uniform",
+            "matching": matching,
+            "loss": loss,
+            "accuracy": accuracy,
+            "end_loss": 0.1,
+            "end_accuracy": 0.9,
+        }
+        for matching, loss, accuracy in (("WM", 0.3, 0.8), ("WM", 0.2, 0.7), ("none", 2.0, 0.1))
     ]
-    permuted, naive = sample_barriers(rows)
-    assert (permuted["scheme"], permuted["kind"], permuted["networks"]) == ("uniform", "permuted", 2)
+    permuted, not_aligned = sample_barriers(rows)
+    assert (permuted["scheme"], permuted["matching"], permuted["networks"]) == ("uniform", "WM", 2)
     assert permuted["loss_barrier"] == pytest.approx(0.2) and permuted["accuracy_barrier"] == pytest.approx(0.2)
-    assert naive["loss_barrier"] == pytest.approx(1.9) and naive["accuracy_barrier"] == pytest.approx(0.8)
+    assert not_aligned["loss_barrier"] == pytest.approx(1.9) and not_aligned["accuracy_barrier"] == pytest.approx(0.8)
 
 
 def test_unknown_names_have_a_nearest(pair):
     with pytest.raises(ValueError, match="the nearest is 'subcube'"):
         combination_rows(pair, {"subcubes": [0.5]})
-    with pytest.raises(ValueError, match="the nearest is 'permuted'"):
+    with pytest.raises(ValueError, match="the nearest is 'WM'"):
         mixtures.states_of(pair, "permute")
     with pytest.raises(ValueError, match="the nearest is 'weights'"):
         load_pair(RUNS, match="weight")
@@ -125,11 +133,11 @@ def test_unknown_names_have_a_nearest(pair):
 
 def test_mean_barriers_are_means_of_each_pairs_worst():
     rows = [
-        {"kind": "permuted", "pair": pair, "loss": loss, "accuracy": 0.9 - loss, "end_loss": 0.1, "end_accuracy": 0.9}
+        {"matching": "WM", "pair": pair, "loss": loss, "accuracy": 0.9 - loss, "end_loss": 0.1, "end_accuracy": 0.9}
         for pair, losses in {"1-2": (0.2, 0.5), "1-3": (0.3, 0.1)}.items()
         for loss in losses
     ]
-    mean = mixtures.mean_barriers(rows).loc["permuted"]
+    mean = mixtures.mean_barriers(rows).loc["WM"]
     assert mean["loss_barrier"] == pytest.approx(0.3) and mean["accuracy_barrier"] == pytest.approx(0.4)
 
 

@@ -16,24 +16,26 @@ def close_figures():
     plt.close("all")
 
 
-def width_table(kinds):
+def width_table(matchings):
     """Two pairs, whose barriers are 1 above and 1 below a mean of 10 / width, ten times that if not aligned."""
     return [
         {
             "scheme": scheme,
-            "kind": kind,
+            "matching": matching,
             "width": width,
             "pair": pair,
             "loss_barrier": size,
             "accuracy_barrier": size / 50,
         }
-        for scheme, kind, width, pair in itertools.product(plots_combine.SCHEME_LOOKS, kinds, (0.5, 1, 2), (-1, 1))
-        for size in [(10 if kind == "permuted" else 100) / width + pair]
+        for scheme, matching, width, pair in itertools.product(
+            plots_combine.SCHEME_LOOKS, matchings, (0.5, 1, 2), (-1, 1)
+        )
+        for size in [(10 if matching == "WM" else 100) / width + pair]
     ]
 
 
 def test_widths_draw_every_scheme_at_every_width_with_bars_from_least_to_greatest():
-    figure = plots_combine.widths(width_table(["permuted", "naive"]), title="resnet8")
+    figure = plots_combine.widths(width_table(["WM", "none"]), title="resnet8")
     names = [name for scheme in plots_combine.SCHEME_LOOKS for name in (scheme, f"{scheme}, not aligned")]
     assert [text.get_text() for text in figure.legends[0].texts] == names
     for ax, factor in zip(figure.axes, (1, 2), strict=True):
@@ -53,7 +55,7 @@ def test_widths_draw_every_scheme_at_every_width_with_bars_from_least_to_greates
 
 
 def test_widths_of_aligned_networks_alone_are_drawn_alone_and_their_legend_lies_below():
-    figure = plots_combine.widths(width_table(["permuted"]))
+    figure = plots_combine.widths(width_table(["WM"]))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.texts] == [*plots_combine.SCHEME_LOOKS]
     figure.canvas.draw()
@@ -63,8 +65,8 @@ def test_widths_of_aligned_networks_alone_are_drawn_alone_and_their_legend_lies_
 def line_rows(scheme="extrapolation", splits=("test", "train")):
     """Two pairs, with losses of 1 and 3, ten times that if not aligned."""
     return [
-        {"kind": kind, "split": split, "x": x, "pair": pair, "loss": loss * size, "accuracy": 0.5 / size}
-        for kind, size in (("permuted", 1), ("naive", 10))
+        {"matching": matching, "split": split, "x": x, "pair": pair, "loss": loss * size, "accuracy": 0.5 / size}
+        for matching, size in (("WM", 1), ("none", 10))
         for split in splits
         for x in mixtures.SCHEMES[scheme].grid(4)
         for pair, loss in (("1-2", 1), ("1-3", 3))
@@ -91,18 +93,21 @@ def test_networks_beyond_the_ends_on_both_splits_and_boxes_beside_them():
 def test_the_triangle_has_a_cell_for_each_combination_and_marks_the_best():
     def rows(triple, best):  # two combinations are the most accurate, one of them with the lower loss
         return [
-            {"kind": kind, "triple": triple, "w_a": a, "w_b": b, "w_c": c}
-            | {"loss": 1 - ((a, b, c) == best), "accuracy": (0.9 if kind == "permuted" else 0.2) + 0.05 * c}
-            for kind in ("permuted", "naive")
+            {"matching": matching, "triple": triple, "w_a": a, "w_b": b, "w_c": c}
+            | {"loss": 1 - ((a, b, c) == best), "accuracy": (0.9 if matching == "WM" else 0.2) + 0.05 * c}
+            for matching in ("WM", "none")
             for a, b, c in combine.simplex_grid(3, 4)
         ]
 
-    table = [row | {"accuracy": 0.99} if row["w_b"] == 0.5 and row["kind"] == "permuted" else row
+    table = [row | {"accuracy": 0.99} if row["w_b"] == 0.5 and row["matching"] == "WM" else row
              for row in rows("1-2-3", (0.25, 0.5, 0.25)) + rows("2-3-1", (0.5, 0.5, 0))]  # fmt: skip
     figure = plots_combine.triangle(table, title="resnet8")
-    first, second, naive, _, bar, below = figure.axes
-    assert naive.get_title() == "not aligned, the best 25.0 %" and naive.collections[0].get_clim() == (20, 25)
-    assert [text.get_text().split("\n")[0] for text in naive.texts] == ["A", "B", "C"]
+    first, second, not_aligned, _, bar, below = figure.axes
+    assert not_aligned.get_title() == "not aligned, the best 25.0 %" and not_aligned.collections[0].get_clim() == (
+        20,
+        25,
+    )
+    assert [text.get_text().split("\n")[0] for text in not_aligned.texts] == ["A", "B", "C"]
     assert below.get_ylabel() == bar.get_ylabel()
     assert bar.get_ylabel() == "test accuracy (%)" and "2, 3, 1" in second.get_title()
     for ax, x in ((first, 0.625), (second, 0.5)):
@@ -127,8 +132,8 @@ def test_the_plane_shows_the_points_and_both_models():
 
 def test_paths_through_a_third_model_have_looks_of_their_own():
     table = [
-        {"kind": kind, "alpha": alpha, "loss": 1.0, "accuracy": 0.5, "end_loss": 1.0, "end_accuracy": 0.5}
-        for kind in ("transitive", "direct", "naive")
+        {"matching": matching, "alpha": alpha, "loss": 1.0, "accuracy": 0.5, "end_loss": 1.0, "end_accuracy": 0.5}
+        for matching in ("through A", "directly", "none")
         for alpha in (0, 1)
     ]
     figure = plots_combine.performance(table, "alpha", xlabel="alpha")
@@ -140,14 +145,14 @@ def test_paths_through_a_third_model_have_looks_of_their_own():
 COUNTS = [f"{whose}_{word}" for whose in plots_combine.AGREEMENT for word in ("correct", "wrong")]
 
 
-def label_rows(scheme, kind, model, x, *counts, pair="1-2"):
-    return {"scheme": scheme, "kind": kind, "model": model, "x": x, "pair": pair} | dict(
+def label_rows(scheme, matching, model, x, *counts, pair="1-2"):
+    return {"scheme": scheme, "matching": matching, "model": model, "x": x, "pair": pair} | dict(
         zip(COUNTS, counts, strict=True)
     )
 
 
 def test_counts_of_labels_become_percent_of_the_images():
-    row = label_rows("linear", "permuted", "tiny10", 0.5, 4, 2, 6, 0, 1, 3, 0, 4)
+    row = label_rows("linear", "WM", "tiny10", 0.5, 4, 2, 6, 0, 1, 3, 0, 4)
     (share,) = plots_combine.agreement_shares([row]).to_dict("records")
     assert [share[name] for name in COUNTS] == [20, 10, 30, 0, 5, 15, 0, 20]
     assert [share[name] for name in ("both", "a", "b", "neither", "wrong")] == [30, 30, 20, 20, 45]
@@ -156,15 +161,15 @@ def test_counts_of_labels_become_percent_of_the_images():
 
 def test_labels_are_stacked_to_all_images_a_panel_for_each_kind_and_scheme():
     table = [
-        label_rows("linear", kind, "tiny10", x, 8, 0, int(10 * (1 - x)), 0, int(10 * x), 0, 0, 2, pair=pair)
-        for kind in ("permuted", "naive")
+        label_rows("linear", matching, "tiny10", x, 8, 0, int(10 * (1 - x)), 0, int(10 * x), 0, 0, 2, pair=pair)
+        for matching in ("WM", "none")
         for pair in ("1-2", "1-3")
         for x in (0, 0.5, 1)
     ]
-    table += [label_rows("uniform", "permuted", "tiny10", s, 10, 4, 0, 2, 0, 2, 2, 0) for s in (0, 0.5)]
+    table += [label_rows("uniform", "WM", "tiny10", s, 10, 4, 0, 2, 0, 2, 2, 0) for s in (0, 0.5)]
     figure = plots_combine.agreement(table, title="tiny10 on digits")
     figure.canvas.draw()
-    linear, naive, uniform, empty = figure.axes
+    linear, not_aligned, uniform, empty = figure.axes
     assert [ax.get_title() for ax in figure.axes[:3]] == ["linear", "linear, not aligned", "uniform"]
     assert not empty.axison and uniform.get_xlim() == (0, 0.5)
     areas = {area.get_label(): area.get_paths()[0].vertices for area in linear.collections}
@@ -176,7 +181,7 @@ def test_labels_are_stacked_to_all_images_a_panel_for_each_kind_and_scheme():
     assert [tick.get_text() for tick in linear.get_xticklabels()] == ["0 (A)", "0.5", "1 (B)"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.texts] == [*areas, "neither begins, best and worst"] and len(areas) == 8
-    assert linear.get_ylim() == uniform.get_ylim() == (40, 100) and naive.get_ylim() == (0, 100)
+    assert linear.get_ylim() == uniform.get_ylim() == (40, 100) and not_aligned.get_ylim() == (0, 100)
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
     assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH)
     several = plots_combine.agreement(table + [row | {"model": "resnet8"} for row in table[:3]])
@@ -186,20 +191,20 @@ def test_labels_are_stacked_to_all_images_a_panel_for_each_kind_and_scheme():
 def test_edges_of_every_layer_with_a_band_over_pairs():
     bins = [(0, 1, 0.25), (1, 2, 0.75)]
     table = [
-        {"pair": pair, "kind": kind, "layer": layer, "bin_low": low, "bin_high": high, "share": share + less}
+        {"pair": pair, "matching": matching, "layer": layer, "bin_low": low, "bin_high": high, "share": share + less}
         for pair, by in (("1-2", 0.125), ("1-3", -0.125))
-        for kind in ("permuted", "naive")
+        for matching in ("WM", "none")
         for layer in ("conv1", "conv2", "head", "more")
         for low, high, share in bins
-        for less in [by if kind == "naive" else 0]
+        for less in [by if matching == "none" else 0]
     ]
     figure = plots_combine.edges(table, title="tiny10")
     figure.canvas.draw()
     assert [ax.get_title() for ax in figure.axes[:4]] == ["conv1", "conv2", "head", "more"]
     assert [ax.axison for ax in figure.axes] == [True] * 4 + [False] * 2
-    aligned, _, naive, band = figure.axes[0].patches
-    assert (aligned.get_label(), naive.get_label()) == ("aligned", "not aligned")
-    for stairs in (aligned, naive):
+    aligned, _, not_aligned, band = figure.axes[0].patches
+    assert (aligned.get_label(), not_aligned.get_label()) == ("aligned", "not aligned")
+    for stairs in (aligned, not_aligned):
         values, bounds, _ = stairs.get_data()
         assert list(values) == [25, 75] and list(bounds) == [0, 1, 2]
     assert list(band.get_data().values) == [37.5, 87.5] and list(band.get_data().baseline) == [12.5, 62.5]
@@ -210,8 +215,8 @@ def test_edges_of_every_layer_with_a_band_over_pairs():
 def test_robustness_draws_barriers_against_the_share_of_deranged_pairs():
     table = [
         {"pair": pair, "layer": layer, "k": k, "units": units, "draw": draw}
-        | {"loss_barrier": k + add, "accuracy_barrier": k / 10, "naive_loss_barrier": 30 + 2 * add}
-        | {"naive_accuracy_barrier": 0.5}
+        | {"loss_barrier": k + add, "accuracy_barrier": k / 10, "not_aligned_loss_barrier": 30 + 2 * add}
+        | {"not_aligned_accuracy_barrier": 0.5}
         for pair, add in (("1-2", 0.5), ("1-3", -0.5))
         for layer, units in (("conv1", 4), ("conv2", 8))
         for k in (0, 2, units)
@@ -223,9 +228,9 @@ def test_robustness_draws_barriers_against_the_share_of_deranged_pairs():
     for line, (layer, units) in zip(axes, (("conv1", 4), ("conv2", 8)), strict=True):
         assert line[0].get_ylabel() == f"{layer}\n{units} units"
         for ax, factor, level in zip(line, (1, 10), (30, 50), strict=True):
-            barrier, naive = ax.lines
+            barrier, not_aligned = ax.lines
             np.testing.assert_allclose(barrier.get_xydata(), [(0, 0), (200 / units, 2 * factor), (100, units * factor)])
-            assert list(naive.get_ydata()) == [level, level]
+            assert list(not_aligned.get_ydata()) == [level, level]
             (band,) = ax.collections
             height = band.get_paths()[0].vertices[:, 1]
             assert height.max() - height.min() == units * factor + (1 if factor == 1 else 0)
@@ -240,11 +245,11 @@ def test_a_schematic_has_a_rectangle_for_each_layer_and_hue_and_brightness_for_e
             "coefficient": coefficient, "weight": weight,
         }  # fmt: skip
 
-    names = [f"kind {i}" for i in range(3)]
+    names = [f"matching {i}" for i in range(3)]
     table = [cell(name, layer, row, c, row) for name in names for layer, c in enumerate((0, 0.5, 1)) for row in (0, 1)]
     figure = plots_combine.schematic(table, columns=2)
     *panels, key = figure.axes
-    assert [ax.get_title() for ax in panels] == ["kind\n0", "kind\n1", "kind\n2", ""]
+    assert [ax.get_title() for ax in panels] == ["matching\n0", "matching\n1", "matching\n2", ""]
     assert [len(ax.images) for ax in panels] == [3, 3, 3, 0]
     blue, orange = (np.array(plots_combine.to_rgb(color)) for color in plots_combine.ENDS.values())
     for image, hue in zip(panels[0].images, (blue, (blue + orange) / 2, orange), strict=True):
@@ -268,9 +273,9 @@ def test_histograms_of_coefficients_are_in_percent():
 def test_performances_have_a_row_of_loss_and_accuracy_for_each_scheme():
     schemes, ends = {"uniform": "half edge", "bernoulli": "probability"}, {"end_loss": 0.5, "end_accuracy": 0.9}
     table = [
-        {"scheme": scheme, "kind": kind, "x": x, "loss": loss * at, "accuracy": 0.4} | ends
+        {"scheme": scheme, "matching": matching, "x": x, "loss": loss * at, "accuracy": 0.4} | ends
         for at, scheme in enumerate(schemes, 1)
-        for kind, loss in (("permuted", 1), ("naive", 10))
+        for matching, loss in (("WM", 1), ("none", 10))
         for x in mixtures.SCHEMES[scheme].grid(3)
     ]
     figure = plots_combine.performances(table, schemes, title="tiny10")
@@ -302,7 +307,7 @@ def test_descents_have_a_line_for_each_pair_and_a_label_for_each_model():
 
 def test_places_on_the_axis_can_be_named():
     table = [
-        {"kind": "naive", "x": x, "loss": 1.0, "accuracy": 0.5, "end_loss": 1.0, "end_accuracy": 0.5}
+        {"matching": "none", "x": x, "loss": 1.0, "accuracy": 0.5, "end_loss": 1.0, "end_accuracy": 0.5}
         for x in (0, 0.5, 1)
     ]
     figure = plots_combine.performance(table, xlabel="x", marks={0: "model A", 1: "model B"})

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from companion.experiments.ensembles import predict
-from companion.experiments.mixtures import Lazy, draw_networks, evaluate_rows, sample_barriers, states_of
+from companion.experiments.mixtures import Lazy, draw_networks, evaluate_rows, states_of
 from companion.experiments.pairs import Pair
+from companion.experiments.tables import sample_barriers
 from repairlib.groups import Permutation
 from repairlib.interpolate import State, interpolate_states
 from repairlib.matching import gather_groups
@@ -54,21 +55,19 @@ def label_agreement(
     return rows
 
 
-def label_rows(pair: Pair, scheme: str, grid: Iterable[float], samples: int = 1, kind: str = "permuted") -> list[dict]:
+def label_rows(pair: Pair, scheme: str, grid: Iterable[float], samples: int = 1, matching: str = "WM") -> list[dict]:
     """`label_agreement` on the test set of networks drawn from a scheme, see `mixtures.combination_rows`.
 
     Returns:
-        Rows {scheme, kind, x, sample, **counts}.
+        Rows {scheme, matching, x, sample, **counts}.
     """
-    named = draw_networks(pair, scheme, grid, samples, kinds=[kind])
+    named = draw_networks(pair, scheme, grid, samples, matchings=[matching])
     states = Lazy([make for _, make in named])
-    counts = label_agreement(pair.a, states, states_of(pair, kind), pair.test)
+    counts = label_agreement(pair.a, states, states_of(pair, matching), pair.test)
     return [columns | count for (columns, _), count in zip(named, counts, strict=True)]
 
 
-def edge_rows(
-    pair: Pair, kind: str = "permuted", bins: Sequence[float] = tuple(i / 10 for i in range(41))
-) -> list[dict]:
+def edge_rows(pair: Pair, matching: str = "WM", bins: Sequence[float] = tuple(i / 10 for i in range(41))) -> list[dict]:
     """How long the edges of the hypercube between A and B are, layer by layer (Csiszarik et al. 2023, Fig. 13).
 
         |a_i - b_i| / sqrt(mean_i (a_i^2 + b_i^2) / 2)
@@ -77,19 +76,19 @@ def edge_rows(
     the square is 2 between networks that have nothing to do with each other. Biases and normalisations are left out.
 
     Args:
-        kind: with B's units in A's order ("permuted") or as trained ("naive").
+        matching: with B's units in A's order ("WM") or as trained ("none").
         bins: edges of the histogram; what is longer counts in the last bin.
 
     Returns:
-        Rows {kind, layer, rms: of its weights, median: length, bin_low, bin_high, share: of the weights, in [0, 1]}.
+        Rows {matching, layer, rms: of its weights, median: length, bin_low, bin_high, share: of the weights, in [0, 1]}.
     """
-    ends, rows = states_of(pair, kind), []
+    ends, rows = states_of(pair, matching), []
     for name in [name for name, weight in ends[0].items() if weight.ndim > 1]:
         a, b = (end[name].double().flatten().cpu().numpy() for end in ends)
         size = np.sqrt((a**2 + b**2).mean() / 2)
         length = abs(a - b) / size
         share = np.histogram(length.clip(max=bins[-1]), bins)[0] / len(length)
-        here = {"kind": kind, "layer": name.removesuffix(".weight"), "rms": size, "median": np.median(length)}
+        here = {"matching": matching, "layer": name.removesuffix(".weight"), "rms": size, "median": np.median(length)}
         rows += [here | {"bin_low": low, "bin_high": high, "share": part}
                  for low, high, part in zip(bins, bins[1:], share, strict=False)]  # fmt: skip
     return rows
@@ -130,7 +129,7 @@ def derangement_rows(pair: Pair, steps: int, draws: int, alphas: Sequence[float]
 
     Returns:
         Rows {layer, k, units, draw, loss_barrier (nats), accuracy_barrier (a fraction), end_loss, end_accuracy,
-        networks, naive_loss_barrier, naive_accuracy_barrier: with B's units as trained}.
+        networks, not_aligned_loss_barrier, not_aligned_accuracy_barrier: with B's units as trained}.
     """
     spec, a, b = pair.matching.spec, pair.a.state_dict(), pair.b.state_dict()
 
@@ -139,6 +138,6 @@ def derangement_rows(pair: Pair, steps: int, draws: int, alphas: Sequence[float]
 
     what = [*derangements(pair, steps, draws), ({"layer": "", "k": 0, "units": 0, "draw": 0}, {})]
     named = [(columns, make(alpha, matching)) for (columns, matching), alpha in itertools.product(what, alphas)]
-    *rows, naive = sample_barriers(evaluate_rows(pair, named), by=("layer", "k", "units", "draw"))
-    beside = {f"naive_{metric}_barrier": naive[f"{metric}_barrier"] for metric in ("loss", "accuracy")}
+    *rows, not_aligned = sample_barriers(evaluate_rows(pair, named), by=("layer", "k", "units", "draw"))
+    beside = {f"not_aligned_{metric}_barrier": not_aligned[f"{metric}_barrier"] for metric in ("loss", "accuracy")}
     return [row | beside for row in rows]

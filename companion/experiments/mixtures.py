@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 
 from companion.experiments.pairs import Pair
 from companion.runs.data import iterate
 from repairlib import combine
 from repairlib.evaluation import evaluate_many
-from repairlib.interpolate import State, empirical_barrier
+from repairlib.interpolate import State
 from repairlib.names import check
 
 
@@ -59,7 +58,7 @@ SCHEMES = {
     "bernoulli": Scheme(combine.bernoulli, 0, 1, r"probability $p$ of model B's entry"),
     "centred": Scheme(lambda s: combine.box(s, center=0.0), 0, 0.5, r"half edge $s$ of the box about model A"),
 }
-KINDS = ("permuted", "naive")  # B's units in A's order, or as trained
+COMPARED = ("WM", "none")  # of `MATCHINGS`: with B's units in A's order, matched by weights, and as trained
 
 
 def maker(ends: tuple[State, State], scheme: str, x: float, sample: int, seed: int = 0) -> Callable[[], State]:
@@ -88,10 +87,9 @@ def coefficient_samples(
     return {scheme: {x: maker((zero, one), scheme, x, sample=0)()["w"].numpy() for x in grid} for scheme in schemes}
 
 
-def states_of(pair: Pair, kind: str) -> tuple[State, State]:
-    """State dicts of A and of B, the latter "permuted" to A's order or "naive"."""
-    check(kind, KINDS, "kind")
-    return pair.a.state_dict(), (pair.aligned if kind == "permuted" else pair.b).state_dict()
+def states_of(pair: Pair, matching: str) -> tuple[State, State]:
+    """State dicts of A and of B, the latter "WM" to A's order or "none"."""
+    return pair.a.state_dict(), pair.aligned_by(matching).state_dict()
 
 
 def evaluate_rows(
@@ -130,22 +128,22 @@ def draw_networks(
     grid: Iterable[float],
     samples: int = 4,
     *,
-    kinds: Sequence[str] = KINDS,
+    matchings: Sequence[str] = COMPARED,
     seed: int = 0,
 ) -> list[tuple[dict, Callable[[], State]]]:
     """Networks drawn from a scheme at every point of a grid, each made when it is called; see `combination_rows`.
 
     Returns:
-        Columns {scheme, kind, x, sample} and what makes the state dict.
+        Columns {scheme, matching, x, sample} and what makes the state dict.
     """
     check(scheme, SCHEMES, "scheme")
     grid = list(grid)
     named = []
-    for kind in kinds:
-        ends = states_of(pair, kind)
+    for matching in matchings:
+        ends = states_of(pair, matching)
         for x in grid:
             for i in range(samples if SCHEMES[scheme].random(x) else 1):
-                columns = {"scheme": scheme, "kind": kind, "x": x, "sample": i}
+                columns = {"scheme": scheme, "matching": matching, "x": x, "sample": i}
                 named.append((columns, maker(ends, scheme, x, i, seed)))
     return named
 
@@ -155,7 +153,7 @@ def combination_rows(
     grids: Mapping[str, Iterable[float]],
     samples: int = 4,
     *,
-    kinds: Sequence[str] = KINDS,
+    matchings: Sequence[str] = COMPARED,
     splits: Sequence[str] = ("test",),
     train_images: int | None = None,
     seed: int = 0,
@@ -166,92 +164,36 @@ def combination_rows(
         pair: of the endpoints.
         grids: scheme -> values of x, for instance ``{"subcube": SCHEMES["subcube"].grid(25)}``.
         samples: networks at each point, but one where nothing is left to chance.
-        kinds: with B aligned ("permuted") and as trained ("naive").
+        matchings: with B aligned ("WM") and as trained ("none").
         splits, train_images: see `evaluate_rows`.
         seed: see `maker`.
 
     Returns:
-        Rows of `evaluate_rows` with columns {scheme, kind, x, sample}.
+        Rows of `evaluate_rows` with columns {scheme, matching, x, sample}.
     """
     named = [
         each
         for scheme, grid in grids.items()
-        for each in draw_networks(pair, scheme, grid, samples, kinds=kinds, seed=seed)
+        for each in draw_networks(pair, scheme, grid, samples, matchings=matchings, seed=seed)
     ]
     return evaluate_rows(pair, named, splits, train_images)
 
 
-def stitching_rows(pair: Pair, *, kinds: Sequence[str] = KINDS) -> list[dict]:
+def stitching_rows(pair: Pair, *, matchings: Sequence[str] = COMPARED) -> list[dict]:
     """Identity stitching at every layer: the first layers are A's, the rest B's (Csiszarik et al. 2023, Sec. 4.3).
 
     Returns:
-        Rows of `evaluate_rows` with columns {kind, layer, name}: `layer` of them are A's, from 0, which is B, to all,
+        Rows of `evaluate_rows` with columns {matching, layer, name}: `layer` of them are A's, from 0, which is B, to all,
         which is A; `name` is that of the last of A's.
     """
     parts = combine.layers(pair.a, next(iter(pair.calibration))[0])
     named = []
-    for kind in kinds:
-        ends = states_of(pair, kind)
+    for matching in matchings:
+        ends = states_of(pair, matching)
         for layer, name in enumerate(["", *parts]):
-            columns = {"kind": kind, "layer": layer, "name": name}
+            columns = {"matching": matching, "layer": layer, "name": name}
             named.append((columns, lambda e=ends, n=layer: combine.stitch(*e, n, parts)))
     return evaluate_rows(pair, named)
-
-
-def sample_barriers(table: Iterable[dict] | pd.DataFrame, by: Sequence[str] = ("scheme", "kind")) -> list[dict]:
-    """Empirical barriers of what was evaluated: the worst network against the mean of the endpoints (Def. 3.3).
-
-    Args:
-        table: rows of `evaluate_rows`.
-        by: columns; each combination of their values is a sample of its own. Name the pair among them.
-
-    Returns:
-        Rows {**by, loss_barrier (nats), accuracy_barrier (a fraction: 0.01 is a point), end_loss, end_accuracy,
-        networks}.
-    """
-    rows = []
-    for key, group in pd.DataFrame(table).groupby(list(by), sort=False):
-        end = (group["end_loss"].iloc[0], group["end_accuracy"].iloc[0])
-        sample = list(zip(group["loss"], group["accuracy"], strict=True))
-        found = {m: empirical_barrier(sample, end, end, m) for m in ("loss", "accuracy")}
-        rows.append(
-            dict(zip(by, key, strict=True))
-            | {"loss_barrier": found["loss"], "accuracy_barrier": found["accuracy"]}
-            | {"end_loss": end[0], "end_accuracy": end[1], "networks": len(group)}
-        )
-    return rows
-
-
-def mean_barriers(
-    table: Iterable[dict] | pd.DataFrame, by: Sequence[str] = ("kind",), each: str = "pair"
-) -> pd.DataFrame:
-    """Means over pairs of empirical barriers, see `sample_barriers`.
-
-    Args:
-        table: rows of `evaluate_rows`.
-        by: columns of which each combination of values is a sample of its own.
-        each: what to average over, the pair or another column.
-
-    Returns:
-        Columns loss_barrier (nats) and accuracy_barrier (a fraction), indexed by `by`.
-    """
-    found = pd.DataFrame(sample_barriers(table, [*by, each])).groupby(list(by), sort=False)
-    return found[["loss_barrier", "accuracy_barrier"]].mean()
-
-
-def best_combinations(table: Iterable[dict] | pd.DataFrame, by: str) -> pd.DataFrame:
-    """The row of the highest accuracy for each value of a column, of several the one of the lowest loss."""
-    frame = pd.DataFrame(table).sort_values(["accuracy", "loss"], ascending=[False, True])
-    return frame.drop_duplicates(by).set_index(by).sort_index()
-
-
-def works_up_to(accuracy: pd.Series, lost: float = 0.05) -> float:
-    """The last index before accuracy (in [0, 1]) falls too far below its first value.
-
-    >>> works_up_to(pd.Series([0.9, 0.88, 0.8, 0.89], index=[0, 1, 2, 3]))
-    1.0
-    """
-    return float(accuracy.index[(accuracy.iloc[0] - accuracy > lost).cumsum() == 0].max())
 
 
 def weight_rows(networks: Mapping[str, State], a: State, b: State) -> list[dict]:

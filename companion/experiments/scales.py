@@ -1,8 +1,8 @@
 """The four scales of every experiment, and which items a notebook was asked for."""
 
+from collections.abc import Collection
+from difflib import get_close_matches
 from typing import Any
-
-from repairlib.names import check
 
 SCALES = ("smoke", "quick", "fast", "paper")
 
@@ -15,6 +15,14 @@ def by_scale(scale: str, *, smoke: Any, quick: Any, fast: Any, paper: Any) -> An
     """
     check_scale(scale)
     return {"smoke": smoke, "quick": quick, "fast": fast, "paper": paper}[scale]
+
+
+def check(name: str, known: Collection[str], kind: str) -> str:
+    """The name if it is known; ValueError that names the nearest otherwise. Unlike `repairlib.names` without torch."""
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0) or ["none"]
+        raise ValueError(f"unknown {kind} {name!r}; the nearest is {near[0]!r} (known: {', '.join(known)})")
+    return name
 
 
 def check_scale(scale: str) -> str:

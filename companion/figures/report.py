@@ -21,11 +21,8 @@ from typing import Any
 
 import yaml
 
-from companion.experiments.scales import check_scale
-from companion.runs.data import project_root
-from companion.runs.files import atomic_write
-from companion.runs.train import default_device
-from repairlib.names import check
+from companion.experiments.scales import check, check_scale
+from companion.runs.files import atomic_write, project_root
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "safetensors")
 
@@ -66,6 +63,8 @@ def save_item(
     Returns the path of the JSON. Raises ValueError for an unknown item or scale, for NaN and for infinity, TypeError
     for values that are not scalars, each naming the item and the column.
     """
+    from companion.runs.train import default_device  # here, since judging saved tables needs no torch
+
     index = read_index()
     entry = index[check(item, index, "item")]
     check_scale(scale)

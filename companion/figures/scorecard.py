@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from companion.experiments.scales import SCALES
+from companion.experiments.scales import SCALES, check
 from companion.figures.claims import Claim, Finding, combine, repair
 from companion.figures.report import load_item
-from repairlib.names import check
 
 
 def claims(paper: str = "") -> dict[str, Claim]:

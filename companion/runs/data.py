@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
+from companion.runs.files import project_root as project_root
 from companion.runs.folders import MEAN, STD, DataMissing, Stream, halves_of, read_folder, stream_folder
 from repairlib.names import nearest
 
@@ -102,12 +103,6 @@ class Dataset:
     def to(self, device: str | torch.device) -> "Dataset":
         """Return the same data on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
-
-
-def project_root() -> Path:
-    """Return the source checkout that holds this package, or the working folder if it is installed elsewhere."""
-    checkout = Path(__file__).resolve().parents[2]
-    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
 def data_root(root: str | Path | None = None) -> Path:

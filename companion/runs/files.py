@@ -8,6 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
+def project_root() -> Path:
+    """Return the source checkout that holds this package, or the working folder if it is installed elsewhere."""
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
 def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
     """Write a file so that it is there whole or as it was before, whatever happens meanwhile."""
     path = Path(path)

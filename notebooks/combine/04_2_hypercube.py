@@ -23,7 +23,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig2,com
 samples: int = 0  # networks drawn at each point; 0: as many as the scale has
 
 # %% tags=["runs"]
-from companion.experiments.networks import combined, overview
+from companion.experiments.grids.combine import combined, overview
 from companion.experiments.scales import by_scale, wanted
 
 resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair

@@ -17,7 +17,7 @@ scale: str = "smoke"  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig6"; empty: all
 
 # %% tags=["runs"]
-from companion.experiments.networks import combined, overview
+from companion.experiments.grids.combine import combined, overview
 from companion.experiments.scales import wanted
 
 resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair

@@ -28,7 +28,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig7"; e
 samples: int = 0  # networks drawn at each x; 0: the scale's. The paper does not print its number
 
 # %% tags=["runs"]
-from companion.experiments.networks import combined, overview
+from companion.experiments.grids.combine import combined, overview
 from companion.experiments.scales import by_scale, wanted
 
 SEEDS, restarts = combined(scale).seeds, combined(scale).restarts  # every two seeds are a pair

@@ -20,7 +20,7 @@ items: str = ""  # comma-separated items to make, for instance "combine/fig14"; 
 samples: int = 0  # derangements for each k, which the paper does not print; 0: the scale's
 
 # %% tags=["runs"]
-from companion.experiments.networks import combined, overview
+from companion.experiments.grids.combine import combined, overview
 from companion.experiments.scales import by_scale, wanted
 
 _, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from companion.experiments.mixtures import mean_barriers
+from companion.experiments.tables import mean_barriers
 from companion.figures.claims import Claim, Finding
 
 NEAR = 10.0  # points of accuracy: combined networks that lose less than that stay near the endpoints
@@ -10,33 +10,33 @@ LITTLE = 5.0  # points: what costs less costs little
 FEW = 20  # labels; fewer that differ say nothing
 
 
-def _barriers(frame: pd.DataFrame, by: tuple[str, ...] = ("kind",), each: str = "pair") -> pd.Series:
+def _barriers(frame: pd.DataFrame, by: tuple[str, ...] = ("matching",), each: str = "pair") -> pd.Series:
     """Empirical accuracy barriers (points), means over pairs."""
     return 100 * mean_barriers(frame, by, each)["accuracy_barrier"]
 
 
-def _near_and_not(aligned: float, naive: float, what: str) -> list[Finding]:
+def _near_and_not(aligned: float, not_aligned: float, what: str) -> list[Finding]:
     return [
         Finding(f"{what}aligned {aligned:.1f} points below the ends", aligned < NEAR),
-        Finding(f"not aligned {naive:.1f}", naive > 2 * max(aligned, NEAR)),
+        Finding(f"not aligned {not_aligned:.1f}", not_aligned > 2 * max(aligned, NEAR)),
     ]
 
 
 def combinations_work(frame: pd.DataFrame, item: str) -> list[Finding]:
     if item == "combine/fig7":  # which of the schemes is the hardest for aligned networks, at the greatest width
         element_wise = frame["scheme"].isin(["uniform", "subcube", "hyperplane", "bernoulli"])
-        rows = frame[element_wise & (frame["kind"] == "permuted") & (frame["width"] == frame["width"].max())]
+        rows = frame[element_wise & (frame["matching"] == "WM") & (frame["width"] == frame["width"].max())]
         barrier = 100 * rows.groupby("scheme")["accuracy_barrier"].mean()
     else:
-        barriers = _barriers(frame, ("scheme", "kind"))
+        barriers = _barriers(frame, ("scheme", "matching"))
         found = [
             finding
             for scheme in frame["scheme"].unique()
-            for finding in _near_and_not(barriers[scheme, "permuted"], barriers[scheme, "naive"], f"{scheme}: ")
+            for finding in _near_and_not(barriers[scheme, "WM"], barriers[scheme, "none"], f"{scheme}: ")
         ]
         if item != "combine/figB15-B18":
             return found
-        barrier = barriers.xs("permuted", level="kind")
+        barrier = barriers.xs("WM", level="matching")
     others = barrier.drop("bernoulli")
     text = (
         f"Bernoulli {barrier['bernoulli']:.1f} points, the hardest of the others ({others.idxmax()}) {others.max():.1f}"
@@ -47,11 +47,11 @@ def combinations_work(frame: pd.DataFrame, item: str) -> list[Finding]:
 
 def stitchable(frame: pd.DataFrame, item: str) -> list[Finding]:
     barrier = _barriers(frame)
-    return _near_and_not(barrier["permuted"], barrier["naive"], "the worst layer, ")
+    return _near_and_not(barrier["WM"], barrier["none"], "the worst layer, ")
 
 
 def width_necessary(frame: pd.DataFrame, item: str) -> list[Finding]:
-    rows = frame[frame["kind"] == "permuted"]
+    rows = frame[frame["matching"] == "WM"]
     found = []
     for scheme, of in rows.groupby("scheme", sort=False):
         mean = 100 * of.groupby("width")["accuracy_barrier"].mean()
@@ -62,7 +62,7 @@ def width_necessary(frame: pd.DataFrame, item: str) -> list[Finding]:
 
 
 def min_model_fails(frame: pd.DataFrame, item: str) -> list[Finding]:
-    aligned = frame[frame["alpha"].isin([0, 1]) & (frame["kind"] == "permuted")]
+    aligned = frame[frame["alpha"].isin([0, 1]) & (frame["matching"] == "WM")]
     ends = 100 * aligned.pivot_table(index="pair", columns="alpha", values="accuracy")
     below = ends[0] - ends[1] > NEAR
     text = f"Max {ends[0].mean():.1f} %, Min {ends[1].mean():.1f} % ({int(below.sum())} of {len(below)} pairs)"
@@ -72,30 +72,30 @@ def min_model_fails(frame: pd.DataFrame, item: str) -> list[Finding]:
 def extrapolates(frame: pd.DataFrame, item: str) -> list[Finding]:
     rows = frame[(frame["split"] == "test") & (frame["scheme"] == "extrapolation")]
     outside = rows[(rows["x"] < 0) | (rows["x"] > 1)]
-    lost = 100 * (outside["end_accuracy"] - outside["accuracy"]).groupby(outside["kind"]).mean()
-    text = f"beyond the ends {lost['permuted']:.1f} points lost on average when aligned, {lost['naive']:.1f} when not"
-    return [Finding(text, lost["permuted"] < lost["naive"] / 2)]
+    lost = 100 * (outside["end_accuracy"] - outside["accuracy"]).groupby(outside["matching"]).mean()
+    text = f"beyond the ends {lost['WM']:.1f} points lost on average when aligned, {lost['none']:.1f} when not"
+    return [Finding(text, lost["WM"] < lost["none"] / 2)]
 
 
 def centred_boxes(frame: pd.DataFrame, item: str) -> list[Finding]:
     rows = frame[(frame["scheme"] == "centred") & (frame["split"] == "test")]
     at = max(x for x in rows["x"].unique() if x <= 0.25)
-    a = 100 * rows[rows["x"] == 0].groupby("kind")["accuracy"].mean()
-    lost = a - 100 * rows[rows["x"] == at].groupby("kind")["accuracy"].mean()
-    text = f"at s = {at:g} {lost['permuted']:.1f} points below model A when aligned, {lost['naive']:.1f} when not"
-    return [Finding(text, lost["permuted"] < LITTLE)]
+    a = 100 * rows[rows["x"] == 0].groupby("matching")["accuracy"].mean()
+    lost = a - 100 * rows[rows["x"] == at].groupby("matching")["accuracy"].mean()
+    text = f"at s = {at:g} {lost['WM']:.1f} points below model A when aligned, {lost['none']:.1f} when not"
+    return [Finding(text, lost["WM"] < LITTLE)]
 
 
 def transitive(frame: pd.DataFrame, item: str) -> list[Finding]:
     worst = _barriers(frame, each="triple")
     return [
-        Finding(f"through A {worst['transitive']:.1f} points below the ends", worst["transitive"] < NEAR),
-        Finding(f"not aligned {worst['naive']:.1f}", worst["naive"] > 2 * max(worst["transitive"], NEAR)),
+        Finding(f"through A {worst['transitive']:.1f} points below the ends", worst["through A"] < NEAR),
+        Finding(f"not aligned {worst['none']:.1f}", worst["none"] > 2 * max(worst["through A"], NEAR)),
     ]
 
 
 def triangle(frame: pd.DataFrame, item: str) -> list[Finding]:
-    frame = frame[frame["kind"] == "permuted"]
+    frame = frame[frame["matching"] == "WM"]
     weights = frame[["w_a", "w_b", "w_c"]].max(axis=1)
     corners = 100 * frame[weights == 1].groupby("triple")["accuracy"].agg(["mean", "max"])
     inside = 100 * frame[weights < 1].groupby("triple")["accuracy"].agg(["min", "max"])
@@ -110,13 +110,13 @@ def triangle(frame: pd.DataFrame, item: str) -> list[Finding]:
 def not_vacuous(frame: pd.DataFrame, item: str) -> list[Finding]:
     if "share" in frame:  # edge lengths
         middle = (frame["bin_low"] + frame["bin_high"]) / 2
-        shares = frame["share"].groupby([frame["kind"], frame["pair"]]).sum()
-        mean = (middle * frame["share"]).groupby([frame["kind"], frame["pair"]]).sum() / shares
+        shares = frame["share"].groupby([frame["matching"], frame["pair"]]).sum()
+        mean = (middle * frame["share"]).groupby([frame["matching"], frame["pair"]]).sum() / shares
         mean = mean.groupby(level=0).mean()
-        text = f"mean edge {mean['permuted']:.3g} when aligned, {mean['naive']:.3g} when not"
-        return [Finding(text, mean["permuted"] > mean["naive"] / 2)]
+        text = f"mean edge {mean['WM']:.3g} when aligned, {mean['none']:.3g} when not"
+        return [Finding(text, mean["WM"] > mean["none"] / 2)]
     found = []
-    is_a = (frame["scheme"] == "linear") & (frame["kind"] == "permuted") & (frame["x"] == 0)
+    is_a = (frame["scheme"] == "linear") & (frame["matching"] == "WM") & (frame["x"] == 0)
     for model, rows in frame[is_a].groupby("model", sort=False):
         counts = rows.filter(regex="_(correct|wrong)$")
         total, differ = counts.sum(), counts[["a_correct", "a_wrong"]].sum().sum()  # the network is A

@@ -4,16 +4,13 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from companion.experiments.pairs import barrier_means
+from companion.experiments.tables import barrier_means, barriers, name_networks
 from companion.figures.claims import Claim, Finding
-from companion.figures.plots import LOOKS, SERIES
 
 FLAT = 5.0  # points of accuracy: what is less is no change of a barrier with depth
 
 
-def _label(name: str) -> str:
-    """What a series or network is called in figures."""
-    return (SERIES | LOOKS).get(name, {}).get("label", name)
+NORMS = {"bn": "BatchNorm", "ln": "LayerNorm", "fixup": "Fixup"}
 
 
 def _over(rows: pd.DataFrame, holds: pd.Series) -> str:
@@ -23,6 +20,7 @@ def _over(rows: pd.DataFrame, holds: pd.Series) -> str:
 
 def _middle(frame: pd.DataFrame, by: str = "network", metric: str = "accuracy") -> pd.DataFrame:
     """Accuracy (%) or loss at alpha 0.5: a row for each pair, a column for each network."""
+    frame = name_networks(frame)
     frame = frame if "pair" in frame else frame.assign(pair="")
     middle = frame[frame["alpha"] == 0.5].pivot_table(index="pair", columns=by, values=metric, sort=False)
     return middle * (100 if metric == "accuracy" else 1)
@@ -35,22 +33,22 @@ def _arrow(values: Iterable[float], digits: int = 3) -> str:
 def collapse_deepens(frame: pd.DataFrame, item: str) -> list[Finding]:
     mean = frame.groupby(["network", "layer"])["ratio"].mean()
     first, last = mean.index.get_level_values("layer").min(), mean.index.get_level_values("layer").max()
-    ends = {network: (mean[network, first], mean[network, last]) for network in ("direct", "aligned")}
-    lower = (mean["direct"] < mean["aligned"]).mean()
+    ends = {network: (mean[network, first], mean[network, last]) for network in ("not aligned", "aligned")}
+    lower = (mean["not aligned"] < mean["aligned"]).mean()
     layers = f"from layer {first} to {last}"
-    return [
-        Finding(f"{_label(name)} {_arrow(values)} {layers}", values[1] < values[0]) for name, values in ends.items()
-    ] + [Finding(f"lower without alignment in {lower:.0%} of the layers", lower > 0.5)]
+    return [Finding(f"{name} {_arrow(values)} {layers}", values[1] < values[0]) for name, values in ends.items()] + [
+        Finding(f"lower without alignment in {lower:.0%} of the layers", lower > 0.5)
+    ]
 
 
 def repair_restores(frame: pd.DataFrame, item: str) -> list[Finding]:
     if "channel" in frame:  # one layer, channel by channel
         total = frame.groupby("network")["variance"].sum()
-        frame = pd.DataFrame({"series": [""], "network": ["repaired"]}).assign(
-            ratio=2 * total["repaired"] / (total["endpoint a"] + total["endpoint b"])
+        frame = pd.DataFrame({"series": [""], "network": ["aligned + REPAIR"]}).assign(
+            ratio=2 * total["aligned + REPAIR"] / (total["endpoint A"] + total["endpoint B"])
         )
     found = []
-    for series, rows in frame[frame["network"] == "repaired"].groupby("series", sort=False):
+    for series, rows in frame[frame["network"] == "aligned + REPAIR"].groupby("series", sort=False):
         mean = rows.groupby("layer")[["ratio", "goal"]].mean() if "layer" in rows else rows[["ratio"]]
         text = f"{series} {mean.ratio.min():.3f} to {mean.ratio.max():.3f}".strip()
         if "goal" in mean:
@@ -67,12 +65,12 @@ def first_layer_exact(frame: pd.DataFrame, item: str) -> list[Finding]:
 def deeper_with_repair(frame: pd.DataFrame, item: str) -> list[Finding]:
     mean = frame.groupby(["network", "depth"])["accuracy"].mean()
     deepest = {name: max(mean[name].index[mean[name] > 0.9], default=0) for name in mean.index.levels[0]}
-    closed = deepest["closed-form"]
+    closed = deepest["aligned + REPAIR closed form"]
     return [
         Finding(f"closed form {closed} layers, without {deepest['aligned']}", closed > deepest["aligned"]),
         *(
             Finding(f"forward exact, {name}: {deepest[name]}", deepest[name] >= closed)
-            for name in ("simultaneous", "sequential")
+            for name in ("aligned + REPAIR simultaneous", "aligned + REPAIR")
         ),
     ]
 
@@ -82,28 +80,31 @@ def barrier_reduction(frame: pd.DataFrame, item: str) -> list[Finding]:
     for (row, norm), rows in frame.groupby(["row", "norm"], sort=False):
         mean = rows.groupby("width")["reduction"].mean()
         widths = f" at widths {', '.join(f'{width:g}' for width in mean.index)}" if len(mean) > 1 else ""
-        name = f"{row}, {_label(norm)}" if norm != "none" else row
+        name = f"{row}, {NORMS.get(norm, norm)}" if norm != "none" else row
         found.append(Finding(f"{name}: {_arrow(mean, 2)} %{widths}", mean.between(60, 100).all()))
     return found
 
 
 def width_helps(frame: pd.DataFrame, item: str) -> list[Finding]:
     metric, unit = ("loss", "nats") if item == "repair/fig4-left" else ("accuracy", "points")
-    after = barrier_means(frame.to_dict("records"), ("series", "width"), metric)["after"]
+    after = barrier_means(frame.to_dict("records"), ("series", "width"), metric)["REPAIR"]
     found = []
     for series in after.index.unique(0):
-        values, rows = after[series].sort_index(), frame[frame["series"] == series]
-        by_pair = rows.pivot_table(index="pair", columns="width", values=f"{metric}_after")
+        values, rows = after[series].sort_index(), frame[(frame["series"] == series) & (frame["renorm"] == "REPAIR")]
+        by_pair = barriers(rows).pivot_table(index="pair", columns="width", values=f"{metric}_barrier")
         falls = by_pair[values.index[-1]] < by_pair[values.index[0]]
-        text = f"{_label(series)} {_arrow(values)} {unit} at widths {', '.join(f'{w:g}' for w in values.index)}"
+        text = (
+            f"{NORMS.get(series, series)} {_arrow(values)} {unit} at widths {', '.join(f'{w:g}' for w in values.index)}"
+        )
         found.append(Finding(text + _over(rows, falls), values.iloc[-1] < values.iloc[0]))
     return found
 
 
 def layernorm_special(frame: pd.DataFrame, item: str) -> list[Finding]:
     if "alpha" in frame:  # along the path: how far the midpoint lies below the ends
-        networks = {"before": "aligned", "after": "repaired"}
-        middle = _middle(frame.assign(network=frame["series"] + " " + frame["network"])).mean()
+        networks = {"none": "aligned", "REPAIR": "aligned + REPAIR"}
+        named = name_networks(frame)
+        middle = _middle(named.assign(network=named["series"] + " " + named["network"])).mean()
         ends = 100 * frame[frame["alpha"].isin([0, 1])].groupby("series")["accuracy"].mean()
         gaps = {"": {w: [ends[s] - middle[f"{s} {n}"] for s in ("bn", "ln")] for w, n in networks.items()}}
         unit = "points"
@@ -115,10 +116,10 @@ def layernorm_special(frame: pd.DataFrame, item: str) -> list[Finding]:
         }
     found = []
     for where, gap in gaps.items():
-        bn, ln = gap["before"]
+        bn, ln = gap["none"]
         found.append(Finding(f"{where}before, BatchNorm {bn:.3g}, LayerNorm {ln:.3g} {unit}", ln < bn / 2))
-        closed = abs(gap["after"][0] - gap["after"][1]) < abs(bn - ln) / 2
-        found.append(Finding(f"{where}after, {gap['after'][0]:.3g} and {gap['after'][1]:.3g}", closed))
+        closed = abs(gap["REPAIR"][0] - gap["REPAIR"][1]) < abs(bn - ln) / 2
+        found.append(Finding(f"{where}after, {gap['REPAIR'][0]:.3g} and {gap['REPAIR'][1]:.3g}", closed))
     return found
 
 
@@ -131,16 +132,19 @@ def depth_flat(frame: pd.DataFrame, item: str) -> list[Finding]:
     rise = mean.iloc[-1] - mean.iloc[0]
     depths = ", ".join(map(str, mean.index))
     return [
-        Finding(f"before {_arrow(mean.before)} points at depths {depths}", rise.before > FLAT),
-        Finding(f"after {_arrow(mean.after)} points", abs(rise.after) < FLAT),
+        Finding(f"before {_arrow(mean['none'])} points at depths {depths}", rise["none"] > FLAT),
+        Finding(f"after {_arrow(mean['REPAIR'])} points", abs(rise["REPAIR"]) < FLAT),
     ]
 
 
 def block_outputs_help(frame: pd.DataFrame, item: str) -> list[Finding]:
     middle, found = _middle(frame), []
     # As the paper compares them; and, since these two differ in BatchNorms as well, with BatchNorms alike.
-    kinds = {"": ("conv", "repaired"), "BatchNorms kept in both: ": ("conv_bn_kept", "repaired"),
-             "BatchNorms reset in both: ": ("conv", "full_bn_reset")}  # fmt: skip
+    kinds = {
+        "": ("aligned + RESET", "aligned + REPAIR"),
+        "BatchNorms kept in both: ": ("aligned + REPAIR conv", "aligned + REPAIR"),
+        "BatchNorms reset in both: ": ("aligned + RESET", "aligned + REPAIR bn reset"),
+    }
     for name, (conv, full) in kinds.items():
         text = (
             f"{name}midpoint {middle[conv].mean():.1f} % with convolutions, {middle[full].mean():.1f} % with blocks too"
@@ -163,7 +167,7 @@ def few_examples_suffice(frame: pd.DataFrame, item: str) -> list[Finding]:
         barrier = 100 * rows.groupby("examples")["barrier"].mean()
         off = (barrier - barrier.iloc[-1]).abs()
         enough = off.index[::-1][(off[::-1] < 0.5).cummin()][-1]  # from here on, all are close to the last
-        text = f"{_label(method)}: within half a point of all {barrier.index[-1]} images from {enough} on"
+        text = f"{method}: within half a point of all {barrier.index[-1]} images from {enough} on"
         found.append(Finding(text, enough <= 5000))
     return found
 
@@ -171,8 +175,8 @@ def few_examples_suffice(frame: pd.DataFrame, item: str) -> list[Finding]:
 def split_merge(frame: pd.DataFrame, item: str) -> list[Finding]:
     found = []
     for series, rows in frame.groupby("series", sort=False):
-        paths = rows.dropna(subset="alpha").groupby(["network", "pair", "alpha"])["loss"].mean()
-        merged = paths["repaired"].unstack("alpha")
+        paths = name_networks(rows).dropna(subset="alpha").groupby(["network", "pair", "alpha"])["loss"].mean()
+        merged = paths["aligned + REPAIR"].unstack("alpha")
         best, ends = merged.drop(columns=[0, 1]).min(axis=1), merged[[0, 1]].min(axis=1)
         if item == "repair/fig7":
             text = f"{series}: best merge {best.mean():.3f} nats, better endpoint {ends.mean():.3f}"
@@ -190,14 +194,15 @@ def both_needed(frame: pd.DataFrame, item: str) -> list[Finding]:
     for series, rows in frame.groupby("series", sort=False):
         ends = 100 * rows[rows["alpha"].isin([0, 1])]["accuracy"].mean()
         barrier = ends - _middle(rows).mean()
-        others = barrier.drop("repaired")
-        text = f"{series}: midpoint {barrier['repaired']:.1f} points below the ends with both, "
+        others = barrier.drop("aligned + REPAIR")
+        text = f"{series}: midpoint {barrier['aligned + REPAIR']:.1f} points below the ends with both, "
         text += f"{others.min():.1f} with one or none"
-        found.append(Finding(text, barrier["repaired"] < others.min() / 2))
+        found.append(Finding(text, barrier["aligned + REPAIR"] < others.min() / 2))
         near = min(alpha for alpha in rows["alpha"] if alpha > 0)
-        mean = 100 * rows[rows["alpha"].isin([near, 1 - near])].groupby("network")["accuracy"].mean()
-        text = f"{series}, {near:g} from the ends, unaligned: {_arrow(mean[['direct', 'direct repaired']])} % by REPAIR"
-        found.append(Finding(text, mean["direct repaired"] > mean["direct"]))
+        beside = name_networks(rows[rows["alpha"].isin([near, 1 - near])])
+        mean = 100 * beside.groupby("network")["accuracy"].mean()[["not aligned", "not aligned + REPAIR"]]
+        text = f"{series}, {near:g} from the ends, not aligned: {_arrow(mean)} % by REPAIR"
+        found.append(Finding(text, mean.iloc[1] > mean.iloc[0]))
     return found
 
 

@@ -10,6 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
+from companion.experiments.tables import WHEN, name_networks, network_name
+from companion.experiments.tables import barriers as path_barriers
+
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
 STYLE = {
     "figure.figsize": (COLUMN_WIDTH, 2.5),
@@ -32,33 +35,21 @@ STYLE = {
     "lines.markersize": 4,
     "svg.hashsalt": "repairlib",
 }
-# The same thing has the same colour, line and marker in every figure.
+# The same network has the same colour, line and marker in every figure; its name is what the legend says.
 LOOKS = {
-    "direct": {"color": "#999999", "linestyle": ":", "marker": "v", "label": "direct interpolation"},
-    "aligned": {
-        "color": "#D55E00",
-        "linestyle": "--",
-        "marker": "o",
-        "markerfacecolor": "white",
-        "label": "aligned, before REPAIR",
+    "not aligned": {"color": "#999999", "linestyle": ":", "marker": "v"},
+    "aligned": {"color": "#D55E00", "linestyle": "--", "marker": "o", "markerfacecolor": "white"},
+    "aligned + REPAIR closed form": {"color": "#56B4E9", "linestyle": "-.", "marker": "s"},
+    # Large and empty, to be seen around the marker of plain REPAIR, which often lies on it.
+    "aligned + REPAIR simultaneous": {
+        "color": "#CC79A7", "linestyle": "-", "marker": "^", "markersize": 8, "markerfacecolor": "none",
     },
-    "closed-form": {"color": "#56B4E9", "linestyle": "-.", "marker": "s", "label": "REPAIR, closed form"},
-    "simultaneous": {  # large and empty, to be seen around the sequential variant's marker, which often lies on it
-        "color": "#CC79A7",
-        "linestyle": "-",
-        "marker": "^",
-        "markersize": 8,
-        "markerfacecolor": "none",
-        "label": "REPAIR, simultaneous",
-    },  # fmt: skip
-    "repaired": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "after REPAIR"},
-    "sequential": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "REPAIR, sequential"},
-    "reset": {"color": "#009E73", "linestyle": "-", "marker": "D", "label": "RESET"},
-    "conv": {"color": "#009E73", "linestyle": "-", "marker": "D", "label": "convolutions only (RESET)"},
-    "direct repaired": {"color": "#E69F00", "linestyle": ":", "marker": "s", "label": "direct, after REPAIR"},
-    "endpoint a": {"color": "#000000", "linestyle": "-", "marker": "", "label": "endpoint A"},
-    "endpoint b": {"color": "#777777", "linestyle": "-", "marker": "", "label": "endpoint B"},
-}
+    "aligned + REPAIR": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "aligned + RESET": {"color": "#009E73", "linestyle": "-", "marker": "D"},
+    "not aligned + REPAIR": {"color": "#E69F00", "linestyle": ":", "marker": "s"},
+    "endpoint A": {"color": "#000000", "linestyle": "-", "marker": ""},
+    "endpoint B": {"color": "#777777", "linestyle": "-", "marker": ""},
+}  # fmt: skip
 # Lines that are told apart by something else than the network (norms, data sets), each before and after REPAIR.
 SERIES = {
     "bn": {"color": "#E69F00", "marker": "o", "label": "BatchNorm"},
@@ -74,22 +65,33 @@ SERIES = {
 # Merged networks and what they are measured against.
 BASELINES = {
     "aligned": LOOKS["aligned"],
-    "repaired": LOOKS["repaired"],
+    "aligned + REPAIR": LOOKS["aligned + REPAIR"],
     "ensemble": {"color": "#E69F00", "linestyle": "-", "marker": "s", "label": "ensemble (mixed logits)"},
-    "endpoint a": LOOKS["endpoint a"] | {"linestyle": "--"},
-    "endpoint b": LOOKS["endpoint b"] | {"linestyle": ":"},
-    "corrected a": {"color": "#009E73", "linestyle": "--", "label": "A, shift corrected"},
-    "corrected b": {"color": "#009E73", "linestyle": ":", "label": "B, shift corrected"},
+    "endpoint A": LOOKS["endpoint A"] | {"linestyle": "--"},
+    "endpoint B": LOOKS["endpoint B"] | {"linestyle": ":"},
+    "corrected A": {"color": "#009E73", "linestyle": "--", "label": "A, shift corrected"},
+    "corrected B": {"color": "#009E73", "linestyle": ":", "label": "B, shift corrected"},
     "full data": {"color": "#CC79A7", "linestyle": "-.", "label": "trained on all data"},
 }
 OTHERS = ("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#000000", "v"), ("#D55E00", "P")
 
 
+# The first figure of a process chooses the backend. Inside `style` that would be undone with the rest of the settings.
+plt.switch_backend(plt.get_backend())
+
+
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Draw in the project's style."""
+    """Draw in the project's style.
+
+    Figures made inside are closed in the end: they can be shown and saved, and a notebook shows them where a cell says
+    so, and not a second time when the cell ends.
+    """
+    earlier = set(plt.get_fignums())
     with plt.rc_context(STYLE):
         yield
+    for number in set(plt.get_fignums()) - earlier:
+        plt.close(number)
 
 
 def curves(
@@ -113,7 +115,7 @@ def curves(
     """Mean of `y` against `x`, one line per value of `by`, with a band from least to greatest over repetitions (seeds).
 
     Args:
-        table: tidy rows.
+        table: tidy rows; a column `network` is made of `matching` and `renorm` where it is missing.
         x, y, by: columns; values of `by` found in `looks` are drawn so.
         percent: show `y` times 100.
         log_x: base of a logarithmic x axis; 0 for a linear one.
@@ -121,7 +123,7 @@ def curves(
         labels: other names for the legend.
         looks: colour, line, marker and label by value of `by`; those of `LOOKS` are the same in every figure.
     """
-    frame = pd.DataFrame(table)
+    frame = name_networks(table)
     with style():
         ax = ax or plt.subplots()[1]
         for name, rows in frame.groupby(by, sort=False):
@@ -178,20 +180,20 @@ def path(
     """Test accuracy (%) or loss (nats) against alpha, the ends labelled with the networks they are.
 
     Args:
-        table: rows of `Path.table` or `pairs.path_rows`. With a column `series`, each series has the colour and marker
-            that it has in `barriers`, and its networks "aligned" and "repaired" are told apart as there.
+        table: long, see `experiments.rows`. With a column `series`, each series has the colour and marker that it has
+            in `barriers`, and its networks before and after REPAIR are told apart as there.
         lines: with a column `series`, line styles before REPAIR and after.
         legend: "below" the axes or "none".
         ax: where to draw; a new figure by default.
     """
     percent = metric == "accuracy"
     ylabel = "test accuracy (%)" if percent else "test loss (nats)"
-    frame, looks = pd.DataFrame(table), LOOKS
+    frame, looks = name_networks(table), LOOKS
     if "series" in frame:
         series = list(frame["series"].unique())
         frame = frame.assign(network=frame["series"] + " " + frame["network"])
-        looks = {f"{name} {network}": _series_look(name, series, when, lines)
-                 for when, network in (("before", "aligned"), ("after", "repaired")) for name in series}  # fmt: skip
+        looks = {f"{name} {network_name('AM', renorm)}": _series_look(name, series, renorm, lines)
+                 for renorm in WHEN for name in series}  # fmt: skip
         frame = frame.sort_values("network", key=lambda c: c.map(list(looks).index), kind="stable")
     figure = curves(frame, "alpha", metric, "network", xlabel=r"$\alpha$", ylabel=ylabel, title=title, percent=percent,
                     looks=looks, legend=legend, ax=ax)  # fmt: skip
@@ -208,7 +210,7 @@ def merging(table: Sequence[dict] | pd.DataFrame) -> Figure:
             network is one of `BASELINES`. One without alpha (None) is a horizontal line. Lines are means over
             repetitions, bands go from the least to the greatest.
     """
-    frame = pd.DataFrame(table).astype({"alpha": float})
+    frame = name_networks(table).astype({"alpha": float})
     names = list(frame["series"].unique())
     labels = {"loss": "test loss (nats)", "accuracy": "test accuracy (%)"}
     with style():
@@ -242,18 +244,18 @@ def variance_scatter(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -
     """Variance relative to the endpoints of several networks (Jordan et al. 2022, Fig. 1 left): open before REPAIR.
 
     Args:
-        table: rows {series, network ("aligned" or "repaired"), layer, ratio}, and others' pairs as further rows: means
-            over these are drawn.
+        table: rows {series, network ("aligned" or "aligned + REPAIR"), layer, ratio}, also of several pairs, whose
+            means are drawn.
     """
     frame = pd.DataFrame(table)
     names = list(frame["series"].unique())
     with style():
         figure, ax = plt.subplots()
-        for when, network in (("before", "aligned"), ("after", "repaired")):
+        for renorm in WHEN:
             for name in names:
-                rows = frame[(frame["series"] == name) & (frame["network"] == network)]
+                rows = frame[(frame["series"] == name) & (frame["network"] == network_name("AM", renorm))]
                 mean = rows.groupby("layer")["ratio"].mean()
-                look = _series_look(name, names, when, ("", "")) | {"linestyle": "", "markersize": 3.5}
+                look = _series_look(name, names, renorm, ("", "")) | {"linestyle": "", "markersize": 3.5}
                 ax.plot(mean.index, mean, **look)
         ax.axhline(1, color="black", lw=0.6, zorder=0)
         ax.set(xlabel="layer", yscale="log", title=title)
@@ -381,8 +383,9 @@ def samples(table: Sequence[dict] | pd.DataFrame, *, before: float, title: str =
     return figure
 
 
-def _series_look(name: str, series: Sequence[str], when: str, lines: tuple[str, str]) -> dict:
+def _series_look(name: str, series: Sequence[str], renorm: str, lines: tuple[str, str]) -> dict:
     """Colour and marker of one of several series; before REPAIR open markers, after it filled ones."""
+    when = WHEN[renorm]
     color, marker = OTHERS[series.index(name) % len(OTHERS)]
     look = {"color": color, "marker": marker, "label": name} | SERIES.get(name, {})
     face = look["color"] if when == "after" else "white"
@@ -415,11 +418,11 @@ def barriers(
     Before REPAIR markers are open, after it filled (Jordan et al. 2022, Figs. 4, 6, 8, 10, 12).
 
     Args:
-        table: rows of `pairs.barrier_rows`, of one split. Its column `series`, if there is one, tells lines apart:
+        table: long, see `experiments.rows`, of one split. Its column `series`, if there is one, tells lines apart:
             those that `SERIES` knows look as there, others are called what they are.
         x: column of the horizontal axis, such as "width". Each of its values gets a tick.
         metric: "loss" (nats) or "accuracy" (points).
-        show: by series, which of "before" and "after" are drawn; both, if a series is not in it.
+        show: by series, which renormalisations are drawn; "none" and "REPAIR" if a series is not in it.
         lines: line styles before and after.
         published: other numbers to draw as crosses, by x, called `published_label` in the legend.
         log_x: base of the logarithmic x axis; 0 for a linear one.
@@ -427,28 +430,23 @@ def barriers(
     """
     if metric not in ("loss", "accuracy"):
         raise ValueError(f"metric must be 'loss' or 'accuracy', not {metric!r}")
-    frame = pd.DataFrame(table)
+    frame = path_barriers(table)
     frame = frame if "series" in frame else frame.assign(series="")
     series = list(frame["series"].unique())
-    drawn = [
-        (when, name)
-        for when in ("before", "after")
-        for name in series
-        if when in (show or {}).get(name, ("before", "after"))
-    ]
+    drawn = [(renorm, name) for renorm in WHEN for name in series if renorm in (show or {}).get(name, WHEN)]
     places = np.log(frame[x]) / np.log(log_x) if log_x else frame[x]
     reach = places.max() - places.min()
     with style():
         ax = ax or plt.subplots()[1]
-        for place, (when, name) in enumerate(drawn):
-            rows = frame[frame["series"] == name]
-            values = rows[f"{metric}_{when}"] * (100 if metric == "accuracy" else 1)
+        for place, (renorm, name) in enumerate(drawn):
+            rows = frame[(frame["series"] == name) & (frame["renorm"] == renorm)]
+            values = rows[f"{metric}_barrier"] * (100 if metric == "accuracy" else 1)
             spread = values.groupby(rows[x]).agg(["mean", "min", "max"])
             repeated = len(rows) > len(spread)
             # Bars at one x stand side by side; and a mean of equal numbers may round away from them.
             shift = 0.015 * reach * (place - (len(drawn) - 1) / 2) if repeated else 0.0
             ends = [(spread["mean"] - spread["min"]).clip(0), (spread["max"] - spread["mean"]).clip(0)]
-            look = _series_look(name, series, when, lines)
+            look = _series_look(name, series, renorm, lines)
             at = _shifted(spread.index, shift, log_x)
             ax.errorbar(at, spread["mean"], ends if repeated else None, elinewidth=0.8, zorder=3, **look)
             if repeated:

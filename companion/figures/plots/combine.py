@@ -12,14 +12,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import RegularPolygon
 
-from companion.experiments.mixtures import best_combinations
+from companion.experiments.tables import best_combinations
 from companion.figures.plots import COLUMN_WIDTH, OTHERS, STYLE, curves, style
 
-KIND_LOOKS = {
-    "permuted": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "aligned"},
-    "naive": {"color": "#999999", "linestyle": ":", "marker": "v", "label": "not aligned"},
-    "transitive": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "through A"},
-    "direct": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "directly"},
+MATCHING_LOOKS = {
+    "WM": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "aligned"},
+    "none": {"color": "#999999", "linestyle": ":", "marker": "v", "label": "not aligned"},
+    "through A": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "through A"},
+    "directly": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "directly"},
 }
 SPLITS = {"test": {}, "train": {"linestyle": "--", "markerfacecolor": "white"}}
 METRICS = {"loss": "test loss (nats)", "accuracy": "test accuracy (%)"}
@@ -39,7 +39,7 @@ def performance(
     the endpoints.
 
     Args:
-        table: rows of `mixtures.evaluate_rows`, of one split, with a column `kind`.
+        table: rows of `mixtures.evaluate_rows`, of one split, with a column `matching`.
         x: column of the horizontal axis.
         marks: what lies at some places of that axis, such as {0: "model A", 1: "model B"}.
     """
@@ -94,14 +94,14 @@ def agreement(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figur
     "neither" begins in the best and the worst of them. Panels of aligned networks begin where something happens.
 
     Args:
-        table: rows of `comparisons.label_rows` with a column `model`; each kind and scheme of each
+        table: rows of `comparisons.label_rows` with a column `model`; each matching and scheme of each
             model has a panel, in their order in the table.
     """
     frame = agreement_shares(table)
     parts = {f"{name}_{word}": (f"{label}, {word}", shades[word == "wrong"])
              for name, (label, *shades) in AGREEMENT.items() for word in ("correct", "wrong")}  # fmt: skip
     labels, colors = zip(*parts.values(), strict=True)
-    panels = list(frame.groupby(["model", "scheme", "kind"], sort=False))
+    panels = list(frame.groupby(["model", "scheme", "matching"], sort=False))
     lines = -(-len(panels) // 2)
     with style():
         several = frame["model"].nunique() > 1
@@ -109,18 +109,18 @@ def agreement(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figur
         figure = plt.figure(figsize=size)
         body = figure.subfigures()  # apart from the legend
         axes = body.subplots(lines, 2, squeeze=False)
-        shared = 10 * (frame.loc[frame["kind"] != "naive", "both"].min() // 10)
-        for ax, ((model, scheme, kind), rows) in zip(axes.flat, panels, strict=False):
+        shared = 10 * (frame.loc[frame["matching"] != "none", "both"].min() // 10)
+        for ax, ((model, scheme, matching), rows) in zip(axes.flat, panels, strict=False):
             mean = rows.groupby("x")[list(parts)].mean()
             ax.stackplot(mean.index, mean.T, labels=labels, colors=colors, lw=0)
-            name = f"{model}\n" * several + scheme + ", not aligned" * (kind == "naive")
+            name = f"{model}\n" * several + scheme + ", not aligned" * (matching == "none")
             for how, label in (("min", "neither begins, best and worst"), ("max", None)):
                 shares = 100 - rows.groupby("x")["neither"].agg(how)
                 ax.plot(shares.index, shares, color="black", lw=0.7, ls=":", label=label)
             ax.set(
                 title=name,
                 xlabel=SHORT[scheme],
-                ylim=(0 if kind == "naive" else shared, 100),
+                ylim=(0 if matching == "none" else shared, 100),
                 xlim=(mean.index[0], mean.index[-1]),
             )
             if scheme == "uniform":  # does not go from A to B
@@ -153,9 +153,9 @@ def edges(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
         panels = figure.subfigures()  # apart from the legend
         axes = panels.subplots(lines, 3, sharex=True, sharey=True, squeeze=False)
         for ax, (layer, rows) in zip(axes.flat, layers, strict=False):
-            for kind, of in rows.groupby("kind", sort=False):
+            for matching, of in rows.groupby("matching", sort=False):
                 spread = 100 * of.groupby("bin_low")["share"].agg(["mean", "min", "max"])
-                bounds, look = [*spread.index, of["bin_high"].max()], KIND_LOOKS[kind] | {"marker": ""}
+                bounds, look = [*spread.index, of["bin_high"].max()], MATCHING_LOOKS[matching] | {"marker": ""}
                 ax.stairs(spread["mean"], bounds, baseline=None, color=look["color"], ls=look["linestyle"],
                           label=look["label"])  # fmt: skip
                 ax.stairs(spread["max"], bounds, baseline=spread["min"], fill=True, color=look["color"], alpha=0.15)
@@ -190,11 +190,11 @@ def robustness(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
             for ax, metric in zip(line, columns, strict=True):
                 unit = 100 if metric == "accuracy" else 1
                 spread = rows.groupby("share")[f"{metric}_barrier"].agg(["mean", "min", "max"]) * unit
-                look = KIND_LOOKS["permuted"] | {"label": "aligned, then deranged"}
+                look = MATCHING_LOOKS["WM"] | {"label": "aligned, then deranged"}
                 ax.plot(spread.index, spread["mean"], **look)
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=look["color"], alpha=0.15, lw=0)
-                naive = frame[f"naive_{metric}_barrier"].mean() * unit
-                ax.axhline(naive, **KIND_LOOKS["naive"] | {"marker": "", "ls": "--"})
+                not_aligned = frame[f"not_aligned_{metric}_barrier"].mean() * unit
+                ax.axhline(not_aligned, **MATCHING_LOOKS["none"] | {"marker": "", "ls": "--"})
             line[0].set_ylabel(f"{layer}\n{rows['units'].iloc[0]} units", rotation=0, ha="right", va="center")
             line[0].set_xticks([0, 50, 100])
         for ax, name in zip(axes[0], columns.values(), strict=True):
@@ -221,7 +221,7 @@ def widths(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
     Full lines are of aligned pairs, dotted ones of others: means over pairs, with bars from the least to the greatest.
 
     Args:
-        table: rows of `mixtures.sample_barriers` with a column `width`, one for each scheme, kind, width and pair.
+        table: rows of `mixtures.sample_barriers` with a column `width`, one for each scheme, matching, width and pair.
     """
     frame = pd.DataFrame(table)
     ticks = sorted(frame["width"].unique())
@@ -230,12 +230,12 @@ def widths(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
         figure, axes = plt.subplots(2, sharex=True, figsize=(COLUMN_WIDTH, 4.6))
         for ax, metric, unit in zip(axes, ("loss_barrier", "accuracy_barrier"), (1, 100), strict=True):
             for place, (scheme, look) in enumerate(SCHEME_LOOKS.items()):
-                for kind, rows in frame[frame["scheme"] == scheme].groupby("kind", sort=False):
+                for matching, rows in frame[frame["scheme"] == scheme].groupby("matching", sort=False):
                     spread = rows.groupby("width")[metric].agg(["mean", "min", "max"]) * unit
                     ends = [(spread["mean"] - spread["min"]).clip(0), (spread["max"] - spread["mean"]).clip(0)]
                     at = spread.index * step ** (place - (len(SCHEME_LOOKS) - 1) / 2)
                     how = {"ls": "-", "label": scheme}
-                    if kind == "naive":
+                    if matching == "none":
                         how = {"ls": ":", "label": f"{scheme}, not aligned", "mfc": "white"}
                     ax.errorbar(at, spread["mean"], ends, elinewidth=0.8, **look | how)
             ax.axhline(0, color="black", lw=0.6, zorder=0)
@@ -248,8 +248,8 @@ def widths(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
 
 
 def _panel(ax: Axes, frame: pd.DataFrame, x: str, metric: str) -> None:
-    options = {"percent": metric == "accuracy", "legend": "none", "ax": ax, "looks": KIND_LOOKS}
-    curves(frame, x, metric, "kind", xlabel="", ylabel=METRICS[metric], **options)
+    options = {"percent": metric == "accuracy", "legend": "none", "ax": ax, "looks": MATCHING_LOOKS}
+    curves(frame, x, metric, "matching", xlabel="", ylabel=METRICS[metric], **options)
     end = frame[f"end_{metric}"].mean() * (100 if metric == "accuracy" else 1)
     ax.axhline(end, color="black", lw=0.8, ls="--", label="mean of the endpoints", zorder=1)
     (low, high), margin = ax.get_ylim(), 0.05 * np.ptp(ax.get_ylim())
@@ -378,9 +378,9 @@ def beyond(tables: Mapping[str, Sequence[dict] | pd.DataFrame], *, title: str = 
                                     figsize=(COLUMN_WIDTH * (1 + len(tables)) / 2, 4.2))  # fmt: skip
         for (above, below), (label, table) in zip(axes.T, tables.items(), strict=True):
             frame = pd.DataFrame(table)
-            frame["line"] = frame["kind"] + " " + frame["split"]
-            looks = {f"{kind} {split}": KIND_LOOKS[kind] | look | {"label": f"{KIND_LOOKS[kind]['label']}, {split}"}
-                     for split, look in SPLITS.items() for kind in frame["kind"].unique()}  # fmt: skip
+            frame["line"] = frame["matching"] + " " + frame["split"]
+            looks = {f"{matching} {split}": MATCHING_LOOKS[matching] | look | {"label": f"{MATCHING_LOOKS[matching]['label']}, {split}"}
+                     for split, look in SPLITS.items() for matching in frame["matching"].unique()}  # fmt: skip
             for ax, metric in ((above, "loss"), (below, "accuracy")):
                 curves(frame, "x", metric, "line", xlabel="", ylabel=METRICS[metric].removeprefix("test "), ax=ax,
                        percent=metric == "accuracy", legend="none", looks=looks)  # fmt: skip
@@ -405,7 +405,7 @@ def plane(panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
         figure, axes = plt.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False, figsize=size)
         for ax, (name, points) in zip(axes[0], panels.items(), strict=True):
             ax.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, lw=0.6))
-            ax.plot(*zip(*points, strict=True), ".", color=KIND_LOOKS["permuted"]["color"], ms=1.5, zorder=1)
+            ax.plot(*zip(*points, strict=True), ".", color=MATCHING_LOOKS["WM"]["color"], ms=1.5, zorder=1)
             for which, at in (("A", (0, 0)), ("B", (1, 1))):
                 ax.plot(*at, "ko", ms=3)
                 behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
@@ -444,18 +444,18 @@ def triangle(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure
     above, others below, each with a scale of their own.
 
     Args:
-        table: rows {kind: "permuted" or "naive", triple: seeds of the three such as "1-2-3", w_a, w_b, w_c: weights of
+        table: rows {matching: "WM" or "none", triple: seeds of the three such as "1-2-3", w_a, w_b, w_c: weights of
             `combine.simplex_grid`, loss (nats), accuracy (in [0, 1])}.
     """
     frame = pd.DataFrame(table)
     frame["accuracy"] *= 100
     frame["x"], frame["y"] = (sum(frame[f"w_{name}"] * at[i] for name, at in CORNERS.items()) for i in (0, 1))
     radius = frame.loc[frame["w_a"] > 0, "w_a"].min() / 3**0.5  # of hexagons that fill the plane
-    kinds, triples = list(frame.groupby("kind", sort=False)), frame["triple"].nunique()
+    matchings, triples = list(frame.groupby("matching", sort=False)), frame["triple"].nunique()
     with style():
-        size = (COLUMN_WIDTH * (1 + triples) / 2, 0.4 + 2.5 * len(kinds))
-        figure, axes = plt.subplots(len(kinds), triples, squeeze=False, figsize=size)
-        for row, (kind, those) in zip(axes, kinds, strict=True):
+        size = (COLUMN_WIDTH * (1 + triples) / 2, 0.4 + 2.5 * len(matchings))
+        figure, axes = plt.subplots(len(matchings), triples, squeeze=False, figsize=size)
+        for row, (matching, those) in zip(axes, matchings, strict=True):
             best = best_combinations(those, "triple")
             for ax, (triple, rows) in zip(row, those.groupby("triple", sort=False), strict=True):
                 hexagons = [RegularPolygon(at, 6, radius=radius) for at in rows[["x", "y"]].to_numpy()]
@@ -465,12 +465,14 @@ def triangle(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure
                 star = {"color": "white", "markeredgecolor": "black", "label": r"$\Theta^*$, the best combination"}
                 ax.plot(best.loc[triple, "x"], best.loc[triple, "y"], "*", ms=9, linestyle="", **star)
                 for name, (x, y, label) in CORNERS.items():
-                    label = label if kind == "permuted" else name.upper()
+                    label = label if matching == "WM" else name.upper()
                     text = f"{label}\n{rows.loc[rows[f'w_{name}'].idxmax(), 'accuracy']:.1f} %"
                     side, align = (-1, "top") if y == 0 else (1, "bottom")
                     ax.annotate(text, (x, y + 1.3 * side * radius), ha="center", va=align, fontsize=7)
-                seeds = f"A, B, C: seeds {triple.replace('-', ', ')}\n" if kind == kinds[0][0] else ""
-                ax.set_title(f"{seeds}{KIND_LOOKS[kind]['label']}, the best {best.loc[triple, 'accuracy']:.1f} %")
+                seeds = f"A, B, C: seeds {triple.replace('-', ', ')}\n" if matching == matchings[0][0] else ""
+                ax.set_title(
+                    f"{seeds}{MATCHING_LOOKS[matching]['label']}, the best {best.loc[triple, 'accuracy']:.1f} %"
+                )
                 ax.set(aspect="equal", xlim=(-0.12 - radius, 1.12 + radius), ylim=(-0.25 - radius, 1.1 + radius))
                 ax.set_axis_off()
             figure.colorbar(cells, ax=row, label="test accuracy (%)", shrink=0.8)

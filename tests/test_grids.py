@@ -1,6 +1,6 @@
 import pytest
 
-from companion.experiments.networks import combined, overview
+from companion.experiments.grids.combine import combined, overview
 from companion.runs.models import parse
 from companion.runs.train import parse_run
 

@@ -1,0 +1,47 @@
+"""What each section of a paper trains and measures at every scale; each paper has a module of its own."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+# {"run": a run name without its seed, and columns that name it}, or the whole name of one run
+Network = Mapping[str, object] | str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What one section needs at one scale.
+
+    Attributes:
+        needs: by item, its networks. Each is {"run": a run name without its seed, and other columns that its rows
+            repeat}, trained from every seed (from its own "seeds" if it has these), or the whole name of one run.
+        seeds: every two of them are a pair.
+        settings: what else differs between scales, by name; also attributes of the grid.
+        reads: by item, the items of other notebooks that it sums up.
+    """
+
+    needs: Mapping[str, Sequence[Network]]
+    seeds: tuple[int, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> object:
+        settings = self.__dict__.get("settings", {})
+        if name not in settings:
+            raise AttributeError(f"the grid has no setting {name!r}; there are: {', '.join(settings)}")
+        return settings[name]
+
+    def networks(self, items: Iterable[str]) -> list[dict]:
+        """The networks that some items need, each once, without those that are whole run names."""
+        found = [network for item in items for network in self.needs[item] if not isinstance(network, str)]
+        return [dict(pairs) for pairs in dict.fromkeys(tuple(network.items()) for network in found)]
+
+    def runs(self, items: Iterable[str]) -> list[str]:
+        """Names of the runs that some items need, each once."""
+        found: list[str] = []
+        for network in itertools.chain.from_iterable(self.needs[item] for item in items):
+            if isinstance(network, str):
+                found.append(network)
+            else:
+                found += [f"{network['run']}/s{seed}" for seed in network.get("seeds", self.seeds)]
+        return list(dict.fromkeys(found))

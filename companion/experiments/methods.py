@@ -1,0 +1,78 @@
+"""How units are matched and networks are renormalised, by name: one vocabulary for tables, figures and the explorer.
+
+Whoever adds a matching or a renormalisation adds an entry here.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from repairlib import interpolate_models, match_activations, match_straight_through, match_transport, match_weights
+from repairlib.renorm import Repair, reset
+
+Path = Callable[[float], nn.Module]  # alpha -> network
+
+
+class MatchingMethod(NamedTuple):
+    """One way to match units.
+
+    Attributes:
+        label: what it is called where there is room.
+        match: (model_a, model_b, data, **options) -> `Matching`; None leaves B's units as trained.
+    """
+
+    label: str
+    match: Callable | None
+
+
+class Renormalisation(NamedTuple):
+    """One way to renormalise the networks between two endpoints.
+
+    Attributes:
+        label: what it is called where there is room.
+        path: (model_a, model_b, data, **options) -> `Path`.
+        moves_ends: whether it changes the networks at alpha 0 and 1 too.
+        needs: a kind of layer that the networks must have, such as "BatchNorm"; empty if any network will do.
+    """
+
+    label: str
+    path: Callable[..., Path]
+    moves_ends: bool = False
+    needs: str = ""
+
+
+def _interpolated(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> Path:
+    return lambda alpha: interpolate_models(model_a, model_b, alpha)
+
+
+def _repaired(**fixed) -> Callable[..., Path]:
+    """REPAIR with some options fixed; all of the data counts unless `limit` says otherwise."""
+
+    def path(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> Path:
+        repair = Repair(model_a, model_b, data, **({"limit": None} | fixed | options))
+        return lambda alpha: repair(alpha).model
+
+    return path
+
+
+def _reset(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> Path:
+    return lambda alpha: reset(interpolate_models(model_a, model_b, alpha), data, **options).model
+
+
+MATCHINGS: dict[str, MatchingMethod] = {
+    "none": MatchingMethod("not aligned", None),
+    "AM": MatchingMethod("aligned by activations", match_activations),
+    "WM": MatchingMethod("aligned by weights", match_weights),
+    "STE": MatchingMethod("aligned by straight-through training", match_straight_through),
+    "OT": MatchingMethod("fused by optimal transport", match_transport),
+}
+RENORMS: dict[str, Renormalisation] = {
+    "none": Renormalisation("as interpolated", _interpolated),
+    "REPAIR": Renormalisation("REPAIR", _repaired()),
+    "REPAIR closed form": Renormalisation("REPAIR, closed form", _repaired(method="closed-form")),
+    "REPAIR simultaneous": Renormalisation("REPAIR, simultaneous", _repaired(method="simultaneous")),
+    "RESCALE": Renormalisation("RESCALE", _repaired(correct="rescale")),
+    "RESHIFT": Renormalisation("RESHIFT", _repaired(correct="reshift")),
+    "RESET": Renormalisation("RESET", _reset, moves_ends=True, needs="BatchNorm"),
+}

@@ -1,0 +1,165 @@
+"""What a notebook works with: a section of a paper at one scale, and its items.
+
+    section = Section(width_depth, scale, items)
+    if fig := section.item("repair/fig6-left"):
+        table = fig.rows()
+        fig.save(table, plots.barriers(table, "width"))
+
+An item that was not asked for is None, so that its cell does nothing.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import display
+from matplotlib.figure import FigureBase
+
+from companion.experiments.grids import Grid
+from companion.experiments.rows import rows
+from companion.experiments.scales import SCALES, check_scale, wanted
+from companion.experiments.tables import Table
+from companion.figures.report import read_index, save_item
+from companion.runs import costs
+
+
+class Section:
+    """A section of a paper at one scale.
+
+    Args:
+        grid: from a scale to what the section needs there, one of `companion.experiments.grids`.
+        scale: smoke, quick, fast or paper.
+        items: comma-separated IDs of the items to make; empty: all of the section's.
+
+    Attributes:
+        grid: the needs and settings at the scale.
+        runs: names of the training runs that the items need; the batch trains them first.
+        reads: items of other notebooks that are summed up; the batch makes them first.
+    """
+
+    def __init__(self, grid: Callable[[str], Grid], scale: str, items: str = ""):
+        self.scale, self._make = check_scale(scale), grid
+        self.grid = grid(scale)
+        self.items = [item for item in self.grid.needs if wanted(item, items)]
+        self.runs = self.grid.runs(self.items)
+        self.reads = [name for item in self.items for name in self.grid.reads.get(item, ())]
+        self._measured: dict[str, tuple[list[dict], float]] = {}
+
+    def overview(self) -> pd.DataFrame:
+        """What the section has at each scale; says what is not trained yet, and about how long that will take."""
+        missing, seconds = costs.estimate(self.runs)
+        if missing:
+            print(
+                f"{len(missing)} of {len(self.runs)} networks are not trained yet: about {costs.rough(seconds)} here."
+            )
+        return pd.DataFrame({scale: _column(self._make(scale)) for scale in SCALES})
+
+    def item(self, name: str) -> "Item | None":
+        """The item, its clock started; None if it was not asked for.
+
+        Raises:
+            ValueError: the section has no such item.
+        """
+        if name not in self.grid.needs:
+            raise ValueError(f"this section has no item {name!r}; it has: {', '.join(self.grid.needs)}")
+        return Item(name, self) if name in self.items else None
+
+    def rows(self, networks: Iterable[Mapping[str, object]], **how) -> pd.DataFrame:
+        """The long table of some networks; what is measured once is not measured again for another item.
+
+        Args:
+            networks: configurations, see `experiments.rows.rows`.
+            **how: matchings, renorms, alphas, ..., see there.
+
+        Returns:
+            The table. Its ``attrs["seconds"]`` says how long measuring it took, whenever that was.
+        """
+        found, seconds = [], 0.0
+        for network in networks:
+            seeds = network.get("seeds", self.grid.seeds)
+            key = repr((network["run"], seeds, sorted(how.items())))
+            if key not in self._measured:
+                start = time.perf_counter()
+                measured = rows([{"run": network["run"]}], seeds, **how).to_dict("records")
+                self._measured[key] = measured, time.perf_counter() - start
+            columns = {name: value for name, value in network.items() if name != "seeds"}
+            found += [columns | row for row in self._measured[key][0]]
+            seconds += self._measured[key][1]
+        table = pd.DataFrame(found)
+        table.attrs["seconds"] = seconds
+        return table
+
+    def check(self) -> pd.DataFrame:
+        """What the paper claims of the items made here, and whether they show it at this scale.
+
+        A claim about trained networks is a verdict, never an error: another processor trains other networks.
+        """
+        # By name, so that whoever follows imports does not find the claims here: editing one changes no notebook.
+        scorecard = importlib.import_module("companion.figures.scorecard")
+        found = [row for row in scorecard.scorecard(scales=[self.scale]) if row["item"] in self.items]
+        return (
+            pd.DataFrame(found, columns=["item", "statement", "ours", "verdict"])
+            .style.hide()
+            .set_properties(**{"text-align": "left", "white-space": "normal"})
+        )
+
+
+class Item:
+    """One figure or table of a paper while it is being made.
+
+    Attributes:
+        name: its ID, such as "repair/fig6-left".
+        networks: what it needs, without seeds, see `Grid.needs`.
+        runs: names of the training runs.
+        published: the numbers that the paper prints, by name.
+    """
+
+    def __init__(self, name: str, section: Section):
+        self.name, self.section = name, section
+        self.networks = section.grid.networks([name])
+        self.runs = section.grid.runs([name])
+        self.published: Mapping[str, object] = read_index()[name].get("published", {})
+        self._start = time.perf_counter()
+
+    def rows(self, **how) -> pd.DataFrame:
+        """The long table of the item's networks, see `Section.rows`."""
+        return self.section.rows(self.networks, **how)
+
+    def save(self, table: Table, figure: FigureBase | None = None, summary: Mapping[str, object] | None = None) -> None:
+        """Save the table, the picture and the summary, and show the picture and the paper's numbers beside ours.
+
+        Args:
+            table: the rows that the picture was drawn from.
+            figure: the picture; None for a table.
+            summary: the few numbers to compare with the paper's, under the names that `figures/index.yml` has.
+        """
+        measured = getattr(table, "attrs", {}).get("seconds", 0)  # for an item before this one, perhaps
+        seconds = max(measured, time.perf_counter() - self._start)
+        save_item(self.name, self.section.scale, table, summary or {}, figure, runs=self.runs, seconds=seconds)
+        if get_ipython() is None:
+            return
+        if figure is not None:
+            display(figure)
+        if summary:
+            display(beside(self.published, summary))
+
+
+def beside(published: Mapping[str, object], ours: Mapping[str, object]) -> pd.DataFrame:
+    """The paper's numbers beside ours, a row for each name."""
+    names = dict.fromkeys([*ours, *published])
+    columns = {"paper": published, "ours": ours} if published else {"ours": ours}
+    return pd.DataFrame({title: {n: _words(numbers.get(n, "")) for n in names} for title, numbers in columns.items()})
+
+
+def _words(value: object) -> object:
+    """A value as a reader wants to see it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(str(_words(each)) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _column(grid: Grid) -> dict[str, object]:
+    """A grid in words: one column of the overview."""
+    return {name: _words(value) for name, value in {**grid.settings, "seeds": grid.seeds}.items()}
