@@ -13,6 +13,8 @@ GPU_JOBS  ?= 1
 QUIET     ?= all
 
 RUN       := $(VENV)/bin/python -m
+# Silent but for errors.
+PIP       := $(RUN) pip install -qq --disable-pip-version-check --no-deps
 INSTALLED := $(VENV)/.installed
 SHELL     := bash
 .DELETE_ON_ERROR:
@@ -60,13 +62,15 @@ readme: figures  ## copy the pictures and the scorecard that README.md shows
 clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper
 	rm -rf build .snakemake figures/smoke figures/quick figures/.staging figures/gallery.html .pytest_cache .ruff_cache
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml companion/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "repairlib needs Python >= 3.10, and $(PYTHON) is not; say which: make PYTHON=/path/to/python3.12"; exit 1; }
-	@echo "Setting up $(VENV): once, several GB, mostly PyTorch."
+	@echo "Setting up $(VENV) (1 of 3): an empty environment"
 	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/.installing),--clear) $(VENV) && touch $(VENV)/.installing
-	@$(RUN) pip install --disable-pip-version-check --no-deps -r requirements.txt
-	@$(RUN) pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "Setting up $(VENV) (2 of 3): packages, several GB, mostly PyTorch; a few minutes"
+	@$(PIP) -r requirements.txt
+	@echo "Setting up $(VENV) (3 of 3): repairlib and its companion"
+	@$(PIP) --no-build-isolation -e . -e ./companion
 	@rm $(VENV)/.installing && touch $@
 # .installing: an installation that was interrupted is started again from nothing.
 

@@ -13,6 +13,7 @@ from companion.runs import costs, data, models
 from companion.runs.store import Store
 
 MLP, RESNET = "digits/mlp2-fused-w8/smoke/s{}", "digits/resnet8-bn-w0.25/smoke/s{}"
+PARENT = "digits/mlp2-bn-w8/quick~stop20/s1"  # the first 20 of 80 epochs
 SPEED = {"mlp-bn": [(1000, 1e6), (10_000, 4e6)], "resnet-bn": [(1, 1e8)]}
 
 
@@ -68,6 +69,9 @@ def test_work_of_a_run():
         400 + 1397
     )
     assert str(run.model) == "mlp2-bn-w8"  # as it is trained
+    first, rest = (costs.describe(name).train_flops for name in (PARENT, f"{PARENT}/quick~start20/s2"))
+    whole = costs.describe("digits/mlp2-bn-w8/quick/s1").train_flops
+    assert first + rest == pytest.approx(whole + run.forward * (1397 + 400))  # each is evaluated once
     assert costs.describe("imagenet@224/torchvision-resnet50/jordan/s1").forward == pytest.approx(8.2e9, rel=0.02)
 
 
@@ -111,6 +115,10 @@ def test_stored_runs_tell_how_long_it_takes():
     _, seconds = costs.estimate([large.name], "cpu")  # another network of that kind, at the speed of those
     rate = (small.train_flops / 3 + small.train_flops / 5) / 2
     assert seconds == pytest.approx(large.train_flops / rate)
+
+
+def test_the_run_that_is_continued_is_missing_too():
+    assert costs.estimate([f"{PARENT}/quick~start20/s2"], "cpu")[0] == [PARENT, f"{PARENT}/quick~start20/s2"]
 
 
 def test_an_estimate_is_soon_there():

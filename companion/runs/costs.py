@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from companion.runs import models, train
 from companion.runs.data import ARCHIVES, DIGITS_TEST, Dataset, Split, base_name, data_root
 from companion.runs.folders import halves_of, stream_folder
+from companion.runs.names import lineage, parse_run, recipe_of
+from companion.runs.recipes import Recipe
 from companion.runs.store import Store
 
 CALIBRATION = 5000  # images of the training set that notebooks match and measure statistics on
@@ -58,7 +60,7 @@ class Run:
     name: str
     stored: bool
     model: models.ModelName  # as it is trained: with BatchNorm where that is fused afterwards
-    recipe: train.Recipe
+    recipe: Recipe
     facts: Facts | None
     forward: int = 0  # FLOPs of one image's forward pass
     size: int = 0  # bytes of the checkpoint
@@ -74,7 +76,8 @@ class Run:
         if not self.facts:
             return 0.0
         batch_size = min(self.recipe.batch_size, self.facts.train)
-        images = self.recipe.epochs * (self.facts.train // batch_size) * batch_size
+        epochs = (self.recipe.stop or self.recipe.epochs) - self.recipe.start  # at most, if it stops at an accuracy
+        images = epochs * (self.facts.train // batch_size) * batch_size
         return self.forward * (3 * images + self.facts.train + self.facts.test)
 
     @property
@@ -123,9 +126,9 @@ def cost(model: models.ModelName, shape: tuple[int, int, int], classes: int) -> 
 
 def describe(name: str, stored: Iterable[str] = (), root: str | Path | None = None) -> Run:
     """What training a run takes; ValueError if its name does not parse."""
-    run = train.parse_run(name, check_data=False)
+    run = parse_run(name, check_data=False)
     trained = replace(run.model, norm="bn") if run.model.norm == "fused" else run.model
-    recipe = train.find_recipe(run.recipe, run.model.kind, run.data)
+    recipe = recipe_of(run)
     facts = find_facts(run.data, root)
     numbers = cost(run.model, facts.shape, facts.classes) if facts else (0, 0)
     return Run(str(run), str(run) in stored, trained, recipe, facts, *numbers)
@@ -157,13 +160,7 @@ def estimate(runs: Iterable[str], device: str | None = None, *, speed: Speed | N
 
 def with_parents(runs: Iterable[str]) -> list[str]:
     """The runs, each once and in full, and before each the runs it continues."""
-    names: dict[str, None] = {}
-    for name in runs:
-        chain = [train.parse_run(name, check_data=False)]
-        while parent := getattr(chain[-1], "parent", None):
-            chain.append(parent)
-        names |= dict.fromkeys(map(str, reversed(chain)))
-    return list(names)
+    return list(dict.fromkeys(name for run in runs for name in lineage(run)))
 
 
 def train_seconds(
@@ -202,7 +199,7 @@ def _past(device: str, kinds: set[str]) -> list[tuple[Run, float, float]]:
     families = {kind.partition("-")[0] for kind in kinds}
     for name in store.names():
         try:
-            if train.parse_run(name, check_data=False).model.kind.partition("-")[0] not in families:
+            if parse_run(name, check_data=False).model.kind.partition("-")[0] not in families:
                 continue  # before its FLOPs are counted
             run, info = describe(name), store.info(name)
             trained_here = torch.device(info["device"]).type == torch.device(device).type
@@ -254,7 +251,8 @@ def measure(run: Run, device: str) -> float:
     size = STEP.get(torch.device(device).type, 1e12) / (3 * run.forward)
     size = int(min(max(size, 4), run.recipe.batch_size, run.facts.train))
     channels, threads = run.facts.shape[0], torch.get_num_threads()
-    recipe = replace(run.recipe, batch_size=size, lr=1e-6, warmup_epochs=0.0)  # so small that nothing can diverge
+    # So small a rate that nothing can diverge.
+    recipe = replace(run.recipe, batch_size=size, lr=1e-6, warmup_epochs=0.0, start=0, stop=None, until=None)
     try:
         torch.set_num_threads(int(os.environ.get("REPAIRLIB_THREADS") or 1))  # as many as trainings use
         with torch.random.fork_rng(devices=[]):
