@@ -11,8 +11,7 @@ from torch import nn
 
 from companion.experiments.methods import MATCHINGS, RENORMS, Path
 from companion.runs import store, train
-from companion.runs.data import Batches as Loader
-from companion.runs.data import Dataset, iterate, load
+from companion.runs.data import Dataset, Loader, iterate, load
 from repairlib.evaluation import evaluate
 from repairlib.matching import Matching
 from repairlib.names import check

@@ -249,7 +249,7 @@ def augment(
 
 
 @dataclass(frozen=True)
-class Batches:
+class Loader:
     """A pass over images, which can be repeated: every iteration gives the same batches (see `iterate`)."""
 
     split: Split | Stream
@@ -296,7 +296,7 @@ def iterate(
     limit: int | None = None,
     drop_last: bool = False,
     part: tuple[int, int] = (0, 1),
-) -> Batches:
+) -> Loader:
     """Return batches (x, y): x float32 [b, c, h, w] normalised per channel, y int64 [b].
 
     Args:
@@ -330,7 +330,7 @@ def iterate(
         sample = torch.randperm(len(half), generator=torch.Generator().manual_seed(0))[:limit]
         half = half.take(sample)
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
-    return Batches(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed, part)
+    return Loader(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed, part)
 
 
 def _biased_half(whole: Dataset, half: re.Match) -> Split | Stream:
