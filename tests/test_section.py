@@ -1,0 +1,83 @@
+"""Sections and items: what a notebook asks for, shares and saves."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from companion.experiments.grids import Grid
+from companion.figures import plots, section
+from companion.figures.section import Item, Section, beside
+
+RUN = "digits/mlp2-fused-w8/smoke"
+LEFT, MIDDLE = "repair/fig6-left", "repair/fig6-middle"
+
+
+def grid(scale: str) -> Grid:
+    network = {"run": RUN, "series": "digits", "width": 8}
+    return Grid(
+        needs={LEFT: [network], MIDDLE: [network, "digits/mlp2-fused-w8/smoke/s3"]},
+        seeds=(1, 2),
+        settings={"units": [8]},
+        reads={MIDDLE: ["repair/fig2-left"]},
+    )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPAIRLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("REPAIRLIB_FIGURES", str(tmp_path / "figures"))
+    return tmp_path
+
+
+def test_a_section_knows_what_its_items_need():
+    everything, one = Section(grid, "smoke"), Section(grid, "smoke", LEFT)
+    assert everything.runs == [f"{RUN}/s{seed}" for seed in (1, 2, 3)] and everything.reads == ["repair/fig2-left"]
+    assert one.runs == [f"{RUN}/s1", f"{RUN}/s2"] and one.reads == []
+    assert one.item(MIDDLE) is None and isinstance(one.item(LEFT), Item)
+    with pytest.raises(ValueError, match="no item 'repair/fig6-lft'; it has: repair/fig6-left"):
+        one.item("repair/fig6-lft")
+    with pytest.raises(ValueError, match="nearest is 'smoke'"):
+        Section(grid, "smok")
+    assert one.grid.units == [8]
+    with pytest.raises(AttributeError, match="no setting 'unit'; there are: units"):
+        _ = one.grid.unit
+
+
+def test_the_overview_has_every_scale_and_says_what_is_missing(here, capsys):
+    table = Section(grid, "smoke").overview()
+    assert list(table) == ["smoke", "quick", "fast", "paper"] and table.loc["seeds", "quick"] == "1, 2"
+    assert "3 of 3 networks are not trained yet: about" in capsys.readouterr().out
+
+
+def test_items_share_what_is_measured_and_save_it(here, monkeypatch):
+    measured = []
+    rows = section.rows
+    monkeypatch.setattr(section, "rows", lambda *args, **how: measured.append(how) or rows(*args, **how))
+    work = Section(grid, "smoke")
+    left, middle = work.item(LEFT), work.item(MIDDLE)
+    table = left.rows(calibration=200)
+    again = middle.rows(calibration=200)
+    assert len(measured) == 1 and again.equals(table) and table.attrs["seconds"] > 0
+    left.rows(calibration=100)
+    assert len(measured) == 2  # other options are measured anew
+    assert list(table) == ["run", "series", "width", "pair", "matching", "renorm", "alpha", "split", "loss", "accuracy"]
+    left.save(table, plots.barriers(table, "width"), {"digits_mlp_w8_after": 0.5})
+    record = json.loads((here / "figures/smoke/repair/fig6_left.json").read_text())
+    assert record["runs"] == left.runs and record["seeds"] == [1, 2]
+    assert pd.DataFrame(record["table"]).equals(table) and (here / "figures/smoke/repair/fig6_left.png").exists()
+    assert record["seconds"] >= round(table.attrs["seconds"], 1)
+
+
+def test_published_numbers_stand_beside_ours():
+    table = beside({"midpoint": 66.0, "other": ">10x"}, {"midpoint": 65.43219, "more": 3})
+    assert table.loc["midpoint"].to_dict() == {"paper": "66", "ours": "65.43"}
+    assert table.loc["other", "paper"] == ">10x" and table.loc["more", "ours"] == 3
+    assert list(beside({}, {"midpoint": 1.0})) == ["ours"]
+
+
+def test_judging_saved_tables_imports_no_torch():
+    code = "import sys, companion.figures.scorecard; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
