@@ -32,7 +32,8 @@ def images(n: int, batch_size: int = 250) -> list[torch.Tensor]:
 def network(name: str, seed: int) -> nn.Module:
     """Random weights, with the BatchNorm statistics of the images: activations as in a trained network."""
     torch.manual_seed(seed)
-    model = reset(models.build(name.replace("fused", "bn"), shape=(3, 32, 32), classes=10), images(250)).eval()
+    model = models.build(name.replace("fused", "bn"), shape=(3, 32, 32), classes=10)
+    model = reset(model, images(250)).model.eval()
     return models.fuse(model) if "fused" in name else model
 
 

@@ -40,7 +40,7 @@ print(pair.matching)
 
 # %%
 averaged = repairlib.interpolate_models(pair.a, model_b, 0.5)
-repaired = repairlib.merge(pair.a, pair.b, pair.calibration)
+repaired = repairlib.merge(pair.a, pair.b, pair.calibration).model
 for name, model in {"averaged": averaged, "repaired": repaired}.items():
     print(f"{name}: {pair.evaluate(model)[1]:.1%}")
 

@@ -7,7 +7,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from repairlib import groups_attention as groups_attention  # registers its rules
+# Every public module is there after `import repairlib`; groups_attention registers its rules.
+from repairlib import combine as combine
+from repairlib import diagnostics as diagnostics
+from repairlib import groups_attention as groups_attention
+from repairlib import permutations as permutations
 from repairlib.corrections import Repaired
 from repairlib.evaluation import evaluate, evaluate_many
 from repairlib.fusion import match_transport
@@ -57,27 +61,26 @@ def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, method: str = 
     return MATCH[_check(method, MATCH, "method")](model_a, model_b, data, **options).apply(model_b)
 
 
-def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> nn.Module:
+def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> Repaired:
     """Interpolate two aligned networks and restore the statistics of the result (Jordan et al. 2022, Sec. 4).
 
     Args:
         model_a, model_b: aligned endpoints. Untouched.
         data: any iterable of batches x or (x, y); about 5,000 examples.
         alpha: 0 is A, 1 is B.
-        **options: of `Repair`, which also says what was corrected, makes many alphas from one pass and takes more than
-            two networks.
+        **options: of `Repair`, which makes many alphas from one pass and takes more than two networks.
     """
-    return Repair(model_a, model_b, data, **options)(alpha).model
+    return Repair(model_a, model_b, data, **options)(alpha)
 
 
-def merge(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> nn.Module:
+def merge(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> Repaired:
     """Align B to A, interpolate, REPAIR: two networks into one.
 
     Args:
         model_a, model_b: two networks of one architecture, trained separately. Untouched.
         data: any iterable of batches x or (x, y) of training data; about 5,000 examples.
         alpha: 0 is A, 1 is (the aligned) B.
-        **options: of `Repair`, which also says what the result is where a correction does not fold.
+        **options: of `Repair`.
     """
     data = list(data) if iter(data) is data else data
     return repair(model_a, align(model_a, model_b, data), data, alpha, **options)

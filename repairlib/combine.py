@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, fx, nn
 
 from repairlib.interpolate import State, allowed, check_compatible
@@ -103,6 +102,8 @@ def _rate(mean: float) -> float:
     def excess(r: float) -> float:
         # Near 0 the two terms are large and alike: their difference from its Taylor series.
         return (0.5 - r / 12 + r**3 / 720 if r < 1e-2 else 1 / r - 1 / math.expm1(r)) - mean
+
+    from scipy.optimize import brentq  # here, as it takes long to import
 
     return brentq(excess, 0, 2 / mean, xtol=1e-14)
 

@@ -30,13 +30,14 @@ class Correction:
         return x * self.gain.to(x.dtype).view(shape) + self.shift.to(x.dtype).view(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Repaired:
-    """A renormalised network and how it was made.
+    """A renormalised network and how it was made; prints as a table.
 
     Attributes:
         model: the network with corrections folded into its weights where that is possible.
-        corrections: by node, whether folded or not; none with ``method="batch"``, which corrects every batch anew.
+        corrections: by node, whether folded or not; none with ``method="batch"``, which corrects every batch anew, and
+            none of `reset`, which measures BatchNorm statistics only.
         visible: nodes whose correction no weight can take up (block outputs); `model` then is a torch.fx.GraphModule
             with a `ChannelAffine` after each of them, and functional dropout in it stays as in evaluation. Empty:
             `model` is of the original class and architecture.
@@ -47,6 +48,16 @@ class Repaired:
     corrections: dict[str, Correction]
     visible: tuple[str, ...] = ()
     new_biases: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self.model).__name__}: {len(self.corrections)} corrected, {len(self.visible)} visible"]
+        width = max(map(len, ("node", *self.corrections)))
+        if self.corrections:
+            lines.append(f"{'node':{width}}  units  mean gain  correction")
+        for name, fix in self.corrections.items():
+            place = "visible" if name in self.visible else "folded"
+            lines.append(f"{name:{width}}  {len(fix.gain):5d}  {float(fix.gain.mean()):9.3f}  {place}")
+        return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------- what to correct

@@ -526,7 +526,7 @@ class Labels:
 
     def resolve(self) -> Tensor:
         """Representative of every unit number: the smallest number identified with it."""
-        from scipy.sparse import coo_array  # here: half of the time that importing this library would take
+        from scipy.sparse import coo_array  # here, as it takes long to import
         from scipy.sparse.csgraph import connected_components
 
         a, b = (torch.cat([pair[i] for pair in self.same]).numpy() for i in (0, 1))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from repairlib.groups import Permutation, PermutationSpec, UnsupportedNode, permutation_spec
@@ -62,6 +61,8 @@ def solve_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, " 
     >>> solve_assignment(torch.tensor([[0.1, 0.9], [0.8, 0.95]])).tolist()
     [1, 0]
     """
+    from scipy.optimize import linear_sum_assignment  # here: it takes longer to import than all the rest
+
     _, columns = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(columns)
 

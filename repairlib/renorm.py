@@ -294,7 +294,9 @@ class Goals:
         self.batches = Batches(self.data, self.references[0], how.limit)
         self.example = self.batches.example()
         if how.bn == "reset":
-            self.references = [reset(m, self.batches, method=how.method, pooling=how.pooling) for m in self.references]
+            self.references = [
+                reset(m, self.batches, method=how.method, pooling=how.pooling).model for m in self.references
+            ]
         nets = [trace(model, self.example) for model in self.references]
         self.targets = target_nodes(nets[0], how.targets)
         if not self.targets:
@@ -444,7 +446,7 @@ def renormalize(
     return Goals(references, data, **options).renormalize(model, weights)
 
 
-def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooling: str = "exact") -> nn.Module:
+def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooling: str = "exact") -> Repaired:
     """Copy of a model whose BatchNorm statistics are measured anew (RESET; Izmailov et al. 2018).
 
     Args:
@@ -465,7 +467,7 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooli
     if not batchnorms(net):
         raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to reset; use Repair instead")
     _measure(net, batches, {}, method, True, pooling)
-    return out
+    return Repaired(out, {})
 
 
 def batch_statistics(model: nn.Module) -> nn.Module:

@@ -1,12 +1,19 @@
 """The public names on a user's own modules: not ours, not named like ours, any iterable of batches."""
 
+import ast
 import copy
+import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import repairlib
+
+ROOT = Path(repairlib.__file__).parent
 
 
 class Mine(nn.Module):
@@ -58,8 +65,8 @@ def test_merge_is_align_interpolate_repair(endpoints):
     by_hand = repairlib.Repair(a, repairlib.align(a, b, data), data)(0.3).model
     x = data[0][0]
     with torch.no_grad():
-        assert torch.equal(repairlib.merge(a, b, data, 0.3)(x), by_hand(x))
-        assert torch.equal(repairlib.merge(a, b, iter(data), 0.3)(x), by_hand(x))  # a one-shot iterable
+        assert torch.equal(repairlib.merge(a, b, data, 0.3).model(x), by_hand(x))
+        assert torch.equal(repairlib.merge(a, b, iter(data), 0.3).model(x), by_hand(x))  # a one-shot iterable
 
 
 def test_barrier_falls_from_direct_to_aligned_repaired(endpoints):
@@ -104,8 +111,58 @@ def test_data_independent_renormalisation(endpoints):
     assert set(result.visible) == set(recorded[0]) and result.model(x).isfinite().all()
 
 
-def test_public_names_are_there():
+def test_public_names_and_modules_are_there():
     assert all(hasattr(repairlib, name) for name in repairlib.__all__)
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"__init__"}
+    assert all(inspect.ismodule(getattr(repairlib, name)) for name in modules)
+    assert repairlib.evaluate is repairlib.evaluation.evaluate
+
+
+# What a module may import besides the standard library and this one. Others only inside the function that needs them.
+ALLOWED = {"torch", "numpy", "scipy", "tqdm", "jaxtyping"}
+INSIDE_FUNCTIONS = {"matplotlib", "ot"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_a_module_imports_nothing_of_the_experiments(path):
+    tree = ast.parse(path.read_text())
+    inner = {
+        id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [node.module]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in {name.partition(".")[0] for name in names} - ALLOWED - {"repairlib"} - sys.stdlib_module_names:
+            assert id(node) in inner and name in INSIDE_FUNCTIONS, f"{path.name}, line {node.lineno}: {name}"
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    heavy = ("torchvision", "pandas", "matplotlib", "PIL", "filelock", "safetensors", "sklearn", "companion", "scipy")
+    code = f"import sys, repairlib; print([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_renormalisation_returns_what_it_did(endpoints):
+    a, b, data = endpoints
+    aligned = repairlib.align(a, b, data)
+    results = {
+        "merge": repairlib.merge(a, b, data),
+        "repair": repairlib.repair(a, aligned, data),
+        "Repair": repairlib.Repair(a, aligned, data)(0.5),
+        "renormalize": repairlib.renormalize(a, b, data),
+        "reset": repairlib.reset(a, data),
+    }
+    assert {type(result) for result in results.values()} == {repairlib.Repaired}
+    assert str(results["reset"]).splitlines() == ["Mine: 0 corrected, 0 visible"]
+    first, head, *rows = str(results["merge"]).splitlines()
+    (block,) = results["merge"].visible
+    assert first == f"Mine: {len(rows)} corrected, 1 visible" and head.split()[:2] == ["node", "units"]
+    assert [row.split()[0] for row in rows] == list(results["merge"].corrections)
+    assert [row.split()[0] for row in rows if row.endswith("visible")] == [block]
 
 
 def test_every_way_of_aligning_keeps_the_function(endpoints):
@@ -125,8 +182,8 @@ def test_every_way_of_aligning_keeps_the_function(endpoints):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_networks_merge(endpoints, dtype):
     a, b, data = endpoints
-    single = repairlib.merge(a, b, data)
-    half = repairlib.merge(copy.deepcopy(a).to(dtype), copy.deepcopy(b).to(dtype), data)
+    single = repairlib.merge(a, b, data).model
+    half = repairlib.merge(copy.deepcopy(a).to(dtype), copy.deepcopy(b).to(dtype), data).model
     assert all(p.dtype == dtype for p in half.parameters())
     x = data[0][0]
     with torch.no_grad():

@@ -253,7 +253,7 @@ def test_networks_without_groups_and_groups_of_one_unit():
             assert [g.size for g in found.spec.groups] == units
             torch.testing.assert_close(found.apply(b)(x), b(x))
         assert [p.tolist() for p in matching.match_activations(a, b, [x]).permutation.values()] == [[0]] * len(units)
-        merged = repairlib.merge(*thin, [x])
+        merged = repairlib.merge(*thin, [x]).model
         assert merged(x).isfinite().all()
     with pytest.raises(ValueError, match="nothing to correct"):
         repairlib.merge(line, other, [x])

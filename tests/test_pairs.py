@@ -116,14 +116,14 @@ def test_each_kind_of_network():
         "direct repaired": Repair(pair.a, pair.b, pair.calibration, limit=None)(0.5).model,
         "aligned": pair.midpoint(),
         "repaired": pair.repair()(0.5).model,
-        "reset": reset(pair.midpoint(), pair.calibration),
+        "reset": reset(pair.midpoint(), pair.calibration).model,
     }
     assert {name: found[name, 0.5] for name in NETWORKS} == {n: pair.evaluate(m)[0] for n, m in expected.items()}
     assert len({*(found[name, 0.5] for name in NETWORKS)}) == len(NETWORKS)
     for alpha, end in enumerate((pair.a, pair.b)):  # RESET forgets the statistics of the endpoints too
         assert {found[name, alpha] for name in NETWORKS[:-1]} == {found["direct", alpha]}
         assert found["direct", alpha] == pytest.approx(pair.evaluate(end)[0])
-        assert found["reset", alpha] == pair.evaluate(reset(pair.network("aligned")(alpha), pair.calibration))[0]
+        assert found["reset", alpha] == pair.evaluate(reset(pair.network("aligned")(alpha), pair.calibration).model)[0]
     with pytest.raises(ValueError, match="aligned"):
         path_rows(pair, [0.5], networks=["alined"])
 

@@ -81,7 +81,7 @@ def test_conv_repair_with_reset_batchnorm_is_reset(name, method):
                 module.eps = 1e-12  # eps is added to variances of different size; without it the identity is exact
     x = inputs(name, dtype=torch.float64)
     repaired = renorm.Repair(a, b, data, method=method, bn="reset", targets=("conv", "linear"))(0.5)
-    plain = renorm.reset(interpolate_models(a, b, 0.5), data, method=method)
+    plain = renorm.reset(interpolate_models(a, b, 0.5), data, method=method).model
     assert relative(output(repaired.model, x), output(plain, x)) < 1e-5
 
 
@@ -90,7 +90,7 @@ def test_frozen_batchnorm_differs_from_reset_by_std_against_variance():
     name = "vgg11-bn-w0.125"
     a, b, data = pair(name)
     # Endpoints whose BatchNorm statistics are those of this data.
-    a, b = renorm.reset(a, data), renorm.reset(b, data)
+    a, b = renorm.reset(a, data).model, renorm.reset(b, data).model
     repaired = renorm.Repair(a, b, data, targets=("conv",), bn="frozen")(0.5).model
     nets = [tracing.trace(m, data[0][:2]) for m in (a, b, repaired)]
     bn = next(n for n, kind in nets[0].kinds.items() if kind == "batchnorm")
@@ -198,7 +198,7 @@ def test_reset_gives_every_batchnorm_the_statistics_of_its_input():
     name = "resnet20-bn-w0.25"
     _, b, data = pair(name)
     model = interpolate_models(*pair(name)[:2], 0.5)
-    out = renorm.reset(model, data)
+    out = renorm.reset(model, data).model
     net = tracing.trace(out, data[0][:2])
     norms = corrections.batchnorms(net)
     moments = gather([net], data, {node.args[0].name for node in norms.values()})
@@ -213,7 +213,7 @@ def test_simultaneous_batch_mean_is_what_torch_batchnorm_records():
     name = "vgg11-bn-w0.125"
     a, b, data = pair(name)
     mid = interpolate_models(a, b, 0.5)
-    ours = renorm.reset(mid, data, method="simultaneous", pooling="batch-mean")
+    ours = renorm.reset(mid, data, method="simultaneous", pooling="batch-mean").model
     theirs = copy.deepcopy(mid)
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -565,7 +565,7 @@ def test_batch_statistics_is_batchnorm_in_train_mode_and_reset_on_one_batch():
     name = "resnet8-bn-w0.5"
     model, data = make(name, 0, torch.float64), [torch.cat(batches(name, dtype=torch.float64))]
     out = renorm.batch_statistics(model)
-    assert relative(output(out, data[0]), output(renorm.reset(model, data), data[0])) < 1e-9
+    assert relative(output(out, data[0]), output(renorm.reset(model, data).model, data[0])) < 1e-9
     train = copy.deepcopy(model).train()
     with torch.no_grad():
         assert relative(output(out, data[0]), train(data[0])) < 1e-12

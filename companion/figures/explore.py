@@ -138,7 +138,7 @@ class Explorer:
             repair = self._once(choice, lambda: Repair(pair.a, b, pair.calibration, limit=None, **options))
             return repair(alpha).model
         model = interpolate_models(pair.a, b, alpha)
-        return reset(model, pair.calibration) if choice.renormalisation == "RESET" else model
+        return reset(model, pair.calibration).model if choice.renormalisation == "RESET" else model
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._made:

@@ -212,7 +212,7 @@ def in_float64(model: torch.nn.Module, eps: float) -> torch.nn.Module:
 def compare_with_reset(eps: float) -> list[dict]:
     """Test logits and accuracy of conv-only REPAIR with existing BatchNorms re-estimated or frozen, against RESET's."""
     a, b, mid = (in_float64(model, eps) for model in (pair.a, pair.aligned, pair.midpoint()))
-    networks = {"RESET": reset(mid, data)}
+    networks = {"RESET": reset(mid, data).model}
     for bn in ("reset", "frozen"):
         networks[f"conv REPAIR, {bn}"] = Repair(a, b, data, targets=("conv",), bn=bn)(0.5).model
     with eval_mode(*networks.values()):
