@@ -10,22 +10,15 @@ PAIRS = ("1-2", "1-3")
 END = {"end_loss": 0.1, "end_accuracy": 0.9}
 
 
-def samples(permuted: float, not_aligned: float, schemes=("uniform",), hardest: float = 0.0, **columns) -> list[dict]:
+def samples(aligned: float, not_aligned: float, schemes=("uniform",), hardest: float = 0.0, **columns) -> list[dict]:
     """Networks of several schemes with these accuracies; Bernoulli's loses `hardest` more."""
     return [
-        {
-            "scheme": scheme,
-            "matching": matching,
-            "pair": pair,
-            "split": "test",
-            "x": x,
-            "loss": 1 - accuracy,
-            **END,
-            **columns,
-        }
+        {"scheme": scheme, "matching": matching, "pair": pair, "split": "test", "x": x, "loss": 1 - accuracy}
+        | END
+        | columns
         | {"accuracy": accuracy - (hardest if scheme == "bernoulli" else 0)}
         for scheme in schemes
-        for matching, accuracy in {"WM": permuted, "none": not_aligned}.items()
+        for matching, accuracy in {"WM": aligned, "none": not_aligned}.items()
         for pair in PAIRS
         for x in (0, 0.25, 0.5)
     ]
@@ -52,28 +45,23 @@ def ends(least: float) -> list[dict]:
     ]  # fmt: skip
 
 
-def beyond(permuted: float, not_aligned: float, box: float = 0.88) -> list[dict]:
+def beyond(aligned: float, not_aligned: float, box: float = 0.88) -> list[dict]:
     """Extrapolation and centred boxes."""
     lines = [
         {"scheme": "extrapolation", "matching": matching, "x": x, "accuracy": accuracy if x < 0 or x > 1 else 0.9}
-        for matching, accuracy in {"WM": permuted, "none": not_aligned}.items()
+        for matching, accuracy in {"WM": aligned, "none": not_aligned}.items()
         for x in (-1, 0, 1, 2)
     ]
     lines += [
-        {
-            "scheme": "centred",
-            "matching": matching,
-            "x": x,
-            "accuracy": 0.9 if x == 0 else box if matching == "WM" else 0.3,
-        }
-        for matching in ("WM", "none")
+        {"scheme": "centred", "matching": matching, "x": x, "accuracy": 0.9 if x == 0 else inside}
+        for matching, inside in {"WM": box, "none": 0.3}.items()
         for x in (0, 0.25, 0.5)
     ]
     return [{**line, "pair": pair, "split": "test", "loss": 1.0, **END} for line in lines for pair in PAIRS]
 
 
-def three(transitive: float, not_aligned: float) -> list[dict]:
-    matchings = {"through A": transitive, "directly": 0.85, "none": not_aligned}
+def three(through_a: float, not_aligned: float) -> list[dict]:
+    matchings = {"through A": through_a, "directly": 0.85, "none": not_aligned}
     return [
         {"triple": t, "matching": matching, "alpha": a, "loss": 1.0, "accuracy": middle if a == 0.5 else 0.9, **END}
         for t in ("123", "231") for matching, middle in matchings.items() for a in (0, 0.5, 1)
@@ -95,10 +83,10 @@ def labels(differ: int) -> list[dict]:
     return [{"model": "tiny", "scheme": "linear", "matching": "WM", "pair": pair, "x": 0, **row} for pair in PAIRS]
 
 
-def edges(permuted: float) -> list[dict]:
+def edges(aligned: float) -> list[dict]:
     return [
         {"pair": p, "matching": matching, "layer": "conv1", "bin_low": mean - 0.1, "bin_high": mean + 0.1, "share": 1.0}
-        for p in PAIRS for matching, mean in {"WM": permuted, "none": 1.0}.items()
+        for p in PAIRS for matching, mean in {"WM": aligned, "none": 1.0}.items()
     ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ RUNS = ["digits/mlp2-ln-w16/smoke/s1", "digits/mlp2-ln-w16/smoke/s2"]
 
 @pytest.fixture
 def pair():
-    return load_pair(RUNS, calibration=200, match="weights")
+    return load_pair(RUNS, calibration=200, matching="WM")
 
 
 def test_labels_of_the_ends_agree_with_themselves(pair):
@@ -70,7 +70,7 @@ def test_rows_of_labels_name_the_networks_that_they_count(pair):
 
 
 def test_edges_are_lengths_in_units_of_the_weights(pair):
-    same = edge_rows(load_pair([RUNS[0]] * 2, calibration=200, match="weights"))
+    same = edge_rows(load_pair([RUNS[0]] * 2, calibration=200, matching="WM"))
     assert all(row["share"] == (row["bin_low"] == 0) and row["median"] == 0 for row in same)
     rows = edge_rows(pair, "none", bins=[0, 1, 2])
     assert [row["layer"] for row in rows[::2]] == [
@@ -135,5 +135,5 @@ def test_barriers_of_disturbed_matchings_start_at_that_of_the_matching(pair):
         if row["k"] == 0:
             assert row["loss_barrier"] == pytest.approx(max(loss) - mean, abs=1e-5)
         assert math.isfinite(row["loss_barrier"]) and row["networks"] == 2
-    not_aligned = [pair.evaluate(pair.direct(alpha))[0] for alpha in (0.25, 0.5)]
+    not_aligned = [pair.evaluate(pair.path("none")(alpha))[0] for alpha in (0.25, 0.5)]
     assert rows[0]["not_aligned_loss_barrier"] == pytest.approx(max(not_aligned) - mean, abs=1e-5)

@@ -4,8 +4,7 @@ import torch
 from companion.experiments import mixtures
 from companion.experiments.mixtures import SCHEMES, combination_rows, evaluate_rows, stitching_rows
 from companion.experiments.pairs import load_pair
-from companion.experiments.tables import sample_barriers
-from companion.runs import train
+from companion.experiments.tables import best_combinations, mean_barriers, sample_barriers
 from companion.runs.data import iterate
 from repairlib import combine, evaluation
 from repairlib.interpolate import interpolate_states, with_state
@@ -15,7 +14,7 @@ RUNS = ["digits/mlp2-ln-w16/smoke/s1", "digits/mlp2-ln-w16/smoke/s2"]
 
 @pytest.fixture
 def pair():
-    return load_pair(RUNS, calibration=200, match="weights")
+    return load_pair(RUNS, calibration=200, matching="WM")
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -62,10 +61,10 @@ def test_a_scheme_that_is_not_random_gives_one_network(pair):
     assert [row["split"] for row in rows] == ["test", "train"]
     model = with_state(pair.a, interpolate_states(pair.a.state_dict(), pair.b.state_dict(), 1.5))
     for row in rows:
-        expected = train.evaluate(model, iterate(pair.dataset, row["split"], 500))
+        expected = evaluation.evaluate(model, iterate(pair.dataset, row["split"], 500))
         assert (row["loss"], row["accuracy"]) == pytest.approx(expected)
     (row,) = combination_rows(pair, {"extrapolation": [1.5]}, matchings=["none"], splits=["train"], train_images=50)
-    expected = train.evaluate(model, iterate(pair.dataset, "train", 500, limit=50))
+    expected = evaluation.evaluate(model, iterate(pair.dataset, "train", 500, limit=50))
     assert (row["loss"], row["accuracy"]) == pytest.approx(expected)
 
 
@@ -106,19 +105,13 @@ def test_stitching_begins_with_b_and_ends_with_a(pair):
 
 def test_barriers_of_samples_are_of_the_worst():
     rows = [
-        {
-            "scheme": "uniform",
-            "matching": matching,
-            "loss": loss,
-            "accuracy": accuracy,
-            "end_loss": 0.1,
-            "end_accuracy": 0.9,
-        }
+        {"scheme": "uniform", "matching": matching, "loss": loss, "accuracy": accuracy}
+        | {"end_loss": 0.1, "end_accuracy": 0.9}
         for matching, loss, accuracy in (("WM", 0.3, 0.8), ("WM", 0.2, 0.7), ("none", 2.0, 0.1))
     ]
-    permuted, not_aligned = sample_barriers(rows)
-    assert (permuted["scheme"], permuted["matching"], permuted["networks"]) == ("uniform", "WM", 2)
-    assert permuted["loss_barrier"] == pytest.approx(0.2) and permuted["accuracy_barrier"] == pytest.approx(0.2)
+    aligned, not_aligned = sample_barriers(rows)
+    assert (aligned["scheme"], aligned["matching"], aligned["networks"]) == ("uniform", "WM", 2)
+    assert aligned["loss_barrier"] == pytest.approx(0.2) and aligned["accuracy_barrier"] == pytest.approx(0.2)
     assert not_aligned["loss_barrier"] == pytest.approx(1.9) and not_aligned["accuracy_barrier"] == pytest.approx(0.8)
 
 
@@ -126,9 +119,9 @@ def test_unknown_names_have_a_nearest(pair):
     with pytest.raises(ValueError, match="the nearest is 'subcube'"):
         combination_rows(pair, {"subcubes": [0.5]})
     with pytest.raises(ValueError, match="the nearest is 'WM'"):
-        mixtures.states_of(pair, "permute")
-    with pytest.raises(ValueError, match="the nearest is 'weights'"):
-        load_pair(RUNS, match="weight")
+        mixtures.states_of(pair, "WMM")
+    with pytest.raises(ValueError, match="the nearest is 'WM'"):
+        load_pair(RUNS, matching="weights")
 
 
 def test_mean_barriers_are_means_of_each_pairs_worst():
@@ -137,13 +130,13 @@ def test_mean_barriers_are_means_of_each_pairs_worst():
         for pair, losses in {"1-2": (0.2, 0.5), "1-3": (0.3, 0.1)}.items()
         for loss in losses
     ]
-    mean = mixtures.mean_barriers(rows).loc["WM"]
+    mean = mean_barriers(rows).loc["WM"]
     assert mean["loss_barrier"] == pytest.approx(0.3) and mean["accuracy_barrier"] == pytest.approx(0.4)
 
 
 def test_the_best_combination_is_the_most_accurate_and_of_several_the_one_of_the_lowest_loss():
     rows = [{"triple": t, "accuracy": a, "loss": x} for t in "ab" for a, x in ((0.9, 0.1), (0.95, 0.3), (0.95, 0.2))]
-    best = mixtures.best_combinations(rows[:3] + rows[3:5], "triple")
+    best = best_combinations(rows[:3] + rows[3:5], "triple")
     assert best["loss"].to_dict() == {"a": 0.2, "b": 0.3}
 
 

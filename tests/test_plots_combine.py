@@ -18,18 +18,11 @@ def close_figures():
 
 def width_table(matchings):
     """Two pairs, whose barriers are 1 above and 1 below a mean of 10 / width, ten times that if not aligned."""
+    columns = "scheme", "matching", "width", "pair"
     return [
-        {
-            "scheme": scheme,
-            "matching": matching,
-            "width": width,
-            "pair": pair,
-            "loss_barrier": size,
-            "accuracy_barrier": size / 50,
-        }
-        for scheme, matching, width, pair in itertools.product(
-            plots_combine.SCHEME_LOOKS, matchings, (0.5, 1, 2), (-1, 1)
-        )
+        dict(zip(columns, values, strict=True)) | {"loss_barrier": size, "accuracy_barrier": size / 50}
+        for values in itertools.product(plots_combine.SCHEME_LOOKS, matchings, (0.5, 1, 2), (-1, 1))
+        for _, matching, width, pair in [values]
         for size in [(10 if matching == "WM" else 100) / width + pair]
     ]
 
@@ -58,7 +51,7 @@ def test_widths_of_aligned_networks_alone_are_drawn_alone_and_their_legend_lies_
     figure = plots_combine.widths(width_table(["WM"]))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.texts] == [*plots_combine.SCHEME_LOOKS]
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
 
 
@@ -75,7 +68,7 @@ def line_rows(scheme="extrapolation", splits=("test", "train")):
 
 def test_networks_beyond_the_ends_on_both_splits_and_boxes_beside_them():
     figure = plots_combine.beyond({"line": line_rows(), "box": line_rows("centred", ["test"])}, title="resnet8")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     loss, other_loss, accuracy, other_accuracy = figure.axes
     lines = {line.get_label(): line for line in loss.lines if not line.get_label().startswith("_")}
     assert list(lines) == ["aligned, test", "aligned, train", "not aligned, test", "not aligned, train"]
@@ -103,10 +96,8 @@ def test_the_triangle_has_a_cell_for_each_combination_and_marks_the_best():
              for row in rows("1-2-3", (0.25, 0.5, 0.25)) + rows("2-3-1", (0.5, 0.5, 0))]  # fmt: skip
     figure = plots_combine.triangle(table, title="resnet8")
     first, second, not_aligned, _, bar, below = figure.axes
-    assert not_aligned.get_title() == "not aligned, the best 25.0 %" and not_aligned.collections[0].get_clim() == (
-        20,
-        25,
-    )
+    assert not_aligned.get_title() == "not aligned, the best 25.0 %"
+    assert not_aligned.collections[0].get_clim() == (20, 25)
     assert [text.get_text().split("\n")[0] for text in not_aligned.texts] == ["A", "B", "C"]
     assert below.get_ylabel() == bar.get_ylabel()
     assert bar.get_ylabel() == "test accuracy (%)" and "2, 3, 1" in second.get_title()
@@ -159,7 +150,7 @@ def test_counts_of_labels_become_percent_of_the_images():
     assert share["pair"] == "1-2"
 
 
-def test_labels_are_stacked_to_all_images_a_panel_for_each_kind_and_scheme():
+def test_labels_are_stacked_to_all_images_a_panel_for_each_matching_and_scheme():
     table = [
         label_rows("linear", matching, "tiny10", x, 8, 0, int(10 * (1 - x)), 0, int(10 * x), 0, 0, 2, pair=pair)
         for matching in ("WM", "none")
@@ -168,7 +159,7 @@ def test_labels_are_stacked_to_all_images_a_panel_for_each_kind_and_scheme():
     ]
     table += [label_rows("uniform", "WM", "tiny10", s, 10, 4, 0, 2, 0, 2, 2, 0) for s in (0, 0.5)]
     figure = plots_combine.agreement(table, title="tiny10 on digits")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     linear, not_aligned, uniform, empty = figure.axes
     assert [ax.get_title() for ax in figure.axes[:3]] == ["linear", "linear, not aligned", "uniform"]
     assert not empty.axison and uniform.get_xlim() == (0, 0.5)
@@ -199,7 +190,7 @@ def test_edges_of_every_layer_with_a_band_over_pairs():
         for less in [by if matching == "none" else 0]
     ]
     figure = plots_combine.edges(table, title="tiny10")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert [ax.get_title() for ax in figure.axes[:4]] == ["conv1", "conv2", "head", "more"]
     assert [ax.axison for ax in figure.axes] == [True] * 4 + [False] * 2
     aligned, _, not_aligned, band = figure.axes[0].patches
@@ -223,7 +214,7 @@ def test_robustness_draws_barriers_against_the_share_of_deranged_pairs():
         for draw in (0, 1)
     ]
     figure = plots_combine.robustness(table, title="tiny10")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     axes = np.reshape(figure.axes, (2, 2))
     for line, (layer, units) in zip(axes, (("conv1", 4), ("conv2", 8)), strict=True):
         assert line[0].get_ylabel() == f"{layer}\n{units} units"
@@ -279,7 +270,7 @@ def test_performances_have_a_row_of_loss_and_accuracy_for_each_scheme():
         for x in mixtures.SCHEMES[scheme].grid(3)
     ]
     figure = plots_combine.performances(table, schemes, title="tiny10")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     panels = zip(figure.axes[::2], figure.axes[1::2], strict=True)
     for at, (scheme, (loss, accuracy)) in enumerate(zip(schemes, panels, strict=True), 1):
         assert loss.get_xlabel() == accuracy.get_xlabel() == schemes[scheme]

@@ -80,7 +80,8 @@ def edge_rows(pair: Pair, matching: str = "WM", bins: Sequence[float] = tuple(i 
         bins: edges of the histogram; what is longer counts in the last bin.
 
     Returns:
-        Rows {matching, layer, rms: of its weights, median: length, bin_low, bin_high, share: of the weights, in [0, 1]}.
+        Rows {matching, layer, rms: of its weights, median: length, bin_low, bin_high, share: of the weights, in
+        [0, 1]}.
     """
     ends, rows = states_of(pair, matching), []
     for name in [name for name, weight in ends[0].items() if weight.ndim > 1]:

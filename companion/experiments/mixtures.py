@@ -88,7 +88,7 @@ def coefficient_samples(
 
 
 def states_of(pair: Pair, matching: str) -> tuple[State, State]:
-    """State dicts of A and of B, the latter "WM" to A's order or "none"."""
+    """State dicts of A and of B, with B's units in A's order ("WM") or as trained ("none")."""
     return pair.a.state_dict(), pair.aligned_by(matching).state_dict()
 
 
@@ -164,7 +164,7 @@ def combination_rows(
         pair: of the endpoints.
         grids: scheme -> values of x, for instance ``{"subcube": SCHEMES["subcube"].grid(25)}``.
         samples: networks at each point, but one where nothing is left to chance.
-        matchings: with B aligned ("WM") and as trained ("none").
+        matchings: with B's units in A's order ("WM"), as trained ("none") or both.
         splits, train_images: see `evaluate_rows`.
         seed: see `maker`.
 
@@ -183,8 +183,8 @@ def stitching_rows(pair: Pair, *, matchings: Sequence[str] = COMPARED) -> list[d
     """Identity stitching at every layer: the first layers are A's, the rest B's (Csiszarik et al. 2023, Sec. 4.3).
 
     Returns:
-        Rows of `evaluate_rows` with columns {matching, layer, name}: `layer` of them are A's, from 0, which is B, to all,
-        which is A; `name` is that of the last of A's.
+        Rows of `evaluate_rows` with columns {matching, layer, name}: how many layers are A's, from 0 (B) to all (A),
+        and the name of the last of them.
     """
     parts = combine.layers(pair.a, next(iter(pair.calibration))[0])
     named = []

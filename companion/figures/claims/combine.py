@@ -89,7 +89,7 @@ def centred_boxes(frame: pd.DataFrame, item: str) -> list[Finding]:
 def transitive(frame: pd.DataFrame, item: str) -> list[Finding]:
     worst = _barriers(frame, each="triple")
     return [
-        Finding(f"through A {worst['transitive']:.1f} points below the ends", worst["through A"] < NEAR),
+        Finding(f"through A {worst['through A']:.1f} points below the ends", worst["through A"] < NEAR),
         Finding(f"not aligned {worst['none']:.1f}", worst["none"] > 2 * max(worst["through A"], NEAR)),
     ]
 

@@ -1,5 +1,6 @@
 """Figures of Mode Combinability (Csiszarik et al. 2023), in the style of `plots`."""
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -379,8 +380,10 @@ def beyond(tables: Mapping[str, Sequence[dict] | pd.DataFrame], *, title: str = 
         for (above, below), (label, table) in zip(axes.T, tables.items(), strict=True):
             frame = pd.DataFrame(table)
             frame["line"] = frame["matching"] + " " + frame["split"]
-            looks = {f"{matching} {split}": MATCHING_LOOKS[matching] | look | {"label": f"{MATCHING_LOOKS[matching]['label']}, {split}"}
-                     for split, look in SPLITS.items() for matching in frame["matching"].unique()}  # fmt: skip
+            looks = {}
+            for split, matching in itertools.product(SPLITS, frame["matching"].unique()):
+                look = MATCHING_LOOKS[matching]
+                looks[f"{matching} {split}"] = look | SPLITS[split] | {"label": f"{look['label']}, {split}"}
             for ax, metric in ((above, "loss"), (below, "accuracy")):
                 curves(frame, "x", metric, "line", xlabel="", ylabel=METRICS[metric].removeprefix("test "), ax=ax,
                        percent=metric == "accuracy", legend="none", looks=looks)  # fmt: skip
