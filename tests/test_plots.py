@@ -69,7 +69,7 @@ def test_figures_have_labelled_axes_and_a_legend_beside_the_data(name):
     (ax,) = figure.axes
     assert ax.get_xlabel() and ax.get_ylabel()
     (legend,) = figure.legends
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     box = legend.get_window_extent()
     assert box.height > 0 and not box.overlaps(ax.get_window_extent())
     assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH)
@@ -140,7 +140,7 @@ def test_merging_draws_levels_across_both_panels():
     assert [list(line.get_ydata()) for line in accuracy.lines] == [[50.0, 60.0], [pytest.approx(90)] * 2]
     (band,) = accuracy.patches  # of the level; those of curves are collections
     assert (band.get_y(), band.get_height()) == (pytest.approx(80), pytest.approx(20))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["after REPAIR", "trained on all data"]
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
