@@ -4,6 +4,138 @@ from companion.experiments.grids import Grid
 from companion.experiments.scales import by_scale
 
 
+def quickstart(scale: str) -> Grid:
+    """Two MLPs of the depth at which averaging fails and REPAIR works; they are networks of Section 4 too."""
+    mlp = by_scale(
+        scale,
+        smoke="digits/mlp4-fused-w32/smoke",
+        quick="digits/mlp20-fused-w128/quick",
+        fast="mnist/mlp20-fused-w128/fast",
+        paper="mnist/mlp20-fused-w128/jordan-released",
+    )
+    return Grid(needs={"quickstart": [{"run": mlp}]}, seeds=(1, 2), settings={"networks": mlp})
+
+
+def variance_collapse(scale: str) -> Grid:
+    """Section 3: a deep MLP, a VGG and a ResNet of bottlenecks."""
+    mlp = by_scale(
+        scale,
+        smoke="digits/mlp4-fused-w32/smoke",
+        quick="digits/mlp35-fused-w128/quick",
+        fast="mnist/mlp35-fused-w128/fast",
+        paper="mnist/mlp35-fused-w128/jordan-released",
+    )
+    vgg = by_scale(
+        scale,
+        smoke="digits/vgg11-fused-w0.0625/smoke",
+        quick="digits/vgg11-fused-w0.25/quick",
+        fast="cifar10/vgg11-fused-w1/fast",
+        paper="cifar10/vgg11-fused-w1/jordan",
+    )
+    resnet = by_scale(
+        scale,
+        smoke="digits/resnet26-bn-w0.0625/smoke",
+        quick="digits-hard/resnet26-bn-w0.125/quick",
+        fast="cifar10/resnet50-bn-w1/fast",  # this section does without ImageNet at `fast`
+        paper="imagenet@224/torchvision-resnet50/jordan",
+    )
+    return Grid(
+        needs={
+            "repair/fig2-left": [{"run": mlp}],
+            "repair/fig2-middle": [{"run": vgg}],
+            "repair/fig2-right": [{"run": resnet}],
+            "repair/sec3-theory": [{"run": mlp}],
+        },
+        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        settings={"MLP": mlp, "VGG": vgg, "ResNet": resnet},
+    )
+
+
+def repair(scale: str) -> Grid:
+    """Section 4: MLPs of growing depth and a ResNet18."""
+    mlp = by_scale(
+        scale,
+        smoke="digits/mlp{}-fused-w32/smoke",
+        quick="digits/mlp{}-fused-w128/quick",
+        fast="mnist/mlp{}-fused-w128/fast",
+        paper="mnist/mlp{}-fused-w128/jordan-released",
+    )
+    depths = by_scale(
+        scale,
+        smoke=[2, 4],
+        quick=[2, 4, 6, 8, 10, 15, 20, 27, 35],
+        fast=[2, 4, 6, 8, 10, 15, 20, 27, 35],
+        paper=[2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 21, 24, 27, 30, 35, 40, 45, 50],
+    )
+    resnet = by_scale(
+        scale,
+        smoke="digits/resnet18-bn-w0.0625/smoke",
+        quick="digits/resnet18-bn-w0.25/quick",
+        fast="cifar10/resnet18-bn-w1/fast",
+        paper="cifar10/resnet18-bn-w1/jordan",
+    )
+    sampled = mlp.format(by_scale(scale, smoke=4, quick=20, fast=20, paper=20))
+    first_pair = (1, 2)
+    return Grid(
+        needs={
+            "repair/fig3-left": [{"run": resnet, "seeds": first_pair}],
+            "repair/fig3-middle": [{"run": resnet}],
+            "repair/fig3-right": [{"run": mlp.format(depth), "depth": depth} for depth in depths],
+            "repair/samples": [{"run": sampled, "seeds": first_pair}],
+            "repair/equivalence": [{"run": resnet, "seeds": first_pair}],
+        },
+        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        settings={
+            "MLP": mlp,
+            "depths": depths,
+            "MLP of the samples": sampled,
+            "ResNet": resnet,
+            "points of a path": by_scale(scale, smoke=3, quick=11, fast=21, paper=101),
+        },
+    )
+
+
+def normalization(scale: str) -> Grid:
+    """Section 5.1: ResNet20s with BatchNorm, LayerNorm and without any norm (Fixup), of growing width."""
+    resnet = by_scale(
+        scale,
+        smoke="digits/resnet8-{}-w{}/smoke",
+        quick="digits/resnet20-{}-w{}/quick",
+        fast="cifar10/resnet20-{}-w{}/fast",
+        paper="cifar10/resnet20-{}-w{}/jordan",
+    )
+    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 0.75, 1], fast=[1, 2, 4, 8], paper=[1, 2, 4, 8, 16])
+    layer_norm_widths = widths + by_scale(scale, smoke=[], quick=[], fast=[], paper=[32])
+    path_width = by_scale(scale, smoke=0.25, quick=1, fast=4, paper=4)
+
+    def networks(norm: str, widths: list[float]) -> list[dict]:
+        return [{"run": resnet.format(norm, width), "series": norm, "width": width} for width in widths]
+
+    everything = networks("bn", widths) + networks("ln", widths) + networks("fixup", widths)
+    paths = networks("bn", [path_width]) + networks("ln", [path_width])
+    return Grid(
+        needs={
+            "repair/fig4-left": everything,
+            "repair/fig4-middle": networks("bn", widths) + networks("ln", layer_norm_widths),
+            "repair/fig4-right": paths,
+            "repair/fig8-left": networks("ln", layer_norm_widths),
+            "repair/fig10-left": everything,
+            "repair/fig10-right": paths,
+        },
+        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        settings={
+            "ResNet": resnet,
+            "widths": widths,
+            "widths with LayerNorm": layer_norm_widths,
+            # Both ends included. The authors' released code looks at the middle only, and so do `smoke` and `quick`.
+            "points of a barrier": by_scale(scale, smoke=3, quick=3, fast=5, paper=11),
+            "width of the paths": path_width,
+            "points of a path": by_scale(scale, smoke=3, quick=7, fast=11, paper=21),
+            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
+        },
+    )
+
+
 def width_depth(scale: str) -> Grid:
     """Section 5.3: MLPs and ResNets of growing width, VGGs of growing depth."""
     data = by_scale(
