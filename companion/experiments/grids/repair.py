@@ -5,15 +5,15 @@ from companion.experiments.scales import by_scale
 
 
 def quickstart(scale: str) -> Grid:
-    """Two MLPs of the depth at which averaging fails and REPAIR works; they are networks of Section 4 too."""
-    mlp = by_scale(
+    """Two small VGGs without normalisation, which train within a minute on a laptop; they are Section 3's too."""
+    vgg = by_scale(
         scale,
-        smoke="digits/mlp4-fused-w32/smoke",
-        quick="digits/mlp20-fused-w128/quick",
-        fast="mnist/mlp20-fused-w128/fast",
-        paper="mnist/mlp20-fused-w128/jordan-released",
+        smoke="digits/vgg11-fused-w0.0625/smoke",
+        quick="digits/vgg11-fused-w0.25/quick",
+        fast="cifar10/vgg11-fused-w1/fast",
+        paper="cifar10/vgg11-fused-w1/jordan",
     )
-    return Grid(needs={"quickstart": [{"run": mlp}]}, seeds=(1, 2), settings={"networks": mlp})
+    return Grid(needs={"quickstart": [{"run": vgg}]}, seeds=(1, 2), settings={"networks": vgg})
 
 
 def variance_collapse(scale: str) -> Grid:
