@@ -37,6 +37,7 @@ class Section:
         grid: the needs and settings at the scale.
         runs: names of the training runs that the items need; the batch trains them first.
         reads: items of other notebooks that are summed up; the batch makes them first.
+        tables: by item, the table that was saved, for a notebook's last checks.
     """
 
     def __init__(self, grid: Callable[[str], Grid], scale: str, items: str = ""):
@@ -45,6 +46,7 @@ class Section:
         self.items = [item for item in self.grid.needs if wanted(item, items)]
         self.runs = self.grid.runs(self.items)
         self.reads = [name for item in self.items for name in self.grid.reads.get(item, ())]
+        self.tables: dict[str, pd.DataFrame] = {}
         self._measured: dict[str, tuple[list[dict], float]] = {}
 
     def overview(self) -> pd.DataFrame:
@@ -138,6 +140,7 @@ class Item:
         measured = getattr(table, "attrs", {}).get("seconds", 0)  # for an item before this one, perhaps
         seconds = max(measured, time.perf_counter() - self._start)
         save_item(self.name, self.section.scale, table, summary or {}, figure, runs=self.runs, seconds=seconds)
+        self.section.tables[self.name] = pd.DataFrame(table)
         if get_ipython() is None:
             return
         if figure is not None:

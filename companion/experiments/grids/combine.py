@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from companion.experiments.grids import Grid
 from companion.experiments.scales import SCALES, by_scale
 
 
@@ -47,3 +48,88 @@ def combined(scale: str, width: float | None = None) -> Combined:
 def overview() -> pd.DataFrame:
     """What is combined at every scale, side by side."""
     return pd.DataFrame({scale: combined(scale)._asdict() for scale in SCALES})
+
+
+def extrapolation(scale: str) -> Grid:
+    """Sections 5.1 and 5.2: the line through two networks beyond both of them, and boxes about one of them."""
+    both = combined(scale)
+    fine, finer = [-1 + i / 8 for i in range(25)], [i / 48 for i in range(25)]
+    alphas = by_scale(
+        scale, smoke=[-1, 0, 1, 2], quick=[-1, -0.5, -0.25, 0, 0.5, 1, 1.25, 1.5, 2], fast=fine, paper=fine
+    )
+    return Grid(
+        needs={
+            "combine/fig9": [{"run": both.resnet}],
+            "combine/fig10": [{"run": both.resnet}],
+            "combine/figB23-B24": [{"run": both.tiny}],
+        },
+        seeds=both.seeds,
+        settings={
+            "resnet": both.resnet,
+            "tiny": both.tiny,
+            "restarts": both.restarts,
+            "alphas": alphas,
+            "half_edges": by_scale(
+                scale, smoke=[0, 0.25, 0.5], quick=[0, 0.125, 0.25, 0.375, 0.5], fast=finer, paper=finer
+            ),
+            "samples": by_scale(scale, smoke=1, quick=2, fast=5, paper=10),
+            "train_images": by_scale(scale, smoke=200, quick=200, fast=10000, paper=50000),
+        },
+    )
+
+
+def three_models(scale: str) -> Grid:
+    """Sections 5.3 and 5.4: three networks, B and C in A's order of units; a triple is the seeds of A, B and C."""
+    both = combined(scale)
+    one, each = ["1-2-3"], ["1-2-3", "2-3-1", "3-1-2"]
+    wide = both.resnet if scale != "paper" else combined(scale, width=40).resnet
+    return Grid(
+        needs={
+            "combine/fig11a": [{"run": both.resnet}],
+            "combine/figB20": [{"run": both.tiny}],
+            "combine/fig11b": [{"run": wide}],
+        },
+        seeds=(1, 2, 3),
+        settings={
+            "resnet": both.resnet,
+            "wide": wide,
+            "tiny": both.tiny,
+            "restarts": both.restarts,
+            "triples": by_scale(scale, smoke=one, quick=each, fast=each, paper=each),
+            "points": by_scale(scale, smoke=3, quick=9, fast=25, paper=25),
+            "steps": by_scale(scale, smoke=2, quick=6, fast=20, paper=20),
+        },
+    )
+
+
+def functional_difference(scale: str) -> Grid:
+    """Sections 6.1 and 6.2: whose labels combined networks predict, and how far apart the weights are."""
+    both = combined(scale)
+    resnet, tiny = {"run": both.resnet}, {"run": both.tiny}
+    return Grid(
+        needs={"combine/fig12": [resnet], "combine/figB25-B26": [tiny, resnet], "combine/fig13": [tiny]},
+        seeds=both.seeds,
+        settings={
+            "resnet": both.resnet,
+            "tiny": both.tiny,
+            "restarts": both.restarts,
+            "points": by_scale(scale, smoke=3, quick=5, fast=25, paper=25),
+            "samples": by_scale(scale, smoke=1, quick=1, fast=5, paper=10),
+        },
+    )
+
+
+def robustness(scale: str) -> Grid:
+    """Section 6.3: the least correlated pairs of one layer are matched anew at random."""
+    both = combined(scale)
+    return Grid(
+        needs={"combine/fig14": [{"run": both.tiny}]},
+        seeds=both.seeds,
+        settings={
+            "tiny": both.tiny,
+            "restarts": both.restarts,
+            "steps": by_scale(scale, smoke=2, quick=4, fast=8, paper=16),
+            "derangements": by_scale(scale, smoke=1, quick=2, fast=3, paper=5),
+            "alphas": by_scale(scale, smoke=[0.5], quick=[0.5], fast=[0.5], paper=[0.25, 0.5, 0.75]),
+        },
+    )
