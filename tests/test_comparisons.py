@@ -14,6 +14,7 @@ from companion.experiments.comparisons import (
     label_rows,
 )
 from companion.experiments.pairs import load_pair
+from companion.experiments.tables import derangement_costs
 from companion.runs.data import iterate
 from repairlib.interpolate import interpolate_states, with_state
 from repairlib.permutations import permute
@@ -137,3 +138,16 @@ def test_barriers_of_disturbed_matchings_start_at_that_of_the_matching(pair):
         assert math.isfinite(row["loss_barrier"]) and row["networks"] == 2
     not_aligned = [pair.evaluate(pair.path("none")(alpha))[0] for alpha in (0.25, 0.5)]
     assert rows[0]["not_aligned_loss_barrier"] == pytest.approx(max(not_aligned) - mean, abs=1e-5)
+
+
+def test_derangements_cost_what_the_barrier_grows_from_none_to_the_largest_share():
+    barriers = {0: (0.1, 0.2), 2: (0.2, 0.2), 4: (0.3, 0.5), 5: (0.6, 0.4), 8: (0.9, 0.8)}
+    rows = [
+        {"layer": layer, "units": 8, "k": k, "pair": pair, "accuracy_barrier": barrier * scale}
+        for layer, scale in (("conv2", 1), ("conv1", 0.1))
+        for k, both in barriers.items()
+        for pair, barrier in enumerate(both)
+    ]
+    half, every = (derangement_costs(rows, share) for share in (0.5, 1))
+    assert list(half.index) == ["conv2", "conv1"]
+    assert half.to_list() == pytest.approx([0.25, 0.025]) and every.to_list() == pytest.approx([0.7, 0.07])

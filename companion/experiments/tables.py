@@ -159,3 +159,19 @@ def works_up_to(accuracy: pd.Series, lost: float = 0.05) -> float:
     1.0
     """
     return float(accuracy.index[(accuracy.iloc[0] - accuracy > lost).cumsum() == 0].max())
+
+
+def derangement_costs(table: Table, share: float) -> pd.Series:
+    """How much accuracy barriers grow when a share of a layer's pairs is deranged (Csiszarik et al. 2023, Sec. 6.3).
+
+    Args:
+        table: rows of `comparisons.derangement_rows`.
+        share: in [0, 1]; of each layer the largest k of at most this share counts.
+
+    Returns:
+        The growth in each layer, mean over draws and pairs of networks, as a fraction: 0.01 is a point.
+    """
+    frame = pd.DataFrame(table)
+    barrier = frame.groupby(["layer", "k"], sort=False)["accuracy_barrier"].mean()
+    reached = frame[frame["k"] <= share * frame["units"]].groupby("layer", sort=False)["k"]
+    return pd.Series({layer: barrier[layer, ks.max()] - barrier[layer, ks.min()] for layer, ks in reached})

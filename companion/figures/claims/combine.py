@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from companion.experiments.tables import mean_barriers
+from companion.experiments.tables import derangement_costs, mean_barriers
 from companion.figures.claims import Claim, Finding
 
 NEAR = 10.0  # points of accuracy: combined networks that lose less than that stay near the endpoints
@@ -127,16 +127,10 @@ def not_vacuous(frame: pd.DataFrame, item: str) -> list[Finding]:
 
 
 def robust_matching(frame: pd.DataFrame, item: str) -> list[Finding]:
-    cost = 100 * frame.groupby(["layer", "k"], sort=False)["accuracy_barrier"].mean()
-    found = []
-    for layer, rows in frame.groupby("layer", sort=False):
-        half = max(k for k in rows["k"].unique() if k <= rows["units"].iloc[0] / 2)
-        added = cost[layer, half] - cost[layer, rows["k"].min()]
-        found.append((layer, half, added))
-    held = [added < LITTLE for *_, added in found]
-    worst = max(found, key=lambda each: each[2])
-    text = f"in {sum(held)} of {len(held)} layers less than {LITTLE:g} points more for half of the pairs; most in "
-    return [Finding(f"{text}{worst[0]}, {worst[2]:.1f}", all(held))]
+    added = 100 * derangement_costs(frame, share=0.5)
+    held = added < LITTLE
+    text = f"in {held.sum()} of {len(held)} layers less than {LITTLE:g} points more for half of the pairs"
+    return [Finding(f"{text}; most in {added.idxmax()}, {added.max():.1f}", bool(held.all()))]
 
 
 HYPERCUBE = ("combine/fig2", "combine/fig3", "combine/fig4", "combine/fig5", "combine/figB15-B18", "combine/fig7")
