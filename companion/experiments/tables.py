@@ -23,12 +23,21 @@ def network_name(matching: str, renorm: str = "none") -> str:
 
 
 def name_networks(table: Table) -> pd.DataFrame:
-    """The table with a column `network`, in words, if it has the columns `matching` and `renorm` and no `network`."""
+    """The table with a column `network`, in words, if it has the columns `matching` and `renorm` and no `network`.
+
+    Where several matchings stand beside each other, the words say which: "aligned (WM)".
+    """
     frame = pd.DataFrame(table)
     if "network" in frame or "matching" not in frame:
         return frame
     renorms = frame["renorm"] if "renorm" in frame else ["none"] * len(frame)
-    return frame.assign(network=[network_name(*names) for names in zip(frame["matching"], renorms, strict=True)])
+    names = [network_name(*pair) for pair in zip(frame["matching"], renorms, strict=True)]
+    if len({*frame["matching"]} - {"none"}) > 1:
+        names = [
+            name if name.startswith("not") else name.replace("aligned", f"aligned ({matching})", 1)
+            for name, matching in zip(names, frame["matching"], strict=True)
+        ]
+    return frame.assign(network=names)
 
 
 def barriers(table: Table, baseline: str = "linear") -> pd.DataFrame:
