@@ -76,8 +76,7 @@ class Run:
         if not self.facts:
             return 0.0
         batch_size = min(self.recipe.batch_size, self.facts.train)
-        epochs = (self.recipe.stop or self.recipe.epochs) - self.recipe.start  # at most, if it stops at an accuracy
-        images = epochs * (self.facts.train // batch_size) * batch_size
+        images = self.recipe.trained_epochs * (self.facts.train // batch_size) * batch_size
         return self.forward * (3 * images + self.facts.train + self.facts.test)
 
     @property

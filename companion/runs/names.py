@@ -90,10 +90,10 @@ def _child_model(parent: models.ModelName, nobias: bool) -> models.ModelName:
     model = replace(parent, norm="plain") if parent.norm == "fused" else parent
     if not nobias:
         return model
-    if model.norm != "plain" or not model.bias:
+    if model.norm not in ("plain", "") or "nobias" not in models.FAMILIES[model.family].flags or not model.bias:
         raise ValueError(f"~nobias takes the biases out of a plain network, and {parent} has "
                          f"{'none' if not model.bias else 'normalisation layers'}")  # fmt: skip
-    return replace(model, bias=False)
+    return replace(model, flags=(*model.flags, "nobias"))
 
 
 def _check_place(recipe: Recipe, parent: RunName | None) -> None:

@@ -8,10 +8,10 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from companion.runs.data import AUGMENTATIONS, base_name
+from companion.runs.models import FAMILIES, INITS
 from repairlib.names import nearest
 
 SCHEDULES = ("linear", "cosine", "step", "constant")
-INITS = ("kaiming-normal", "fan-out", "uniform")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Recipe:
     nesterov: bool = False
     label_smoothing: float = 0.0  # probability spread evenly over the classes
     milestones: tuple[float, ...] = ()  # fractions of all steps, warm-up included
-    init: str = "kaiming-normal"  # initial weights, see models.initialise
+    init: str = "kaiming-normal"  # initial weights, see models.initial.INITS
     until: float | None = None  # stop after the first epoch with this accuracy on the training set, in (0, 1]
     start: int = 0  # epochs of the schedule that are left out, because the parent had them
     stop: int | None = None  # stop after this epoch of the schedule
     nobias: bool = False  # take all biases out of the parent's network first
 
     def __post_init__(self):
-        for kind, value, known in (("schedule", self.schedule, SCHEDULES), ("init", self.init, INITS)):
+        for kind, value, known in (("schedule", self.schedule, SCHEDULES), ("init", self.init, tuple(INITS))):
             if value not in known:
                 raise ValueError(f"unknown {kind} {value!r}; the nearest is {nearest(value, known)!r} "
                                  f"(known: {', '.join(known)})")  # fmt: skip
@@ -52,6 +52,11 @@ class Recipe:
         end = self.epochs if self.stop is None else self.stop
         if self.epochs and not 0 <= self.start < end <= self.epochs - (self.stop is not None):
             raise ValueError(f"start {self.start} and stop {self.stop} must lie in order within {self.epochs} epochs")
+
+    @property
+    def trained_epochs(self) -> int:
+        """Epochs that are trained at most: all of the schedule, or those from `start` to `stop`."""
+        return (self.epochs if self.stop is None else self.stop) - self.start
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0.
@@ -223,7 +228,7 @@ CHANGES = {
     "schedule": Change("schedule", _one_of(SCHEDULES)),
     "milestones": Change("milestones", lambda text: tuple(map(_number, text.split("+")))),
     "augment": Change("augment", _words(AUGMENTATIONS)),
-    "init": Change("init", _one_of(INITS)),
+    "init": Change("init", _one_of(tuple(INITS))),
     "until": Change("until", _number),
     "start": Change("start", _whole),
     "stop": Change("stop", _whole),
@@ -270,11 +275,12 @@ def _find_entry(name: str, kind: str, data: str) -> Recipe:
         raise ValueError(
             f"unknown recipe {name!r}; the nearest is {nearest(name, known)!r} (known: {', '.join(known)})"
         )
-    key = kind
+    family, _, rest = kind.partition("-")
+    key = "-".join(filter(None, [FAMILIES[family].recipes or family, rest])) if family not in RECIPES[name] else kind
     while key not in RECIPES[name]:
         key = key.rpartition("-")[0]
         if not key:
-            known = [other for other in RECIPES if kind.split("-")[0] in RECIPES[other]]
+            known = [other for other in RECIPES if {family, FAMILIES[family].recipes} & set(RECIPES[other])]
             raise ValueError(f"recipe {name!r} is for {', '.join(RECIPES[name])}, not for {kind}; "
                              f"the nearest that is: {nearest(name, known)!r}")  # fmt: skip
     found = RECIPES[name][key]

@@ -7,7 +7,8 @@ Trained elsewhere: python -m companion.runs.store import imagenet@224/torchvisio
 
 A run is a folder `<root>/<data>/<model>/<recipe>/s<seed>` with the weights (model.safetensors) and a sidecar
 (run.json: recipe, metrics, versions, device, seconds, and the digest of the weights). It is there whole or not at
-all, it is never overwritten, and it is trained once however many processes ask for it.
+all, it is never overwritten, and it is trained once however many processes ask for it. A run that continues another
+one, `<run>/<recipe>/s<seed>`, is a folder in that one's; the other is trained first, and its digest is kept.
 """
 
 import argparse
@@ -39,12 +40,12 @@ from companion.runs.train import (
     DivergedError,
     Recipe,
     RunName,
+    broadcast,
     default_device,
-    find_recipe,
     measure,
     parse_run,
     processes,
-    share,
+    recipe_of,
     train,
 )
 from repairlib.names import nearest
@@ -58,7 +59,7 @@ class CorruptCheckpoint(RuntimeError):
 
 
 class StaleRun(RuntimeError):
-    """A stored run was trained with another recipe than its name stands for today."""
+    """A stored run was trained by another recipe, or continues other weights, than its name stands for today."""
 
 
 class Store:
@@ -82,7 +83,7 @@ class Store:
         train_device: str | torch.device | None = None,
         progress: bool = True,
     ) -> nn.Module:
-        """Return a network by run name, in evaluation mode on `device`; train and save it first if it is not there.
+        """Load a network by run name; train and save it first if it is not there, and before it the run it continues.
 
         All processes of torchrun must ask for it; the first locks and saves it.
 
@@ -92,21 +93,29 @@ class Store:
             train_device: where it is trained; default $REPAIRLIB_DEVICE, else a GPU if there is one, else the CPU.
             progress: see train.train.
 
+        Returns:
+            The network, in evaluation mode on `device`.
+
         Raises:
             ValueError: the name does not parse, or the run is to be imported.
             CorruptCheckpoint, StaleRun: what is stored cannot be used.
             DataMissing, DivergedError: training failed.
         """
         first = processes()[0] == 0
-        if not share(self.has(name)):
+        if not broadcast(self.has(name)):
+            before, parent = self._parse(name).parent, None
+            if before:
+                parent = self.get(str(before), train_device=train_device, progress=progress)
             with self._lock(name, progress) if first else nullcontext():
-                if not share(self.has(name)):  # another process may have trained it meanwhile
-                    model, metrics = train(name, data_root=self.data_root, device=train_device, progress=progress)
-                    share(self._save(name, model, metrics) if first else None)
+                if not broadcast(self.has(name)):  # another process may have trained it meanwhile
+                    model, metrics = train(
+                        name, parent=parent, data_root=self.data_root, device=train_device, progress=progress
+                    )
+                    broadcast(self._save(name, model, metrics) if first else None)
         return self.load(name, device)
 
     def add(self, name: str, file: str | os.PathLike, *, evaluate: bool = True) -> dict:
-        """Store a network that was trained elsewhere, evaluated on the test set; return its metrics.
+        """Store a network that was trained elsewhere, evaluated on the test set.
 
         Values become float32. The sidecar has the file's name and SHA-256.
 
@@ -114,6 +123,9 @@ class Store:
             name: of the run, whose recipe is `imported`, like imagenet@224/torchvision-resnet50/imported/s1.
             file: a state dict as safetensors, with the keys of the model; `num_batches_tracked` may be left out.
             evaluate: False leaves the metrics out.
+
+        Returns:
+            Its metrics: test_loss (nats) and test_accuracy (0 to 1).
 
         Raises:
             ValueError: the recipe is another; the file is none of safetensors, or does not fit the model (the first
@@ -159,9 +171,15 @@ class Store:
         return metrics
 
     def load(self, name: str, device: str | torch.device = "cpu") -> nn.Module:
-        """Return a stored network, after comparing digest and recipe; FileNotFoundError if it is not there."""
+        """Load a stored network, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            CorruptCheckpoint: its files are damaged.
+            StaleRun: its recipe, or that or the weights of a run it continues, have changed since it was trained.
+        """
         run, info = self._parse(name), self.info(name)
-        self._check_recipe(run, info)
+        self._check_fresh(run, info)
         path = self.path(name) / WEIGHTS
         try:
             content = path.read_bytes()
@@ -194,15 +212,20 @@ class Store:
             self._save(name, model, metrics)
 
     def has(self, name: str) -> bool:
-        """Say whether a run is stored."""
+        """Whether a run is stored."""
         return self.path(name).is_dir()
 
     def path(self, name: str) -> Path:
-        """Return the folder of a run."""
+        """Folder of a run."""
         return self.root / str(self._parse(name))
 
     def info(self, name: str) -> dict:
-        """Return the sidecar of a stored run; FileNotFoundError if it is not there."""
+        """Read the sidecar of a stored run.
+
+        Raises:
+            FileNotFoundError: the run is not there.
+            CorruptCheckpoint: the sidecar is missing or damaged.
+        """
         path = self.path(name) / SIDECAR
         if not path.parent.is_dir():
             stored = self.names()
@@ -220,17 +243,37 @@ class Store:
         return info
 
     def names(self) -> list[str]:
-        """Return the names of all stored runs, in natural order."""
-        folders = (path for path in self.root.glob("*/*/*/s*") if path.is_dir())
-        names = (path.relative_to(self.root).as_posix() for path in folders)
+        """Names of all stored runs in natural order; a run stands before those that continue it."""
+        found, level = [], [path for path in self.root.glob("*/*/*/s*") if path.is_dir()]
+        while level:
+            found += level
+            level = [path for folder in level for path in folder.glob("*/s*") if path.is_dir()]
+        names = (path.relative_to(self.root).as_posix() for path in found)
         return sorted(names, key=lambda n: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", n)])
 
-    def delete(self, name: str) -> None:
-        """Remove a stored run; FileNotFoundError if it is not there."""
+    def children(self, name: str) -> list[str]:
+        """Names of all stored runs that continue a run, directly or not."""
+        run = str(self._parse(name))
+        return [other for other in self.names() if other.startswith(f"{run}/")]
+
+    def delete(self, name: str, *, children: bool = False) -> None:
+        """Remove a stored run.
+
+        Args:
+            name: of the run.
+            children: remove those that continue it, too.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: stored runs continue it.
+        """
         folder = self.path(name)
         with self._lock(name):
             if not folder.is_dir():
                 self.info(name)  # raises, with a hint
+            if (found := self.children(name)) and not children:
+                raise ValueError(f"run {name} is not removed, because these continue it: {', '.join(found)}; remove "
+                                 "them, too, with `delete --children`")  # fmt: skip
             hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
             folder.rename(hidden)  # gone at once, even if removing the files is interrupted
             shutil.rmtree(hidden)
@@ -250,7 +293,8 @@ class Store:
         facts = ("shape", "classes", "device", "threads", "seconds") + ("source",) * ("source" in metrics)
         info = {
             "run": str(run),
-            "recipe": dataclasses.asdict(find_recipe(run.recipe, run.model.kind, run.data)),
+            "recipe": dataclasses.asdict(recipe_of(run)),
+            **({"parent": self._digest(run.parent)} if run.parent else {}),
             **{key: metrics[key] for key in facts},
             "metrics": {key: value for key, value in metrics.items() if key not in facts},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -261,7 +305,7 @@ class Store:
         write_folder(self.path(name), {WEIGHTS: content, SIDECAR: sidecar.encode()})
 
     def _lock(self, name: str, progress: bool = False) -> FileLock:
-        """Return the lock of a run, not shared with any other run; released by the system if its holder dies."""
+        """The lock of a run, of this run alone; the system releases it if its holder dies."""
         run = str(self._parse(name))
         folder = self.root / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,18 +318,29 @@ class Store:
                 print(f"{run}: waiting for the process that is training it", flush=True)
         return lock
 
-    def _check_recipe(self, run: RunName, info: dict) -> None:
-        """Compare the recipe a run was trained with to today's; a field it does not have counts as its default."""
-        today = dataclasses.asdict(find_recipe(run.recipe, run.model.kind, run.data))
+    def _digest(self, run: RunName) -> dict:
+        """What the sidecar of a run says about the run that it continues."""
+        return {"run": str(run), "sha256": self.info(str(run))["sha256"]}
+
+    def _check_fresh(self, run: RunName, info: dict) -> None:
+        """Compare recipe and parent of a stored run to today's; a field that it does not have counts as its default."""
+        today = dataclasses.asdict(recipe_of(run))
         defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
         for field in today | info["recipe"]:
             then, now = info["recipe"].get(field, defaults.get(field)), today.get(field)
             if json.dumps(then) != json.dumps(now):
-                raise StaleRun(
-                    f"run {run} was trained with {field}={then!r}, and its recipe now has {now!r}: remove it with "
-                    f"`python -m companion.runs.store --root {self.root} delete {run}` and it is trained again, or "
-                    "keep it and use another root (REPAIRLIB_RUNS)"
-                )
+                raise self._stale(run, f"was trained with {field}={then!r}, and its recipe now has {now!r}")
+        if run.parent:
+            if info.get("parent") != self._digest(run.parent):
+                raise self._stale(run, f"continues other weights than those that {run.parent} has now")
+            self._check_fresh(run.parent, self.info(str(run.parent)))
+
+    def _stale(self, run: RunName, problem: str) -> StaleRun:
+        children = " --children" * bool(self.children(str(run)))
+        return StaleRun(
+            f"run {run} {problem}: remove it with `python -m companion.runs.store --root {self.root} delete{children} "
+            f"{run}` and it is trained again, or keep it and use another root (REPAIRLIB_RUNS)"
+        )
 
     def _corrupt(self, name: str, path: Path, problem: str) -> CorruptCheckpoint:
         again = "import it again" if self._parse(name).recipe == "imported" else f"get({name!r}) trains it again"
@@ -296,12 +351,12 @@ class Store:
 
 
 def get(name: str, device: str | torch.device = "cpu", progress: bool = True) -> nn.Module:
-    """Return a network by run name from the default store, trained first if need be (see Store.get)."""
+    """Load a network by run name from the default store, trained first if need be; see Store.get."""
     return Store().get(name, device, progress=progress)
 
 
 def _non_finite(model: nn.Module) -> str | None:
-    """Return the first entry of the state dict that has a NaN or an infinity."""
+    """Name of the first entry of the state dict that has a NaN or an infinity."""
     return next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
 
 
@@ -311,8 +366,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", help="where runs are stored (default: $REPAIRLIB_RUNS, else data/runs)")
     parser.add_argument("--data-root", help="where data sets are (default: $REPAIRLIB_DATA, else data)")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (("train", "train runs that are not stored yet"), ("delete", "remove runs")):
-        commands.add_parser(command, help=text).add_argument("names", nargs="+", metavar="NAME")
+    training = commands.add_parser("train", help="train runs that are not stored yet, and those that they continue")
+    deleting = commands.add_parser("delete", help="remove runs")
+    for command in (training, deleting):
+        command.add_argument("names", nargs="+", metavar="NAME")
+    deleting.add_argument("--children", action="store_true", help="and the runs that continue them")
     importing = commands.add_parser("import", help="store a network that was trained elsewhere")
     importing.add_argument("names", nargs=1, metavar="NAME", help="DATA/MODEL/imported/sSEED")
     importing.add_argument("file", metavar="FILE.safetensors", help="its state dict")
@@ -330,7 +388,7 @@ def main(arguments: list[str] | None = None) -> int:
                 metrics = store.add(name, options.file, evaluate=not options.no_evaluate)
                 print(f"{name}: imported" + (f", test accuracy {metrics['test_accuracy']:.2%}" if metrics else ""))
             elif options.command == "delete":
-                store.delete(name)
+                store.delete(name, children=options.children)
             elif options.command == "list":
                 print(f"{name}  {store.info(name)['metrics'].get('test_accuracy', float('nan')):.2%}")
             else:

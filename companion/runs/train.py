@@ -1,6 +1,5 @@
-"""Run names, recipes and the training loop.
+"""Training: of a run by its name, and of any network by a recipe.
 
-A run is named `<data>/<model>/<recipe>/s<seed>`, and the name is all that is needed to train it:
 `train("digits/resnet20-bn-w1/quick/s1")` gives the same network bit for bit on the same CPU. Started by torchrun, its
 processes train one network together (see `fit`).
 """
@@ -8,7 +7,7 @@ processes train one network together (see `fit`).
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -29,7 +28,7 @@ from repairlib.progress import bar
 
 __all__ = [
     "RECIPES", "DivergedError", "Recipe", "RunName", "default_device", "find_recipe", "fit", "lineage", "measure",
-    "parse_run", "processes", "recipe_of", "share", "train",
+    "parse_run", "processes", "recipe_of", "broadcast", "train",
 ]  # fmt: skip
 
 
@@ -38,12 +37,12 @@ class DivergedError(RuntimeError):
 
 
 def default_device() -> str:
-    """Return $REPAIRLIB_DEVICE, else cuda where there is a GPU, else cpu."""
+    """$REPAIRLIB_DEVICE, else cuda where there is a GPU, else cpu."""
     return os.environ.get("REPAIRLIB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def processes() -> tuple[int, int]:
-    """Return (rank of this process, number of processes) of torchrun, joined in a group on the first call; or (0, 1).
+    """Rank of this process and number of processes of torchrun, which the first call joins in a group; else (0, 1).
 
     On a machine with GPUs each process gets its own.
     """
@@ -59,8 +58,8 @@ def processes() -> tuple[int, int]:
     return dist.get_rank(), number
 
 
-def share(value: Any) -> Any:
-    """Return the first process's value in all processes, once all are here."""
+def broadcast(value: Any) -> Any:
+    """Wait for all processes, and give each of them the value of the first."""
     if processes()[1] == 1:
         return value
     values = [value]
@@ -71,27 +70,31 @@ def share(value: Any) -> Any:
 def train(
     run: str | RunName,
     *,
+    parent: nn.Module | None = None,
     recipe: Recipe | None = None,
     dataset: Dataset | None = None,
     data_root: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, dict]:
-    """Train a run by name; return the network, on the CPU in evaluation mode, and a dict of metrics.
-
-    The metrics are {train,test}_{loss,accuracy} (nats; 0 to 1), seconds, threads, device, shape and classes.
+    """Train a run by name.
 
     The seed gives the initial weights and, separately, the order and augmentation of the data; the global generator is
-    left alone. Results are the same bit for bit on the same CPU, for which the number of threads is fixed:
-    $REPAIRLIB_THREADS, default 1. A `fused` network is trained with BatchNorm and then fused. Of several processes
-    (see `fit`) the first evaluates, and prints.
+    left alone. The number of threads is fixed ($REPAIRLIB_THREADS, default 1), because sums over another number of
+    parts round differently. A `fused` network is trained with BatchNorm and then fused. If torchrun started several
+    processes (see `fit`), the first one evaluates and prints.
 
     Args:
         run: its name.
-        recipe, dataset: instead of those that the name stands for.
+        parent: the network that the run continues, of the run before it in `lineage`; default: it is trained now.
+        recipe, dataset: instead of those in the name.
         data_root: where data sets are (see data.load).
         device: default `default_device()`.
         progress: a bar if somebody is looking, and one line at the end.
+
+    Returns:
+        The network, on the CPU in evaluation mode, and its metrics: {train,test}_{loss,accuracy} (nats; 0 to 1),
+        seconds, threads, device, shape and classes.
 
     Raises:
         ValueError: the name does not parse, or is of an imported run.
@@ -105,21 +108,26 @@ def train(
             f"import it with `python -m companion.runs.store import {run} FILE.safetensors`"
         )
     rank, _ = processes()
-    how = recipe or find_recipe(run.recipe, run.model.kind, run.data)
+    how = recipe or recipe_of(run)
     device = torch.device(device or default_device())
     dataset = load(run.data, data_root, device) if dataset is None else dataset.to(device)
+    if run.parent and parent is None:
+        parent, _ = train(run.parent, dataset=dataset, device=device, progress=progress)
     start = time.perf_counter()
     trained = replace(run.model, norm="bn") if run.model.norm == "fused" else run.model
     with _fixed_threads() as threads, torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = models.build(trained, dataset.shape, dataset.classes)
+        model = models.build(trained, dataset.shape, dataset.classes, how.init)
+        if run.parent:
+            values = parent.state_dict()
+            model.load_state_dict({key: values[key] for key in model.state_dict()})  # without biases if it has none
         fit(model, dataset, how, run.seed, name=str(run), progress=progress)
         if trained is not run.model:
             plain = models.build(run.model, dataset.shape, dataset.classes)
             plain.load_state_dict(models.fuse(model).state_dict())
             model = plain.to(device)
         model.eval()
-        metrics = share(measure(model, dataset, str(run)) if rank == 0 else None)
+        metrics = broadcast(measure(model, dataset, str(run)) if rank == 0 else None)
     metrics |= {"seconds": time.perf_counter() - start, "threads": threads, "device": str(device)}
     metrics |= {"shape": dataset.shape, "classes": dataset.classes}
     if progress and rank == 0:
@@ -128,7 +136,11 @@ def train(
 
 
 def measure(model: nn.Module, dataset: Dataset, name: str, splits: Sequence[str] = ("train", "test")) -> dict:
-    """Return {train,test}_{loss,accuracy} of a network on whole splits; DivergedError if a loss is not finite."""
+    """Loss and accuracy of a network on whole splits, as {train,test}_{loss,accuracy}.
+
+    Raises:
+        DivergedError: a loss is not finite; the message has `name`.
+    """
     metrics = {}
     for split in splits:
         loss, accuracy = evaluate(model, iterate(dataset, split, 1000))
@@ -141,24 +153,38 @@ def measure(model: nn.Module, dataset: Dataset, name: str, splits: Sequence[str]
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, recipe: Recipe, seed: int = 0, *, name: str = "model", progress: bool = False
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    seed: int = 0,
+    *,
+    callback: Callable[[int, nn.Module, Tensor], bool | None] | None = None,
+    name: str = "model",
+    progress: bool = False,
 ) -> Tensor:
-    """Train `model` in place, on the device of the data; return the loss of every step, float32 [steps].
+    """Train `model` in place, on the device of the data.
 
     Batches that are not full are left out, unless the whole set is smaller than one. On GPUs that have it, bfloat16
-    autocast is used.
+    autocast is used. Epoch k of a seed always has the same order and augmentation, also if it is the first that is
+    trained (`recipe.start`); the momentum is zero before the first step.
 
     Started by `torchrun --nproc_per_node N`, each of N processes takes an N-th of every batch, with the draws that it
     gets in one process, and gradients are averaged: the same steps up to rounding, but for BatchNorm, which normalises
-    by the statistics of each process's own part. The first one's running statistics are kept.
+    by the statistics of each process's own part. The running statistics of the first process are kept.
 
     Args:
         model: any module whose outputs are logits [b, classes].
         dataset: what to train on; see data.load.
         recipe: how.
         seed: of the order and augmentation of the data.
+        callback: called after each step as callback(step, model, loss), and ends the training if it returns True. Steps
+            are those of the whole schedule, counted from 1; loss is the batch's before the step, a tensor without
+            gradient. The callback may evaluate the model, which is put into training mode again after it.
         name: for messages.
-        progress: show a bar if somebody is looking, see `progress.watched`.
+        progress: show a bar if somebody is looking, see repairlib.progress.
+
+    Returns:
+        The loss of every step, float32 [steps].
 
     Raises:
         ValueError: the batch does not divide into equal parts for all processes.
@@ -174,20 +200,24 @@ def fit(
         raise ValueError(f"{name}: batches of {batch_size} images cannot be divided among {number} processes")
     net = DistributedDataParallel(model) if number > 1 else model
     per_epoch = len(dataset.train) // batch_size
-    steps = recipe.epochs * per_epoch
+    first = recipe.start * per_epoch
+    steps = recipe.trained_epochs * per_epoch
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, recipe.momentum,
         weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, foreach=True,
     )  # fmt: skip
     losses = torch.zeros(steps, device=device)
-    step, checked = 0, 0
+    step, checked, stopped = 0, 0, False
     with bar(steps, name, "step", progress and rank == 0) as steps_done:
-        for _ in range(recipe.epochs):
-            for x, y in iterate(
+        for epoch in range(recipe.start + recipe.trained_epochs):
+            batches = iterate(
                 dataset, "train", batch_size, recipe.augment, generator,
                 shuffle=True, drop_last=True, part=(rank, number),
-            ):  # fmt: skip
-                optimizer.param_groups[0]["lr"] = recipe.lr_at(step, per_epoch)
+            )  # fmt: skip
+            if epoch < recipe.start:
+                continue  # its order is drawn, as if it were trained
+            for x, y in batches:
+                optimizer.param_groups[0]["lr"] = recipe.lr_at(first + step, per_epoch)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
                     loss = F.cross_entropy(net(x), y, label_smoothing=recipe.label_smoothing)
                 optimizer.zero_grad()
@@ -195,20 +225,29 @@ def fit(
                 optimizer.step()
                 losses[step] = loss.detach()
                 step += 1
-                if not cuda or step % 50 == 0 or step == steps:  # on a GPU, looking at a loss waits for it
+                if callback is not None:
+                    stopped = broadcast(bool(callback(first + step, model, loss.detach())))
+                    model.train()
+                if not cuda or step % 50 == 0 or step == steps or stopped:  # on a GPU, reading a loss waits for it
                     if number > 1:  # the mean of all parts, so that all processes stop at the same step
                         dist.all_reduce(losses[checked:step])
                         losses[checked:step] /= number
                     _check_losses(losses, checked, step, name)
                     steps_done.update(step - checked)
                     checked = step
+                if stopped:
+                    break
+            if recipe.until is not None and not stopped:
+                stopped = broadcast(rank == 0 and evaluate(model, iterate(dataset, "train", 1000))[1] >= recipe.until)
+            if stopped:
+                break
     for buffer in model.buffers() if number > 1 else ():
         dist.broadcast(buffer, 0)
     for key, value in model.state_dict().items():
         if not value.isfinite().all():
-            raise DivergedError(f"{name}: {key} became non-finite at step {steps} (the last), where the loss was still "
-                                f"{float(losses[-1]):.6g}; try a smaller learning rate")  # fmt: skip
-    return losses.cpu()
+            raise DivergedError(f"{name}: {key} became non-finite at step {step} (the last), where the loss was still "
+                                f"{float(losses[step - 1]):.6g}; try a smaller learning rate")  # fmt: skip
+    return losses[:step].cpu()
 
 
 @contextmanager
