@@ -312,6 +312,98 @@ def test_field_that_is_unknown_today_makes_a_run_stale(store):
         store.get(RUN)
 
 
+# runs that continue others
+
+CHILD = f"{RUN}/retrain/s2"
+
+
+def test_a_parent_is_trained_first_and_its_digest_kept(store, monkeypatch):
+    child = store.get(CHILD, train_device="cpu", progress=False)
+    assert store.names() == [RUN, CHILD] and store.children(RUN) == [CHILD] and store.children(CHILD) == []
+    assert store.info(CHILD)["parent"] == {"run": RUN, "sha256": store.info(RUN)["sha256"]}
+    assert "parent" not in store.info(RUN) and store.path(CHILD).is_relative_to(store.path(RUN))
+    alone, _ = training.train(CHILD, device="cpu", progress=False)  # a name is enough, without a store
+    assert equal(bits(child), bits(alone)) and not equal(bits(child), bits(store.load(RUN)))
+    monkeypatch.setattr(storing, "train", no_training)
+    assert equal(bits(store.get(CHILD)), bits(child)) and store.get(RUN)
+
+
+def test_children_begin_with_the_weights_of_the_parent(store):
+    again = training.find_recipe("smoke", "mlp", "digits")
+    parent = store.get(RUN, train_device="cpu", progress=False)
+    child, _ = training.train(CHILD, parent=parent, recipe=replace(again, epochs=0), device="cpu", progress=False)
+    assert equal(bits(child), bits(parent))
+
+
+def test_biases_are_taken_out_of_the_parent(store):
+    name = f"{RUN}/retrain~nobias/s1"
+    assert not any(key.endswith("bias") for key in bits(store.get(name, train_device="cpu", progress=False)))
+    assert store.load(name).head.bias is None and store.load(RUN).head.bias is not None
+    parent, recipe = store.load(RUN), replace(training.find_recipe("smoke", "mlp", "digits"), epochs=0)
+    child, _ = training.train(name, parent=parent, recipe=recipe, device="cpu", progress=False)
+    assert equal(bits(child), {key: value for key, value in bits(parent).items() if not key.endswith("bias")})
+
+
+def test_a_fused_parent_is_continued_as_the_plain_network_that_it_is(store):
+    name = "digits/mlp2-fused-w8/smoke/s1/smoke~lr0.01/s1"
+    child = store.get(name, train_device="cpu", progress=False)
+    assert bits(child).keys() == bits(store.load("digits/mlp2-fused-w8/smoke/s1")).keys()
+
+
+def test_spawned_runs(store):
+    """Of one first epoch, two runs: all steps of the schedule, and no checkpoint between the first and the last."""
+    first = "digits/mlp2-plain-w16/smoke~epochs3~stop1/s1"
+    a, b = (f"{first}/smoke~epochs3~start1/s{seed}" for seed in (1, 2))
+    nets = [bits(store.get(name, train_device="cpu", progress=False)) for name in (a, b)]
+    assert not equal(*nets) and store.names() == [first, a, b]
+
+
+def test_a_parent_trained_again_to_other_weights_makes_its_children_stale(store):
+    save(store)
+    save(store, CHILD, seed=1)
+    store.load(CHILD)
+    edit(store.path(RUN), sha256="0" * 64)
+    with pytest.raises(StaleRun, match=f"{CHILD} continues other weights than those that {RUN} has now") as caught:
+        store.get(CHILD)
+    assert main(str(caught.value).split("`")[1].split()[3:]) == 0 and store.names() == [RUN]
+
+
+def test_a_changed_recipe_of_the_parent_makes_all_stale(store, monkeypatch):
+    save(store)
+    save(store, CHILD)
+    save(store, grandchild := f"{CHILD}/smoke/s3")
+    smoke = training.RECIPES["smoke"]
+    monkeypatch.setitem(smoke, "mlp", replace(smoke["mlp"], lr=0.123))
+    for name in (RUN, CHILD, grandchild):
+        with pytest.raises(StaleRun, match="was trained with lr=0.1"):
+            store.load(name)
+    monkeypatch.undo()
+    monkeypatch.setitem(smoke, "mlp", replace(smoke["mlp"], weight_decay=0.123))
+    with pytest.raises(StaleRun, match="was trained with weight_decay") as caught:
+        store.load(RUN)
+    assert main(str(caught.value).split("`")[1].split()[3:]) == 0 and store.names() == []
+
+
+def test_a_parent_is_not_deleted_before_its_children(store, capsys):
+    for name in (RUN, CHILD, f"{CHILD}/smoke/s3", RUN.replace("s1", "s11")):
+        save(store, name)
+    with pytest.raises(ValueError, match=f"{RUN} is not removed, because these continue it: {CHILD}, {CHILD}/smoke/s3"):
+        store.delete(RUN)
+    root = ["--root", str(store.root)]
+    assert main([*root, "delete", RUN]) == 1 and "delete --children" in capsys.readouterr().err
+    assert main([*root, "check"]) == 0 and len(capsys.readouterr().out.splitlines()) == len(store.names()) == 4
+    assert main([*root, "delete", CHILD, f"{CHILD}/smoke/s3"]) == 0  # in whatever order they are named
+    store.delete(RUN, children=True)
+    assert store.names() == [RUN.replace("s1", "s11")]
+
+
+def test_changed_recipes_have_their_own_folders(store):
+    name = RUN.replace("smoke", "smoke~lr0.03~init=uniform")
+    store.get(name.replace("0.03", "3e-2"), train_device="cpu", progress=False)
+    assert store.names() == [name] and store.info(name)["recipe"]["lr"] == 0.03
+    assert not equal(bits(store.load(name)), bits(training.train(RUN, device="cpu", progress=False)[0]))
+
+
 # interrupted saves
 
 

@@ -1,3 +1,4 @@
+import copy
 import math
 import os
 import subprocess
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from companion.runs import train as training
-from companion.runs.data import AUGMENTATIONS, Dataset, Split, load
+from companion.runs.data import AUGMENTATIONS, Dataset, Split, iterate, load
 from companion.runs.models import build
 from companion.runs.train import DivergedError, Recipe, evaluate, find_recipe, fit, parse_run, train
 
@@ -255,6 +256,91 @@ def test_batches_that_are_not_full_are_left_out(digits):
     assert sizes == [500] * 4
     fit(model, digits, Recipe("test", 1, 2000, 0.01, "linear"))
     assert sizes[4:] == [1397]
+
+
+# callbacks, and parts of a schedule
+
+
+def test_callback_sees_every_step_and_changes_nothing(digits):
+    how = Recipe("test", 2, 300, 0.1, "linear", momentum=0.5)
+    nets = []
+    for watched in (False, True):
+        seen = []
+
+        def record(step, model, loss, seen=seen):
+            seen.append((step, float(loss), evaluate(model, iterate(digits, "test", 400))[1], model.training))
+
+        torch.manual_seed(0)
+        model = build("mlp2-bn-w16", digits.shape)
+        losses = fit(model, digits, how, 3, callback=record if watched else None)
+        nets.append(bits(model))
+    assert equal(*nets)
+    assert [step for step, *_ in seen] == list(range(1, 9)) and [loss for _, loss, *_ in seen] == losses.tolist()
+    assert seen[-1][2] > seen[0][2] and all(training for *_, training in seen)
+
+
+def test_callback_stops(digits):
+    how = Recipe("test", 2, 300, 0.1, "linear")
+    nets, counts = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = build("mlp2-plain-w16", digits.shape)
+        counts.append(len(fit(model, digits, how, 3, callback=lambda step, model, loss: step == 6)))
+        nets.append(bits(model))
+    assert counts == [6, 6] and equal(*nets)
+    calls = []
+    fit(model, digits, how, callback=lambda step, model, loss: calls.append(step))  # None goes on
+    assert len(calls) == 8
+
+
+def test_stopping_after_an_epoch_gives_the_first_epochs_of_the_whole_run(digits):
+    """Bit for bit: `qu~stop2` is what `qu` is after two epochs, with warm-up, augmentation and running statistics."""
+    how = Recipe("test", 4, 300, 0.1, "cosine", augment=("translate",), warmup_epochs=1.5)
+    torch.manual_seed(0)
+    model = build("vgg11-bn-w0.125", digits.shape)
+    part, epochs = copy.deepcopy(model), {}
+
+    def keep(step, model, loss):
+        epochs[step / 4] = bits(model)
+
+    losses = fit(model, digits, how, 5, callback=keep)
+    first = fit(part, digits, replace(how, stop=2), 5)
+    assert equal(bits(part), epochs[2]) and torch.equal(first, losses[:8])
+    steps = []
+    rest = fit(part, digits, replace(how, start=2), 5, callback=lambda step, model, loss: steps.append(step))
+    assert steps == list(range(9, 17)) and len(rest) == 8
+    assert rest[0] == losses[8]  # the same images; from then on, momentum differs
+
+
+def test_training_until_an_accuracy(digits):
+    how = Recipe("test", 30, 100, 0.05, "constant", until=0.9)
+    torch.manual_seed(0)
+    model, accuracies = build("mlp2-plain-w32", digits.shape), []
+
+    def record(step, model, loss):
+        if step % 13 == 0:
+            accuracies.append(evaluate(model, iterate(digits, "train", 1000))[1])
+
+    losses = fit(model, digits, how, callback=record)
+    assert len(losses) == 13 * len(accuracies) < 13 * 30
+    assert accuracies[-1] >= 0.9 > max(accuracies[:-1], default=0)
+
+
+def test_initial_weights_by_name():
+    untrained = Recipe("none", 0, 200, 0.1, "linear")
+    layers = {}
+    for init in ("kaiming-normal", "fan-out", "uniform"):
+        net, _ = run("digits/vgg11-plain-w1/smoke/s1", recipe=replace(untrained, init=init))
+        layers[init] = net
+        assert bool(net.conv3.bias.any()) == (init == "uniform")
+    inputs, outputs = 128 * 9, 256 * 9
+    expected = {"kaiming-normal": 2 / inputs, "fan-out": 2 / outputs, "uniform": 1 / (3 * inputs)}
+    for init, variance in expected.items():
+        assert float(layers[init].conv3.weight.detach().var()) == pytest.approx(variance, rel=0.02)
+    assert float(layers["fan-out"].head.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+    assert float(layers["uniform"].conv3.weight.detach().abs().max()) <= inputs**-0.5
+    with pytest.raises(ValueError, match="unknown init 'normal'; the nearest is"):
+        replace(untrained, init="normal")
 
 
 def test_batches_must_divide_among_the_processes(digits, monkeypatch):

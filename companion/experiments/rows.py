@@ -154,12 +154,11 @@ def reduction_rows(tables: Iterable[Table], least: float = 0.01) -> list[dict]:
         drops = drops[drops["none"].groupby(level="run").transform("mean") >= least]
         for (run, pair), row in drops[drops["none"] > 0].iterrows():
             name = train.parse_run(f"{run}/s1", check_data=False)
-            model = {"mlp": "MLP", "vgg": "VGG", "resnet": "ResNet", "tiny": "Tiny-"}.get(name.model.family)
-            model = f"{model}{name.model.depth}" if model else str(name.model).removeprefix("torchvision-")
             norm = name.model.norm if name.model.norm in ("bn", "ln") else "none"
             before, after = 100 * row["none"], 100 * row["REPAIR"]
             found[run, pair] = {
-                "run": run, "row": f"{model}, {name.data}", "norm": norm, "width": name.model.width, "pair": pair,
+                "run": run, "row": f"{name.model.title}, {name.data}", "norm": norm,
+                "width": name.model.width, "pair": pair,
                 "before": before, "after": after, "reduction": 100 * (before - after) / before,
             }  # fmt: skip
     return list(found.values())

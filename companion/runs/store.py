@@ -380,7 +380,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     store = Store(options.root, options.data_root)
     failures = 0
-    for name in options.names if hasattr(options, "names") else store.names():
+    names = options.names if hasattr(options, "names") else store.names()
+    if options.command == "delete":
+        names = sorted(names, key=lambda name: -name.count("/"))  # children before their parents
+    for name in names:
         try:
             if options.command == "train":
                 store.get(name)
