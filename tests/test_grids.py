@@ -1,6 +1,7 @@
 import pytest
 
-from companion.experiments.grids.combine import combined, overview
+from companion.experiments.grids.combine import combined, hypercube, min_max, overview, stitching, width
+from companion.figures.report import read_index
 from companion.runs.models import parse
 from companion.runs.train import parse_run
 
@@ -20,3 +21,19 @@ def test_the_paper_is_as_printed():
     assert paper.restarts == 1
     with pytest.raises(ValueError, match="the nearest is 'quick'"):
         combined("quik")
+
+
+@pytest.mark.parametrize("scale", ["smoke", "quick", "fast", "paper"])
+@pytest.mark.parametrize("make", [hypercube, stitching, width, min_max])
+def test_sections_have_all_items_of_their_notebook_and_runs_that_exist(make, scale):
+    grid, index = make(scale), read_index()
+    (notebook,) = {index[item]["notebook"] for item in grid.needs}
+    assert set(grid.needs) == {item for item, entry in index.items() if entry["notebook"] == notebook}
+    assert all(parse_run(run) for run in grid.runs(grid.needs))
+
+
+def test_widths_of_the_paper_end_where_it_ends():
+    needs = width("paper").needs
+    assert [network["width"] for network in needs["combine/fig7"]] == [1, 2, 4, 8, 16, 32]
+    assert [network["width"] for network in needs["combine/figB21"]] == [1, 2, 4, 8, 16]
+    assert needs["combine/fig7"][0]["model"] == "resnet20-ln"

@@ -2,9 +2,16 @@ import pytest
 import torch
 
 from companion.experiments import mixtures
-from companion.experiments.mixtures import SCHEMES, combination_rows, evaluate_rows, stitching_rows
+from companion.experiments.mixtures import (
+    SCHEMES,
+    combination_rows,
+    evaluate_rows,
+    extreme_rows,
+    scheme_barriers,
+    stitching_rows,
+)
 from companion.experiments.pairs import load_pair
-from companion.experiments.tables import best_combinations, mean_barriers, sample_barriers
+from companion.experiments.tables import best_combinations, mean_barriers, name_barriers, sample_barriers
 from companion.runs.data import iterate
 from repairlib import combine, evaluation
 from repairlib.interpolate import interpolate_states, with_state
@@ -103,6 +110,25 @@ def test_stitching_begins_with_b_and_ends_with_a(pair):
     assert rows[-1]["loss"] == pytest.approx(pair.evaluate(pair.a)[0])
 
 
+def test_the_path_of_extremes_begins_with_the_max_model_and_has_the_midpoint_in_its_middle(pair):
+    rows = extreme_rows(pair, 3)
+    assert [(row["matching"], row["alpha"]) for row in rows] == [(m, x) for m in ("WM", "none") for x in (0, 0.5, 1)]
+    states = pair.a.state_dict(), pair.aligned.state_dict()
+    made = combine.extreme(states, "max"), interpolate_states(*states, 0.5), combine.extreme(states, "min")
+    expected = [pair.evaluate(with_state(pair.a, state))[0] for state in made]
+    assert [row["loss"] for row in rows[:3]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_scheme_has_a_barrier_the_straight_line_without_alignment_too(pair):
+    found = {(row["scheme"], row["matching"]): row for row in scheme_barriers(pair, points=3, samples=2)}
+    schemes = ["linear", *mixtures.RANDOM]
+    assert list(found) == [*((scheme, "WM") for scheme in schemes), ("linear", "none"), ("stitching", "WM")]
+    assert [found[scheme, "WM"]["networks"] for scheme in schemes] == [3, 5, 4, 4, 4]
+    rows = [row for row in stitching_rows(pair) if row["matching"] == "WM"]
+    worst = max(row["loss"] for row in rows) - rows[0]["end_loss"]
+    assert found["stitching", "WM"]["loss_barrier"] == pytest.approx(worst)
+
+
 def test_barriers_of_samples_are_of_the_worst():
     rows = [
         {"scheme": "uniform", "matching": matching, "loss": loss, "accuracy": accuracy}
@@ -132,6 +158,10 @@ def test_mean_barriers_are_means_of_each_pairs_worst():
     ]
     mean = mean_barriers(rows).loc["WM"]
     assert mean["loss_barrier"] == pytest.approx(0.3) and mean["accuracy_barrier"] == pytest.approx(0.4)
+    named = name_barriers([*rows, *({**row, "matching": "none", "loss": 1.1} for row in rows)])
+    assert named == pytest.approx(
+        {"loss_barrier": 0.3, "accuracy_barrier": 40, "loss_barrier_not_aligned": 1, "accuracy_barrier_not_aligned": 40}
+    )
 
 
 def test_the_best_combination_is_the_most_accurate_and_of_several_the_one_of_the_lowest_loss():

@@ -68,7 +68,22 @@ def test_items_share_what_is_measured_and_save_it(here, monkeypatch):
     record = json.loads((here / "figures/smoke/repair/fig6_left.json").read_text())
     assert record["runs"] == left.runs and record["seeds"] == [1, 2]
     assert pd.DataFrame(record["table"]).equals(table) and (here / "figures/smoke/repair/fig6_left.png").exists()
+    assert work.tables[LEFT].equals(table)
     assert record["seconds"] >= round(table.attrs["seconds"], 1)
+
+
+def test_a_function_measures_every_pair_and_pairs_are_loaded_once(here, monkeypatch):
+    loaded = []
+    pairs_of = section.pairs_of
+    monkeypatch.setattr(section, "pairs_of", lambda *args, **how: loaded.append(args) or pairs_of(*args, **how))
+    work = Section(grid, "smoke")
+    found = [work.item(name).measure(lambda pair, text: [{"text": text, "run_a": pair.runs[0]}], "x", matching="WM")
+             for name in (LEFT, MIDDLE)]  # fmt: skip
+    assert loaded == [(RUN, (1, 2))] and found[0].equals(found[1])
+    network = {"run": RUN, "series": "digits", "width": 8}
+    assert found[0].to_dict("records") == [network | {"pair": "1-2", "text": "x", "run_a": f"{RUN}/s1"}]
+    ((name, pair),) = work.pairs(RUN, [2, 3])
+    assert name == "2-3" and pair.method == "AM"
 
 
 def test_published_numbers_stand_beside_ours():

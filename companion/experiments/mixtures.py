@@ -8,15 +8,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from companion.experiments.pairs import Pair
+from companion.experiments.tables import sample_barriers
 from companion.runs.data import iterate
 from repairlib import combine
 from repairlib.evaluation import evaluate_many
-from repairlib.interpolate import State
+from repairlib.interpolate import State, interpolate_states
 from repairlib.names import check
 
 
@@ -194,6 +196,44 @@ def stitching_rows(pair: Pair, *, matchings: Sequence[str] = COMPARED) -> list[d
             columns = {"matching": matching, "layer": layer, "name": name}
             named.append((columns, lambda e=ends, n=layer: combine.stitch(*e, n, parts)))
     return evaluate_rows(pair, named)
+
+
+def extreme_rows(pair: Pair, points: int, *, matchings: Sequence[str] = COMPARED) -> list[dict]:
+    """Networks from the Max model, of the larger of every two weights, to the Min model (Csiszarik et al. 2023, 4.5).
+
+    Args:
+        points: equidistant values of alpha, from 0 (Max) to 1 (Min).
+
+    Returns:
+        Rows of `evaluate_rows` with columns {matching, alpha}.
+    """
+    named = []
+    for matching in matchings:
+        trained = states_of(pair, matching)
+        ends = combine.extreme(trained, "max"), combine.extreme(trained, "min")
+        for alpha in SCHEMES["linear"].grid(points):
+            named.append(({"matching": matching, "alpha": alpha}, partial(interpolate_states, *ends, alpha)))
+    return evaluate_rows(pair, named)
+
+
+RANDOM = ("uniform", "subcube", "hyperplane", "bernoulli")  # schemes of random coefficients (Sec. 4.2)
+
+
+def scheme_barriers(pair: Pair, points: int, samples: int) -> list[dict]:
+    """Barriers of all schemes between aligned networks, and of the line between networks as trained (Sec. 4.4).
+
+    Args:
+        points: values of each scheme's parameter, see `Scheme.grid`.
+        samples: networks at each of them.
+
+    Returns:
+        Rows of `tables.sample_barriers`, by scheme and matching; identity stitching is one of the schemes.
+    """
+    grids = {scheme: SCHEMES[scheme].grid(points) for scheme in ("linear", *RANDOM)}
+    rows = combination_rows(pair, grids, samples, matchings=["WM"])
+    rows += combination_rows(pair, {"linear": grids["linear"]}, matchings=["none"])
+    rows += [{"scheme": "stitching"} | row for row in stitching_rows(pair, matchings=["WM"])]
+    return sample_barriers(rows)
 
 
 def weight_rows(networks: Mapping[str, State], a: State, b: State) -> list[dict]:

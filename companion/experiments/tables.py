@@ -155,6 +155,21 @@ def mean_barriers(table: Table, by: Sequence[str] = ("matching",), each: str = "
     return found[["loss_barrier", "accuracy_barrier"]].mean()
 
 
+def name_barriers(table: Table, each: str = "pair") -> dict[str, float]:
+    """Mean barriers by name, to be saved as a summary: loss_barrier, accuracy_barrier, loss_barrier_not_aligned, ...
+
+    Args:
+        table: rows of `mixtures.evaluate_rows` with a column `matching`.
+        each: what to average over, the pair or another column.
+
+    Returns:
+        Losses in nats, accuracies in points.
+    """
+    mean = mean_barriers(table, each=each) * [1, 100]
+    suffixes = {"WM": "", "none": "_not_aligned"}
+    return {f"{name}{suffixes[matching]}": row[name] for matching, row in mean.iterrows() for name in mean}
+
+
 def best_combinations(table: Table, by: str) -> pd.DataFrame:
     """The row of the highest accuracy for each value of a column, of several the one of the lowest loss."""
     frame = pd.DataFrame(table).sort_values(["accuracy", "loss"], ascending=[False, True])

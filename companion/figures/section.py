@@ -18,6 +18,7 @@ from IPython.display import display
 from matplotlib.figure import FigureBase
 
 from companion.experiments.grids import Grid
+from companion.experiments.pairs import Pair, pairs_of
 from companion.experiments.rows import rows
 from companion.experiments.scales import SCALES, check_scale, wanted
 from companion.experiments.tables import Table
@@ -47,6 +48,7 @@ class Section:
         self.runs = self.grid.runs(self.items)
         self.reads = [name for item in self.items for name in self.grid.reads.get(item, ())]
         self.tables: dict[str, pd.DataFrame] = {}
+        self._pairs: dict[str, list[tuple[str, Pair]]] = {}
         self._measured: dict[str, tuple[list[dict], float]] = {}
 
     def overview(self) -> pd.DataFrame:
@@ -93,6 +95,20 @@ class Section:
         table.attrs["seconds"] = seconds
         return table
 
+    def pairs(self, run: str, seeds: Iterable[int] = (), **how) -> list[tuple[str, Pair]]:
+        """Every pair of seeds of a run, by name ("1-2"); each is loaded and matched once for all items.
+
+        Args:
+            run: a run name without its seed.
+            seeds: which; default the section's.
+            **how: matching, its options and so on, see `experiments.pairs.load_pair`.
+        """
+        seeds = tuple(seeds) or self.grid.seeds
+        key = repr((run, seeds, sorted(how.items())))
+        if key not in self._pairs:
+            self._pairs[key] = list(pairs_of(run, seeds, **how))
+        return self._pairs[key]
+
     def check(self) -> pd.DataFrame:
         """What the paper claims of the items made here, and whether they show it at this scale.
 
@@ -128,6 +144,24 @@ class Item:
     def rows(self, **how) -> pd.DataFrame:
         """The long table of the item's networks, see `Section.rows`."""
         return self.section.rows(self.networks, **how)
+
+    def measure(self, function: Callable[..., Iterable[Mapping]], *arguments, **how) -> pd.DataFrame:
+        """What a function measures on every pair of the item's networks.
+
+        Args:
+            function: (pair, *arguments) -> rows.
+            *arguments: of the function.
+            **how: how units are matched, see `Section.pairs`.
+
+        Returns:
+            Columns {**network, pair: "1-2", **row}.
+        """
+        found = []
+        for network in self.networks:
+            columns = {name: value for name, value in network.items() if name != "seeds"}
+            for name, pair in self.section.pairs(network["run"], network.get("seeds", ()), **how):
+                found += [{**columns, "pair": name, **row} for row in function(pair, *arguments)]
+        return pd.DataFrame(found)
 
     def save(self, table: Table, figure: FigureBase | None = None, summary: Mapping[str, object] | None = None) -> None:
         """Save the table, the picture and the summary, and show the picture and the paper's numbers beside ours.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from companion.experiments.grids import Grid
+from companion.experiments.grids import Grid, Network
 from companion.experiments.scales import SCALES, by_scale
 
 
@@ -48,6 +48,80 @@ def combined(scale: str, width: float | None = None) -> Combined:
 def overview() -> pd.DataFrame:
     """What is combined at every scale, side by side."""
     return pd.DataFrame({scale: combined(scale)._asdict() for scale in SCALES})
+
+
+def _networks(scale: str, width: float | None = None) -> tuple[Network, Network]:
+    """The ResNet and the Tiny-10 of a scale, as networks of a grid."""
+    both = combined(scale, width)
+    return tuple({"run": run, "model": run.split("/")[1]} for run in (both.resnet, both.tiny))
+
+
+def hypercube(scale: str) -> Grid:
+    """Section 4.2: coefficients drawn at random from the unit hypercube."""
+    both, (resnet, tiny) = combined(scale), _networks(scale)
+    small = "digits/mlp2-fused-w128/quick"
+    mlp = by_scale(scale, smoke="digits/mlp2-fused-w16/smoke", quick=small, fast=small, paper=small)
+    drawn = {f"combine/fig{number}": [resnet] for number in (2, 3, 4, 5)} | {"combine/figB15-B18": [tiny]}
+    by_hand = [f"{mlp}/s1", f"{mlp}/s2"]  # to match by hand
+    return Grid(
+        needs={"combine/fig1": [], "combine/algorithm1": [resnet, tiny, *by_hand], **drawn, "combine/tableA1": []},
+        seeds=both.seeds,
+        settings={
+            "resnet": both.resnet,
+            "tiny": both.tiny,
+            "mlp": mlp,
+            "restarts": both.restarts,
+            "points": by_scale(scale, smoke=3, quick=5, fast=25, paper=25),
+            "samples": by_scale(scale, smoke=1, quick=2, fast=5, paper=10),
+        },
+    )
+
+
+def stitching(scale: str) -> Grid:
+    """Section 4.3: the first layers of A, the rest of B."""
+    both, (resnet, tiny) = combined(scale), _networks(scale)
+    return Grid(
+        needs={"combine/fig6": [resnet], "combine/figB19": [tiny]},
+        seeds=both.seeds,
+        settings={"resnet": both.resnet, "tiny": both.tiny, "restarts": both.restarts},
+    )
+
+
+def width(scale: str) -> Grid:
+    """Section 4.4: the barrier of every scheme, network by network, as they grow wider."""
+    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 2], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16, 32])
+    both = combined(scale)
+    resnets, tinys = [], []
+    for size in widths:
+        for network, found in zip(_networks(scale, size), (resnets, tinys), strict=True):
+            found.append({**network, "model": network["model"].partition("-w")[0], "width": size})
+    return Grid(
+        needs={"combine/fig7": resnets, "combine/figB21": [network for network in tinys if network["width"] <= 16]},
+        seeds=both.seeds[:2] if scale == "paper" else both.seeds,
+        settings={
+            "resnet": both.resnet,
+            "tiny": both.tiny,
+            "widths": widths,
+            "restarts": both.restarts,
+            "points": by_scale(scale, smoke=3, quick=5, fast=25, paper=25),
+            "samples": by_scale(scale, smoke=1, quick=1, fast=5, paper=10),
+        },
+    )
+
+
+def min_max(scale: str) -> Grid:
+    """Section 4.5: the path from the Max to the Min model."""
+    both, (resnet, tiny) = combined(scale), _networks(scale)
+    return Grid(
+        needs={"combine/fig8": [resnet], "combine/figB22": [tiny]},
+        seeds=both.seeds,
+        settings={
+            "resnet": both.resnet,
+            "tiny": both.tiny,
+            "restarts": both.restarts,
+            "points": by_scale(scale, smoke=3, quick=9, fast=25, paper=25),
+        },
+    )
 
 
 def extrapolation(scale: str) -> Grid:
