@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from companion.experiments.ensembles import Balanced, MixedLogits, balance, predict
-from companion.experiments.pairs import Pair, baseline_rows
-from companion.runs import train
+from companion.experiments.pairs import Pair
+from companion.experiments.rows import baseline_rows
 from companion.runs.data import iterate, load
+from repairlib import evaluate
 
 groups = st.integers(2, 8).flatmap(
     lambda classes: st.tuples(
@@ -122,9 +123,9 @@ def test_the_mixed_loss_is_never_above_the_straight_line(pair, x):
     """Cross entropy is convex in the logits, so that an ensemble has no barrier: this tells alpha from 1 - alpha."""
     a, b = pair
     data = [(x, torch.arange(30) % CLASSES)]
-    ends = [train.evaluate(net, data)[0] for net in pair]
+    ends = [evaluate(net, data)[0] for net in pair]
     for alpha in (0.1, 0.5, 0.9):
-        loss = train.evaluate(MixedLogits(a, b, alpha), data)[0]
+        loss = evaluate(MixedLogits(a, b, alpha), data)[0]
         assert loss <= (1 - alpha) * ends[0] + alpha * ends[1] + 1e-12
 
 
@@ -153,8 +154,8 @@ def test_balance_undoes_a_shift_of_the_classes_in_training():
         biased.bias.copy_(torch.tensor([4, 4, 1, 1]).double().log())  # Bayes: priors multiply odds
     balanced = Balanced(biased, [0, 1], data)
     assert balanced.shift == pytest.approx(math.log(4), abs=1e-9)
-    assert train.evaluate(balanced, data)[0] == pytest.approx(float(F.cross_entropy(z, z.argmax(1))), abs=1e-9)
-    assert train.evaluate(biased, data)[0] > train.evaluate(balanced, data)[0] + 0.05
+    assert evaluate(balanced, data)[0] == pytest.approx(float(F.cross_entropy(z, z.argmax(1))), abs=1e-9)
+    assert evaluate(biased, data)[0] > evaluate(balanced, data)[0] + 0.05
 
 
 def test_baselines_of_a_pair():
@@ -173,13 +174,13 @@ def test_baselines_of_a_pair():
     pair = Pair(("a", "b"), *ends, digits, iterate(digits), test)
     rows = baseline_rows(pair, ignorant, [0, 0.5, 1])
     assert [(row["network"], row["alpha"]) for row in rows] == [
-        ("ensemble", 0), ("ensemble", 0.5), ("ensemble", 1), ("corrected a", None), ("corrected b", None),
+        ("ensemble", 0), ("ensemble", 0.5), ("ensemble", 1), ("corrected A", None), ("corrected B", None),
         ("full data", None),
     ]  # fmt: skip
     by = {(row["network"], row["alpha"]): row for row in rows}
     for end, model in enumerate(ends):
-        assert (by["ensemble", end]["loss"], by["ensemble", end]["accuracy"]) == train.evaluate(model, test)
+        assert (by["ensemble", end]["loss"], by["ensemble", end]["accuracy"]) == evaluate(model, test)
     assert by["full data", None]["loss"] == pytest.approx(math.log(10), abs=1e-6)
     # The two differ in what was added only: corrected, they are one network.
-    a, b = by["corrected a", None], by["corrected b", None]
+    a, b = by["corrected A", None], by["corrected B", None]
     assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["loss"] < by["ensemble", 0]["loss"] - 0.1

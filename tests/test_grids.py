@@ -1,5 +1,6 @@
 import pytest
 
+from companion.experiments.grids import repair
 from companion.experiments.grids.combine import combined, hypercube, min_max, overview, stitching, width
 from companion.figures.report import read_index
 from companion.runs.models import parse
@@ -37,3 +38,32 @@ def test_widths_of_the_paper_end_where_it_ends():
     assert [network["width"] for network in needs["combine/fig7"]] == [1, 2, 4, 8, 16, 32]
     assert [network["width"] for network in needs["combine/figB21"]] == [1, 2, 4, 8, 16]
     assert needs["combine/fig7"][0]["model"] == "resnet20-ln"
+
+
+@pytest.mark.parametrize("make", [repair.imagenet, repair.split_data, repair.summary])
+@pytest.mark.parametrize("scale", ["smoke", "quick", "fast", "paper"])
+def test_repair_names_runs_that_exist(make, scale):
+    grid = make(scale)
+    for run in grid.runs(grid.needs):
+        parse_run(run, check_data=False)
+    assert all(item in grid.needs for item in grid.reads)
+
+
+def test_another_folder_of_images_has_the_networks_of_torchvision():
+    grid = repair.imagenet("smoke", data="photos@224", recipe="imported")
+    assert grid.networks(["repair/fig5-right"]) == [
+        {"run": "photos@224/torchvision-resnet18/imported", "series": "ResNet18"},
+        {"run": "photos@224/torchvision-resnet50/imported", "series": "ResNet50"},
+    ]
+    assert grid.runs(["repair/fig9"]) == [f"photos@224/torchvision-resnet50/imported/s{seed}" for seed in (1, 2)]
+
+
+def test_halves_of_the_data_are_paired_in_a_circle():
+    pairs = repair.split_pairs("quick")
+    assert [pair["pair"] for pair in pairs] == ["1-2", "2-3", "3-1"] * 2
+    assert pairs[2] == {
+        "pair": "3-1",
+        "halves": ["digits-hard-first80/mlp3-fused-w256/quick/s3", "digits-hard-last80/mlp3-fused-w256/quick/s1"],
+        "whole": "digits-hard/mlp3-fused-w256/quick/s3",
+    }
+    assert repair.split_data("quick").seeds == (1, 2, 3)

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from companion.experiments.tables import name_networks
 from companion.figures.report import figures_root
 from companion.runs import store
 from companion.runs.data import project_root
@@ -70,17 +71,19 @@ def test_the_notebook_runs_on_a_streamed_folder(shapes, tmp_path):
     assert saved["fig5_right"]["runs"] == runs and saved["fig5_left"]["runs"] == runs[2:]
 
     table = pd.DataFrame(saved["fig5_left"]["table"])
-    paths, midpoints = ("direct", "aligned", "conv", "repaired"), ("conv_bn_kept", "full_bn_reset")
+    table = name_networks(table)
+    paths = "not aligned", "aligned", "aligned + RESET", "aligned + REPAIR"
+    midpoints = "aligned + REPAIR conv", "aligned + REPAIR bn reset"
     expected = [(network, 3) for network in paths] + [(network, 1) for network in midpoints]
     assert list(table.groupby("network", sort=False).size().items()) == expected
     loss = table.pivot(index="alpha", columns="network", values="loss")
     accuracy = table.pivot(index="alpha", columns="network", values="accuracy")
     for alpha, run in enumerate(runs[2:]):
         expected = evaluate(run, shapes)
-        for network in ("direct", "aligned", "repaired"):  # REPAIR changes nothing at the ends; RESET does
+        for network in ("not aligned", "aligned", "aligned + REPAIR"):  # REPAIR changes nothing at the ends; RESET does
             found = loss.loc[alpha, network], accuracy.loc[alpha, network]
             assert found == pytest.approx(expected, rel=1e-3), (run, network)
-        assert loss.loc[alpha, "conv"] != pytest.approx(expected[0], rel=1e-3)
+        assert loss.loc[alpha, "aligned + RESET"] != pytest.approx(expected[0], rel=1e-3)
     assert loss.loc[0.5].nunique() == 6  # six networks, and none the same function
 
     filters = pd.DataFrame(saved["fig9"]["table"])

@@ -9,19 +9,19 @@ import pytest
 
 from companion.experiments.grids import Grid
 from companion.figures import plots, section
-from companion.figures.section import Item, Section, beside
+from companion.figures.section import Item, Section, beside, stack
 
 RUN = "digits/mlp2-fused-w8/smoke"
-LEFT, MIDDLE = "repair/fig6-left", "repair/fig6-middle"
+LEFT, MIDDLE, SUMMARY = "repair/fig6-left", "repair/fig6-middle", "repair/table1"
 
 
 def grid(scale: str) -> Grid:
     network = {"run": RUN, "series": "digits", "width": 8}
     return Grid(
-        needs={LEFT: [network], MIDDLE: [network, "digits/mlp2-fused-w8/smoke/s3"]},
+        needs={LEFT: [network], MIDDLE: [network, "digits/mlp2-fused-w8/smoke/s3"], SUMMARY: []},
         seeds=(1, 2),
         settings={"units": [8]},
-        reads={MIDDLE: ["repair/fig2-left"]},
+        reads={SUMMARY: [LEFT]},
     )
 
 
@@ -34,7 +34,7 @@ def here(tmp_path, monkeypatch):
 
 def test_a_section_knows_what_its_items_need():
     everything, one = Section(grid, "smoke"), Section(grid, "smoke", LEFT)
-    assert everything.runs == [f"{RUN}/s{seed}" for seed in (1, 2, 3)] and everything.reads == ["repair/fig2-left"]
+    assert everything.runs == [f"{RUN}/s{seed}" for seed in (1, 2, 3)] and everything.reads == [LEFT]
     assert one.runs == [f"{RUN}/s1", f"{RUN}/s2"] and one.reads == []
     assert one.item(MIDDLE) is None and isinstance(one.item(LEFT), Item)
     with pytest.raises(ValueError, match="no item 'repair/fig6-lft'; it has: repair/fig6-left"):
@@ -84,6 +84,26 @@ def test_a_function_measures_every_pair_and_pairs_are_loaded_once(here, monkeypa
     assert found[0].to_dict("records") == [network | {"pair": "1-2", "text": "x", "run_a": f"{RUN}/s1"}]
     ((name, pair),) = work.pairs(RUN, [2, 3])
     assert name == "2-3" and pair.method == "AM"
+
+
+def test_an_item_that_sums_up_others_waits_for_them(here, capsys):
+    work = Section(grid, "smoke")
+    assert work.item(SUMMARY) is None
+    assert f"{LEFT} has not been made" in capsys.readouterr().out
+    left = work.item(LEFT)
+    table = left.rows(calibration=200)
+    left.save(table, plots.barriers(table, "width"))
+    summary = work.item(SUMMARY)
+    assert summary.reads[LEFT]["table"] == table.to_dict("records")
+    assert summary.runs == left.runs
+
+
+def test_tables_are_stacked_with_the_seconds_of_all():
+    tables = [pd.DataFrame({"alpha": [alpha]}) for alpha in (0, 1)]
+    for seconds, table in enumerate(tables, start=1):
+        table.attrs["seconds"] = seconds
+    found = stack(iter(tables))
+    assert list(found["alpha"]) == [0, 1] and list(found.index) == [0, 1] and found.attrs["seconds"] == 3
 
 
 def test_published_numbers_stand_beside_ours():

@@ -12,6 +12,7 @@ from companion.experiments.pairs import Pair, pairs_of
 from companion.experiments.tables import MEASURES, Table, barriers
 from companion.runs import train
 from companion.runs.data import iterate
+from repairlib.diagnostics import unit_agreement
 from repairlib.evaluation import evaluate
 from repairlib.names import check
 
@@ -133,6 +134,30 @@ def match_rows(pair: Pair) -> list[dict]:
     return [{"sweep": i, "similarity": value / whole} | start for i, value in enumerate(matching.history)]
 
 
+def filter_rows(pair: Pair, layer: str = "stem", weight: str = "conv1.weight") -> list[dict]:
+    """First-layer filters of A with those of B that they are matched with (Jordan et al. 2022, Fig. 9).
+
+    Args:
+        pair: matched by permutations.
+        layer: the node whose units are correlated, see `corrections.target_nodes`.
+        weight: the filters.
+
+    Returns:
+        Rows {unit: of A, matched_unit: of B, correlation: of these two on training images, as_trained: of unit i of A
+        and unit i of B}.
+    """
+    group = next(g for g in pair.matching.spec.groups if (weight, 0) in {(axis.tensor, axis.axis) for axis in g.axes})
+    matched, as_trained = (
+        next(iter(unit_agreement(pair.a, b, pair.calibration, [layer]).values())).tolist()
+        for b in (pair.aligned, pair.b)
+    )
+    units = zip(pair.matching.permutation[group.name].tolist(), matched, as_trained, strict=True)
+    return [
+        {"unit": i, "matched_unit": j, "correlation": after, "as_trained": before}
+        for i, (j, after, before) in enumerate(units)
+    ]
+
+
 def reduction_rows(tables: Iterable[Table], least: float = 0.01) -> list[dict]:
     """By how much REPAIR lowers the accuracy barrier of the midpoint, ``(before - after) / before``, for each pair.
 
@@ -176,14 +201,14 @@ def baseline_rows(pair: Pair, whole: nn.Module, alphas: Iterable[float]) -> list
 
     Returns:
         Rows {network, alpha, loss (nats), accuracy (in [0, 1])} on the test set: "ensemble" at every alpha, then
-        "corrected a", "corrected b" and "full data", which have no alpha (None). `plots.merging` draws them.
+        "corrected A", "corrected B" and "full data", which have no alpha (None). `plots.merging` draws them.
     """
     classes = range(pair.dataset.classes)
     half = len(classes) // 2
     models = [("ensemble", alpha, MixedLogits(pair.a, pair.b, alpha)) for alpha in alphas]
     models += [
-        ("corrected a", None, Balanced(pair.a, classes[:half], pair.test)),
-        ("corrected b", None, Balanced(pair.b, classes[half:], pair.test)),
+        ("corrected A", None, Balanced(pair.a, classes[:half], pair.test)),
+        ("corrected B", None, Balanced(pair.b, classes[half:], pair.test)),
         ("full data", None, whole),
     ]
     return [

@@ -23,21 +23,22 @@ def network_name(matching: str, renorm: str = "none") -> str:
 
 
 def name_networks(table: Table) -> pd.DataFrame:
-    """The table with a column `network`, in words, if it has the columns `matching` and `renorm` and no `network`.
+    """The table with a column `network` in words: made of `matching` and `renorm` in rows that have none yet.
 
     Where several matchings stand beside each other, the words say which: "aligned (WM)".
     """
     frame = pd.DataFrame(table)
-    if "network" in frame or "matching" not in frame:
+    if "matching" not in frame:
         return frame
     renorms = frame["renorm"] if "renorm" in frame else ["none"] * len(frame)
     names = [network_name(*pair) for pair in zip(frame["matching"], renorms, strict=True)]
-    if len({*frame["matching"]} - {"none"}) > 1:
+    if len({*frame["matching"].dropna()} - {"none"}) > 1:
         names = [
             name if name.startswith("not") else name.replace("aligned", f"aligned ({matching})", 1)
             for name, matching in zip(names, frame["matching"], strict=True)
         ]
-    return frame.assign(network=names)
+    made = pd.Series(names, frame.index, dtype=object)
+    return frame.assign(network=frame["network"].fillna(made) if "network" in frame else made)
 
 
 def barriers(table: Table, baseline: str = "linear") -> pd.DataFrame:
@@ -78,6 +79,24 @@ def barriers(table: Table, baseline: str = "linear") -> pd.DataFrame:
             found[f"midpoint_{metric}"] = wide[metric][0.5].to_numpy()
         found[f"end_{metric}"] = wide[metric][[0, 1]].mean(axis=1).to_numpy()
     return found
+
+
+def restore_ends(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the endpoints as trained at both ends of every path, also where a renormalisation changes them.
+
+    Barriers of RESET are measured so, like those of the networks that it is compared with.
+
+    Args:
+        table: long, see `barriers`, with the aligned networks as interpolated (`renorm` "none") among its rows.
+    """
+    plain = (table["renorm"] == "none") & (table["matching"] != "none")
+    names = [column for column in table if column not in ("matching", "renorm", "network", *MEASURES)]
+    trained = table[plain & table["alpha"].isin([0, 1])].set_index(names)[MEASURES]
+    place = pd.MultiIndex.from_frame(table[names])
+    at_end = place.isin(trained.index)
+    table = table.copy()
+    table.loc[at_end, MEASURES] = trained.loc[place[at_end]].to_numpy()
+    return table
 
 
 def barrier_means(table: Table, by: Sequence[str], metric: str = "loss") -> pd.DataFrame:

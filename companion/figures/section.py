@@ -22,7 +22,7 @@ from companion.experiments.pairs import Pair, pairs_of
 from companion.experiments.rows import rows
 from companion.experiments.scales import SCALES, check_scale, wanted
 from companion.experiments.tables import Table
-from companion.figures.report import read_index, save_item
+from companion.figures.report import load_item, read_index, save_item
 from companion.runs import costs
 
 
@@ -61,14 +61,18 @@ class Section:
         return pd.DataFrame({scale: _column(self._make(scale)) for scale in SCALES})
 
     def item(self, name: str) -> "Item | None":
-        """The item, its clock started; None if it was not asked for.
+        """The item, its clock started; None if it was not asked for, or if items that it sums up are not made yet.
 
         Raises:
             ValueError: the section has no such item.
         """
         if name not in self.grid.needs:
             raise ValueError(f"this section has no item {name!r}; it has: {', '.join(self.grid.needs)}")
-        return Item(name, self) if name in self.items else None
+        try:
+            return Item(name, self) if name in self.items else None
+        except FileNotFoundError as error:
+            print(error)
+            return None
 
     def rows(self, networks: Iterable[Mapping[str, object]], **how) -> pd.DataFrame:
         """The long table of some networks; what is measured once is not measured again for another item.
@@ -109,14 +113,18 @@ class Section:
             self._pairs[key] = list(pairs_of(run, seeds, **how))
         return self._pairs[key]
 
-    def check(self) -> pd.DataFrame:
+    def check(self, paper: str = "") -> pd.DataFrame:
         """What the paper claims of the items made here, and whether they show it at this scale.
 
         A claim about trained networks is a verdict, never an error: another processor trains other networks.
+
+        Args:
+            paper: such as "repair": everything that it claims, judged from all items made so far.
         """
         # By name, so that whoever follows imports does not find the claims here: editing one changes no notebook.
         scorecard = importlib.import_module("companion.figures.scorecard")
-        found = [row for row in scorecard.scorecard(scales=[self.scale]) if row["item"] in self.items]
+        found = scorecard.scorecard(paper, [self.scale])
+        found = found if paper else [row for row in found if row["item"] in self.items]
         return (
             pd.DataFrame(found, columns=["item", "statement", "ours", "verdict"])
             .style.hide()
@@ -130,14 +138,20 @@ class Item:
     Attributes:
         name: its ID, such as "repair/fig6-left".
         networks: what it needs, without seeds, see `Grid.needs`.
-        runs: names of the training runs.
+        reads: by item that this one sums up, what was saved of it, see `report.load_item`.
+        runs: names of the training runs, also of the items that it sums up.
         published: the numbers that the paper prints, by name.
+
+    Raises:
+        FileNotFoundError: an item that it sums up has not been made.
     """
 
     def __init__(self, name: str, section: Section):
         self.name, self.section = name, section
         self.networks = section.grid.networks([name])
-        self.runs = section.grid.runs([name])
+        self.reads = {other: load_item(other, section.scale) for other in section.grid.reads.get(name, ())}
+        read = [run for record in self.reads.values() for run in record["runs"]]
+        self.runs = list(dict.fromkeys(section.grid.runs([name]) + read))
         self.published: Mapping[str, object] = read_index()[name].get("published", {})
         self._start = time.perf_counter()
 
@@ -181,6 +195,14 @@ class Item:
             display(figure)
         if summary:
             display(beside(self.published, summary))
+
+
+def stack(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Several tables of `Section.rows` as one, with the seconds of all."""
+    tables = list(tables)
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs["seconds"] = sum(each.attrs["seconds"] for each in tables)
+    return table
 
 
 def beside(published: Mapping[str, object], ours: Mapping[str, object]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from companion.experiments.grids import Grid
 from companion.experiments.scales import by_scale
+from companion.runs.models import parse
 
 
 def quickstart(scale: str) -> Grid:
@@ -189,4 +190,126 @@ def width_depth(scale: str) -> Grid:
             "VGG": vgg,
             "depths": depths,
         },  # fmt: skip
+    )
+
+
+def imagenet(scale: str, data: str = "", recipe: str = "") -> Grid:
+    """Section 5.2: ResNet18, ResNet50 and its double on ImageNet, and what stands for them at smaller scales.
+
+    Args:
+        scale: smoke, quick, fast or paper.
+        data: another image folder, such as "photos@224", whose networks are torchvision's.
+        recipe: another recipe, such as "imported".
+    """
+    # torchvision's double has wide 3x3 convolutions only; that of `quick` is twice as wide everywhere.
+    torchvision = ["torchvision-resnet18", "torchvision-resnet50", "torchvision-wide_resnet50_2"]
+    models = by_scale(
+        scale,
+        smoke=["resnet18-bn-w0.0625", "resnet26-bn-w0.0625"],
+        quick=["resnet18-bn-w0.125", "resnet26-bn-w0.125", "resnet26-bn-w0.25"],
+        fast=torchvision,
+        paper=torchvision,
+    )
+    models = torchvision[: len(models)] if data else models
+    data = data or by_scale(scale, smoke="digits", quick="digits-hard", fast="imagenet@224", paper="imagenet@224")
+    recipe = recipe or by_scale(scale, smoke="smoke", quick="quick", fast="fast", paper="jordan")
+    runs = [f"{data}/{model}/{recipe}" for model in models]
+    resnet50 = [{"run": runs[1]}]
+    series = [f"ResNet{parse(model).depth}" + " 2x" * place for model, place in zip(models, (0, 0, 1), strict=False)]
+    return Grid(
+        needs={
+            "repair/fig5-left": resnet50,
+            "repair/fig5-right": [{"run": run, "series": name} for run, name in zip(runs, series, strict=True)],
+            "repair/fig8-right": resnet50,
+            "repair/fig9": resnet50,
+        },
+        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        settings={
+            "data": data,
+            "models": models,
+            "recipe": recipe,
+            "points": by_scale(scale, smoke=3, quick=5, fast=11, paper=51),  # of a path, ends included
+            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
+        },
+    )
+
+
+def split_pairs(scale: str) -> list[dict]:
+    """Section 5.4: every pair of networks that were trained on two halves of the data.
+
+    Returns:
+        {pair: "1-2", halves: the runs on the first half and on the other, whole: the run on all data, of A's seed}.
+    """
+    data = by_scale(scale, smoke="digits", quick="digits-hard", fast="cifar100", paper="cifar100")
+    networks = by_scale(
+        scale,
+        smoke=["resnet8-bn-w0.25/smoke"],
+        quick=["mlp3-fused-w256/quick", "resnet20-bn-w1/quick"],
+        fast=["resnet18-bn-w1/fast"],
+        paper=["resnet18-bn-w1/jordan"],
+    )
+    seeds = by_scale(scale, smoke=[(1, 2)], quick=[(1, 2), (2, 3), (3, 1)], fast=[(1, 2)], paper=[(1, 2)])
+    return [
+        {
+            "pair": f"{a}-{b}",
+            "halves": [f"{data}-first80/{network}/s{a}", f"{data}-last80/{network}/s{b}"],
+            "whole": f"{data}/{network}/s{a}",
+        }
+        for network in networks
+        for a, b in seeds
+    ]
+
+
+def split_data(scale: str) -> Grid:
+    """Section 5.4: networks trained on two halves of the data, and one trained on all of it."""
+    pairs = split_pairs(scale)
+    halves = [run for pair in pairs for run in pair["halves"]]
+    wholes = [pair["whole"] for pair in pairs]
+    names = list(dict.fromkeys(pair["pair"] for pair in pairs))
+    return Grid(
+        needs={"repair/fig7": halves, "repair/fig13": halves + wholes},
+        seeds=tuple(sorted({int(seed) for name in names for seed in name.split("-")})),
+        settings={
+            "data": wholes[0].partition("/")[0],
+            "networks": list(dict.fromkeys(run.partition("/")[2].rpartition("/")[0] for run in wholes)),
+            "pairs": names,
+            "points": by_scale(scale, smoke=3, quick=11, fast=21, paper=21),  # of a path, ends included
+        },
+    )
+
+
+def summary(scale: str) -> Grid:
+    """Figures 1, 11 and 14, Table 1: most are made of what other notebooks saved."""
+    networks = by_scale(
+        scale,
+        smoke=["digits/resnet18-bn-w0.0625/smoke", "digits/vgg11-fused-w0.0625/smoke"],
+        quick=[
+            "digits/resnet18-bn-w0.25/quick",
+            "digits/vgg11-fused-w0.25/quick",
+            "digits-hard/resnet26-bn-w0.125/quick",
+        ],
+        fast=["cifar10/resnet18-bn-w1/fast", "cifar10/vgg11-fused-w1/fast", "imagenet@224/torchvision-resnet50/fast"],
+        paper=[
+            "cifar10/resnet18-bn-w1/jordan",
+            "cifar10/vgg11-fused-w1/jordan",
+            "imagenet@224/torchvision-resnet50/jordan",
+        ],
+    )
+    panels = ["4-left", "6-left", "6-middle", "6-right", "3-middle", "5-right"]
+    reads = {
+        "repair/fig1-left": ["repair/fig2-left", "repair/fig2-middle", "repair/fig2-right"],
+        "repair/fig1-middle": ["repair/fig5-left"],
+        "repair/fig1-right": [f"repair/fig{panel}" for panel in panels],
+        "repair/fig11": ["repair/fig5-left", "repair/fig5-right", "repair/fig3-middle"],
+    }
+    trained = {"repair/fig14": [{"run": run, "series": run.split("/")[1]} for run in networks], "repair/table1": []}
+    return Grid(
+        needs={item: [] for item in reads} | trained,
+        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        settings={
+            "networks": networks,
+            "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=21),  # of a path, ends included
+            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
+        },
+        reads=reads,
     )
