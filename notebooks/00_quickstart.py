@@ -1,56 +1,90 @@
 # %% [markdown]
 # # Quickstart: two networks into one
 #
-# Train two small networks on handwritten digits from different seeds, average their weights, watch the average fail
-# because its activations collapse, and repair it (Jordan et al. 2022). Runs on a laptop in about a minute.
+# Two small networks learn the same task from different seeds. Average their weights, and the average knows nothing.
+# Reorder the units of one network, average again, and repair what is left: now it works nearly as well as the two
+# (REPAIR, Jordan et al. 2022). All of this takes about a minute on a laptop, training included.
 
 # %% tags=["parameters"]
-scale: str = "smoke"  # smoke: a few steps, to test; quick: the real thing on digits; also fast, paper
+import os
+
+scale: str = os.environ.get("REPAIRLIB_SCALE", "quick")  # smoke (untrained, for tests), quick, fast or paper
 items: str = ""  # not used here
 
 # %% tags=["runs"]
-from companion.experiments.scales import by_scale
+from companion.experiments.grids.repair import quickstart
+from companion.figures.section import Section
 
-runs = by_scale(
-    scale,
-    smoke=[f"digits/resnet8-bn-w0.5/smoke/s{seed}" for seed in (1, 2)],
-    quick=[f"digits/resnet20-bn-w1/quick/s{seed}" for seed in (1, 2)],
-    fast=[f"cifar10/resnet20-bn-w4/fast/s{seed}" for seed in (1, 2)],
-    paper=[f"cifar10/resnet20-bn-w4/jordan/s{seed}" for seed in (1, 2)],
-)
+section = Section(quickstart, scale)
+section.overview()
+
+# %% [markdown]
+# At `quick` the networks are VGGs with 11 layers, and the data are scikit-learn's handwritten digits.
+#
+# From the next cell on you need four things, and can put in your own: two trained networks `a` and `b` of one
+# architecture, and two lists of batches (or data loaders that do not shuffle), `loader` with some training images and
+# `test` with test images and labels.
 
 # %%
+import pandas as pd
+
 import repairlib
 from companion.experiments.pairs import load_pair
 from companion.figures import plots
 from repairlib import diagnostics
 
-pair = load_pair(runs)  # trains what is not there yet
-print(f"endpoints: {pair.accuracy:.1%} on the test set")
+pair = load_pair(section.runs)  # trains what is not there yet
+a, b, loader, test = pair.a, pair.b, pair.calibration, pair.test
 
 # %% [markdown]
-# **Align.** Reorder the units of B so that each sits where A has the most similar one. B's function stays the same.
+# **Align.** Each unit of `b` moves to the place where `a` has the most similar unit. What `b` computes stays the same.
 
 # %%
-model_b = repairlib.align(pair.a, pair.b, pair.calibration)
-print(pair.matching)
+matching = repairlib.match_activations(a, b, loader)
+aligned_b = matching.apply(b)
+print(matching)
 
 # %% [markdown]
-# **Merge**, with and without REPAIR. `merge` aligns, averages and repairs in one call.
+# **Average, and repair.** REPAIR gives each channel of the average the mean and the standard deviation that lie between
+# those of `a` and `aligned_b`.
 
 # %%
-averaged = repairlib.interpolate_models(pair.a, model_b, 0.5)
-repaired = repairlib.merge(pair.a, pair.b, pair.calibration).model
-for name, model in {"averaged": averaged, "repaired": repaired}.items():
-    print(f"{name}: {pair.evaluate(model)[1]:.1%}")
+networks = {
+    "a": a,
+    "b": b,
+    "b, aligned": aligned_b,
+    "average, not aligned": repairlib.interpolate_models(a, b, 0.5),
+    "average, aligned": repairlib.interpolate_models(a, aligned_b, 0.5),
+    "average, aligned + REPAIR": repairlib.Repair(a, aligned_b, loader)(0.5).model,
+}
+measured = {name: repairlib.evaluate(network, test) for name, network in networks.items()}
+pd.DataFrame(measured, index=["test loss (nats)", "test accuracy"]).T.style.format("{:.3f}")
 
 # %% [markdown]
-# **Why it failed:** the variance of the averaged network's activations shrinks from layer to layer.
+# Both networks are right on 99 % of the test images. Their average is at chance, 10 %, aligned or not. Aligned and
+# repaired, it is right on 98 %.
+#
+# **Why does the average fail?** Its activations collapse: their variance shrinks from layer to layer.
 
 # %%
-table = diagnostics.variance_profile(pair.a, model_b, {"aligned": averaged, "repaired": repaired}, pair.calibration)
-plots.variance_profile(table, title="variance collapse and REPAIR")
+averages = {
+    "not aligned": networks["average, not aligned"],
+    "aligned": networks["average, aligned"],
+    "aligned + REPAIR": networks["average, aligned + REPAIR"],
+}
+profile = diagnostics.variance_profile(a, aligned_b, averages, loader)
+plots.variance_profile(profile, title="variance of each layer's output", xlabel="convolution")
 
 # %% [markdown]
-# **From here:** `explore.ipynb`, beside this notebook, has widgets for a pair of stored networks, how they are matched
-# and renormalised, and where between them to look. `repair/` has one notebook for each section of the paper.
+# The dashed line falls to 3 % of the endpoints' variance. After REPAIR the variance is that of the endpoints.
+#
+# **In one call:** `repairlib.merge` aligns, averages and repairs.
+
+# %%
+merged = repairlib.merge(a, b, loader)
+print(f"merged: {repairlib.evaluate(merged.model, test)[1]:.1%}")
+
+# %% [markdown]
+# **Where to go on.** `explore.ipynb`, beside this notebook, has widgets: choose a pair of networks, how they are
+# matched and renormalised, and where between them to look. The folder `repair/` has a notebook for each section of the
+# paper, and `combine/` has those of another paper.

@@ -1,204 +1,191 @@
 # %% [markdown]
 # # REPAIR, Section 5.1: which normalisation layer
 #
-# How far the loss rises along the straight path between two aligned networks (Jordan et al. 2022, Eq. 1),
+# Does it matter for averaging whether networks have BatchNorm, LayerNorm, or no normalisation at all? (Jordan et al.
+# 2022, Figs. 4, 8 and 10.) The loss barrier is how far the loss rises along the straight path between two aligned
+# networks (Eq. 1),
 #
-# $$\sup_\alpha\; L\big((1-\alpha)\theta_1+\alpha\theta_2\big) - \big[(1-\alpha)L(\theta_1)+\alpha L(\theta_2)\big],$$
+# $$\sup_\alpha\; L\big((1-\alpha)\theta_1+\alpha\theta_2\big) - \big[(1-\alpha)L(\theta_1)+\alpha L(\theta_2)\big].$$
 #
-# for ResNets with BatchNorm, with LayerNorm over the channels at each position, and without any (Fixup), in growing
-# width. LayerNorm measures the variance of what it receives, so a layer whose variance has collapsed is scaled up
-# again; BatchNorm in evaluation is one affine map, and lets the collapse through to the next layer.
+# The paper finds:
 #
-# REPAIR is the full one everywhere: it corrects the outputs of all convolutions and of all residual blocks, and keeps
-# BatchNorms and LayerNorms as interpolated (`repairlib.Repair`'s defaults). The authors' released code re-estimates
-# BatchNorms: `path_rows(pair, alphas, bn="reset")` and `barrier_rows(..., bn="reset")`.
-#
-# At `paper` all networks are trained alike, as the paper's Table 1 has it; the released code trains LayerNorm's with a
-# lower rate and smaller batches (`jordan-released`). So do `quick` and `fast`, and likewise Fixup's.
+# * Before REPAIR, networks with LayerNorm have a much lower barrier than those with BatchNorm.
+# * After REPAIR, both are low, and the wider the networks, the lower.
 
 # %% tags=["parameters"]
-scale: str = "smoke"  # smoke, quick, fast or paper
+import os
+
+scale: str = os.environ.get("REPAIRLIB_SCALE", "quick")  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "repair/fig4-left,repair/fig8-left"; empty: all
 
 # %% tags=["runs"]
-from companion.experiments.scales import by_scale, wanted
+from companion.experiments.grids.repair import normalization
+from companion.figures.section import Section
 
-SEEDS = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))  # every two of them are a pair
-model = by_scale(
-    scale,
-    smoke="digits/resnet8-{}-w{}/smoke",
-    quick="digits/resnet20-{}-w{}/quick",
-    fast="cifar10/resnet20-{}-w{}/fast",
-    paper="cifar10/resnet20-{}-w{}/jordan",
-)
-widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 0.75, 1], fast=[1, 2, 4, 8], paper=[1, 2, 4, 8, 16])
-widths_ln = widths + by_scale(scale, smoke=[], quick=[], fast=[], paper=[32])
-width_of_paths = by_scale(scale, smoke=0.25, quick=1, fast=4, paper=4)
-points = by_scale(scale, smoke=3, quick=3, fast=5, paper=11)  # of a path whose barrier is measured, ends included
-calibration = by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000)  # images; `samples` of 04_repair shows why
-points_of_paths = by_scale(scale, smoke=3, quick=7, fast=11, paper=21)  # of a path that is drawn
+section = Section(normalization, scale, items)
+section.overview()
 
-everything = [(norm, width) for norm in ("bn", "ln", "fixup") for width in widths]
-layer_norm = [("ln", width) for width in widths_ln]
-needs = {
-    "repair/fig4-left": everything,
-    "repair/fig4-middle": [("bn", width) for width in widths] + layer_norm,
-    "repair/fig4-right": [("bn", width_of_paths), ("ln", width_of_paths)],
-    "repair/fig8-left": layer_norm,
-    "repair/fig10-left": everything,
-    "repair/fig10-right": [("bn", width_of_paths), ("ln", width_of_paths)],
-}
-needs = {item: networks for item, networks in needs.items() if wanted(item, items)}
-runs_of = {
-    item: [f"{model.format(*network)}/s{seed}" for network in networks for seed in SEEDS]
-    for item, networks in needs.items()
-}
-runs = list(dict.fromkeys(run for names in runs_of.values() for run in names))
+# %% [markdown]
+# The ResNets have BatchNorm (`bn`), LayerNorm over the channels at each position (`ln`), or no norm (`fixup`). At
+# `paper` all are trained alike, as the paper's Table 1 has it. The released code trains those with LayerNorm at a lower
+# rate and in smaller batches (`jordan-released`). So do `quick` and `fast`, and likewise those without a norm.
 
 # %%
-import time
-
 import pandas as pd
 
-from companion.experiments.pairs import barrier_means, barrier_rows, name_means, pairs_of, path_rows
+import repairlib
+from companion.experiments.pairs import load_pair
+from companion.experiments.rows import equal_steps
+from companion.experiments.tables import barrier_means, barriers, name_means
 from companion.figures import plots
-from companion.figures.report import read_index, save_item
+from repairlib import diagnostics
 
-title = f"{model.split('/')[1].split('-')[0]} on {model.split('/')[0]}"
-
-# %% [markdown]
-# ## Measure the barriers
-#
-# Every two seeds of every network, once for all figures: aligned by activations on training images, then REPAIRed at
-# each point of the path. The barrier is the largest rise at one of the points. The authors' released code looks at the
-# middle only, and so do `smoke` and `quick`.
-
-# %%
-BARRIERS = ("repair/fig4-left", "repair/fig4-middle", "repair/fig8-left", "repair/fig10-left")
-start = time.perf_counter()
-networks = dict.fromkeys(network for item in BARRIERS for network in needs.get(item, []))
-configurations = [{"run": model.format(norm, width), "series": norm, "width": width} for norm, width in networks]
-alphas = [i / (points - 1) for i in range(points)]
-barriers = barrier_rows(configurations, SEEDS, alphas, calibration=calibration)
-measured = time.perf_counter() - start  # recorded with every item that shows them
-
-
-def rows_of(item: str) -> list[dict]:
-    return [row for row in barriers if (row["series"], row["width"]) in needs[item]]
-
-
-if barriers:
-    loss, accuracy, midpoint = (
-        name_means(barrier_means(barriers, ("series", "width"), metric), widths_ln)
-        for metric in ("loss", "accuracy", "midpoint")
-    )
-    print(pd.DataFrame(barriers).groupby(["series", "width"], sort=False).mean(numeric_only=True).round(3).to_string())
+grid = section.grid
+title = f"{grid.ResNet.split('/')[1].split('-')[0]} on {grid.ResNet.split('/')[0]}"
 
 # %% [markdown]
-# ## Three norms, every width (Fig. 4 left; in accuracy: Fig. 10 left)
+# ## One pair of each norm, step by step
 #
-# After REPAIR the paper's BatchNorm and LayerNorm networks of 16x are below 0.05 nats.
+# B's units are put into A's order. The two networks are averaged. The average is repaired. REPAIR corrects the outputs
+# of all convolutions and of all residual blocks, and keeps BatchNorms and LayerNorms as interpolated.
+
 
 # %%
-if wanted(item := "repair/fig4-left", items):
-    table = rows_of(item)
-    fig4_left = {name: loss[name] for name in loss if name.endswith((f"_{widths[0]:g}x", f"_{widths[-1]:g}x"))}
-    if 16 in widths:
-        fig4_left["bn_ln_loss_barrier_at_16x"] = max(loss["bn_after_16x"], loss["ln_after_16x"])
-    figure = plots.barriers(table, "width", title=title)
-    save_item(item, scale, table, fig4_left, figure, runs=runs_of[item], seconds=measured)
+def step_by_step(norm):
+    """Test loss and accuracy of a pair and its averages; what is left of the variance, layer by layer."""
+    run = grid.ResNet.format(norm, grid.settings["width of the paths"])
+    pair = load_pair([f"{run}/s1", f"{run}/s2"], calibration=grid.calibration)
+    aligned_b = repairlib.match_activations(pair.a, pair.b, pair.calibration).apply(pair.b)
+    averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)
+    repaired = repairlib.Repair(pair.a, aligned_b, pair.calibration)(0.5).model
+    networks = {"aligned": averaged, "aligned + REPAIR": repaired}
+    ratios = diagnostics.variance_profile(pair.a, aligned_b, networks, pair.calibration)
+    return pair.compare(A=pair.a, B=pair.b, **networks), pd.DataFrame(ratios).query("network == 'aligned'")
 
-# %%
-if wanted(item := "repair/fig10-left", items):
-    table = rows_of(item)
-    fig10_left = {name: accuracy[name] for name in accuracy if name.endswith(f"_{widths[-1]:g}x")}
-    figure = plots.barriers(table, "width", metric="accuracy", title=title)
-    save_item(item, scale, table, fig10_left, figure, runs=runs_of[item], seconds=measured)
+
+steps = {norm: step_by_step(norm) for norm in ("bn", "ln")}
+pd.concat({norm: accuracies for norm, (accuracies, _) in steps.items()})
 
 # %% [markdown]
-# ## LayerNorm's low barrier before REPAIR (Fig. 4 middle)
-#
-# The numbers beside the figure are the accuracies at the middle of the path, which the paper prints for 8x.
+# Why is LayerNorm less hurt? It measures the variance of what it receives, so a layer whose variance has collapsed is
+# scaled up again. BatchNorm in evaluation is one affine map. It lets the collapse through to the next layer. Below is
+# the variance of each convolution's output before REPAIR, relative to the endpoints'.
 
 # %%
-if wanted(item := "repair/fig4-middle", items):
-    table = rows_of(item)
-    fig4_middle = {f"midpoint_{name}": midpoint[name] for name in midpoint if name.startswith(("bn", "ln"))}
-    figure = plots.barriers(table, "width", show={"bn": ("after",)}, title=title)
-    save_item(item, scale, table, fig4_middle, figure, runs=runs_of[item], seconds=measured)
+pd.DataFrame({norm: ratios.set_index("layer")["ratio"] for norm, (_, ratios) in steps.items()})[::3].round(3).T
 
 # %% [markdown]
-# ## Against Git Re-Basin (Fig. 8 left)
+# ## Three norms, every width (Fig. 4, left)
 #
-# Ainsworth et al. (2022) report their barriers for LayerNorm ResNet20s on CIFAR-10; the crosses are read off the
+# Now every two seeds of every network. The barrier is the largest rise at one of the points of the path. The authors'
+# released code looks at the middle only, and so do `smoke` and `quick`. It also re-estimates BatchNorms:
+# `fig.rows(bn="reset")`. What is measured once serves all figures.
+
+# %%
+HOW = {"alphas": equal_steps(grid.settings["points of a barrier"]), "calibration": grid.calibration}
+NARROWEST, WIDEST = grid.widths[0], grid.widths[-1]
+
+if fig := section.item("repair/fig4-left"):
+    table = fig.rows(**HOW)
+    loss = barrier_means(table, ("series", "width"), "loss")
+    summary = name_means(loss, [NARROWEST, WIDEST])
+    if 16 in grid.widths:
+        summary["bn_ln_loss_barrier_at_16x"] = max(loss["REPAIR"]["bn", 16], loss["REPAIR"]["ln", 16])
+    fig.save(table, plots.barriers(table, "width", title=title), summary)
+
+# %% [markdown]
+# After REPAIR (filled markers) all three barriers fall with width. Before it (open markers) LayerNorm's falls too, but
+# BatchNorm's rises at `quick`. After REPAIR, the paper's widest networks (16x, BatchNorm or LayerNorm) are below 0.05
+# nats.
+#
+# ## The same in test accuracy (Fig. 10, left)
+
+# %%
+if fig := section.item("repair/fig10-left"):
+    table = fig.rows(**HOW)
+    summary = name_means(barrier_means(table, ("series", "width"), "accuracy"), [WIDEST])
+    fig.save(table, plots.barriers(table, "width", metric="accuracy", title=title), summary)
+
+# %% [markdown]
+# In points of accuracy the picture is the same.
+#
+# ## LayerNorm's low barrier before REPAIR (Fig. 4, middle)
+#
+# The numbers beside the figure are accuracies at the middle of the path, which the paper prints for 8x.
+
+# %%
+if fig := section.item("repair/fig4-middle"):
+    table = fig.rows(**HOW)
+    midpoint = name_means(barrier_means(table, ("series", "width"), "midpoint"), grid.settings["widths with LayerNorm"])
+    figure = plots.barriers(table, "width", show={"bn": ["REPAIR"]}, title=title)
+    fig.save(table, figure, {f"midpoint_{name}": accuracy for name, accuracy in midpoint.items()})
+
+# %% [markdown]
+# LayerNorm has a rather low barrier before REPAIR already, in wide networks. After it, BatchNorm's is at least as low.
+#
+# ## Against Git Re-Basin (Fig. 8, left)
+#
+# Ainsworth et al. (2022) report their barriers for LayerNorm ResNet20s on CIFAR-10. The crosses are read off the
 # paper's plot. At `smoke` and `quick` ours are of other networks on other data.
 
 # %%
-if wanted(item := "repair/fig8-left", items):
-    table = rows_of(item)
-    published = read_index()["repair/fig8-left"]["published"]  # git_re_basin_1x and so on
-    crosses = {int(name.split("_")[-1].removesuffix("x")): barrier for name, barrier in published.items()}
-    fig8_left = {name: loss[name] for name in loss if name.startswith("ln")}
-    figure = plots.barriers(
-        table, "width", title=title, published=crosses, published_label="Git Re-Basin, CIFAR-10\n(published)"
-    )
-    save_item(item, scale, table, fig8_left, figure, runs=runs_of[item], seconds=measured)
+if fig := section.item("repair/fig8-left"):
+    table = fig.rows(**HOW)
+    crosses = {int(name.split("_")[-1].removesuffix("x")): barrier for name, barrier in fig.published.items()}
+    label = "Git Re-Basin, CIFAR-10\n(published)"
+    figure = plots.barriers(table, "width", title=title, published=crosses, published_label=label)
+    loss = barrier_means(table, ("series", "width"), "loss")
+    fig.save(table, figure, name_means(loss, grid.settings["widths with LayerNorm"]))
 
 # %% [markdown]
-# ## Along the path (Fig. 4 right; in loss: Fig. 10 right)
+# Both fall with width.
 #
-# The paper's networks are 4x wide. Bands go from the lowest to the highest pair of seeds. `both_after` is the lower of
-# the two norms' accuracies after REPAIR; in the paper they are equal.
+# ## Along the path (Fig. 4, right)
+#
+# The paper's networks are 4x wide. Lines are means over pairs of seeds. Bands go from the lowest pair to the highest.
+# `both_after` is the lower of the two norms' accuracies after REPAIR; in the paper they are equal.
 
 # %%
-start = time.perf_counter()
-alphas = [i / (points_of_paths - 1) for i in range(points_of_paths)]
-paths = [
-    {"series": norm, "pair": name, **row}
-    for norm, width in needs.get("repair/fig4-right") or needs.get("repair/fig10-right") or []
-    for name, pair in pairs_of(model.format(norm, width), SEEDS, calibration)
-    for row in path_rows(pair, alphas)
-]
-walked = time.perf_counter() - start
-if paths:
-    middle = pd.DataFrame(paths).query("alpha == 0.5").groupby(["series", "network"]).mean(numeric_only=True)
-    middle["accuracy"] *= 100
+PATHS = {"alphas": equal_steps(grid.settings["points of a path"]), "calibration": grid.calibration}
+
+
+def midpoints(table, metric):
+    """Means over pairs at the middle of the path, by name."""
+    mean = table[table["alpha"] == 0.5].groupby(["series", "renorm"], sort=False)[metric].mean()
+    when = {"none": "midpoint", "REPAIR": "after"}
+    return {f"{norm}_{when[renorm]}": float(value) for (norm, renorm), value in mean.items()}
+
 
 # %%
-if wanted(item := "repair/fig4-right", items):
-    fig4_right = {f"{norm}_midpoint": middle.accuracy[norm, "aligned"] for norm in ("bn", "ln")}
-    fig4_right |= {f"{norm}_after": middle.accuracy[norm, "repaired"] for norm in ("bn", "ln")}
-    fig4_right["both_after"] = min(fig4_right["bn_after"], fig4_right["ln_after"])
-    figure = plots.path(paths, title=f"{title}, {width_of_paths:g}x wide")
-    save_item(item, scale, paths, fig4_right, figure, runs=runs_of[item], seconds=walked)
-
-# %%
-if wanted(item := "repair/fig10-right", items):
-    fig10_right = {f"{norm}_midpoint": middle.loss[norm, "aligned"] for norm in ("bn", "ln")}
-    fig10_right |= {f"{norm}_after": middle.loss[norm, "repaired"] for norm in ("bn", "ln")}
-    figure = plots.path(paths, metric="loss", title=f"{title}, {width_of_paths:g}x wide")
-    save_item(item, scale, paths, fig10_right, figure, runs=runs_of[item], seconds=walked)
+if fig := section.item("repair/fig4-right"):
+    table = fig.rows(**PATHS)
+    summary = {name: 100 * accuracy for name, accuracy in midpoints(table, "accuracy").items()}
+    summary["both_after"] = min(summary["bn_after"], summary["ln_after"])
+    figure = plots.path(table, title=f"{title}, {grid.settings['width of the paths']:g}x wide")
+    fig.save(table, figure, summary)
 
 # %% [markdown]
+# Before REPAIR, BatchNorm's path falls to chance, and LayerNorm's much less far. After REPAIR both stay close to the
+# endpoints.
+#
+# ## The same in test loss (Fig. 10, right)
+
+# %%
+if fig := section.item("repair/fig10-right"):
+    table = fig.rows(**PATHS)
+    figure = plots.path(table, metric="loss", title=f"{title}, {grid.settings['width of the paths']:g}x wide")
+    fig.save(table, figure, midpoints(table, "loss"))
+
+# %% [markdown]
+# In loss, BatchNorm's path rises several times as far as LayerNorm's. REPAIR takes nearly all of it away.
+#
 # ## Check
 #
-# Asserted of trained digits networks: what holds there with room to spare, of means over pairs of seeds in nats. REPAIR
-# lowers the barrier at every width; after it, the widest networks have less than half of the narrowest ones' barrier;
-# before it, LayerNorm's barrier is far below BatchNorm's at 1x, and after it that gap has closed. The scorecard says
-# where these claims of the paper hold and where they do not. What is untrained at `smoke` shows none of it.
+# The ends are points of the path, so no barrier is negative. Then what the paper claims of these figures, and what ours
+# show. A claim that does not hold here says so.
 
 # %%
-assert all(row["loss_before"] >= 0 and row["loss_after"] >= 0 for row in barriers)  # the ends are points of the path
-if wanted("repair/fig4-left", items) and scale == "quick":
-    assert min(row["endpoint_accuracy"] for row in barriers) > 0.8, barriers  # at 0.25x some seeds do not train
-    for norm in ("bn", "ln", "fixup"):
-        before, after = ([loss[f"{norm}_{when}_{width:g}x"] for width in widths] for when in ("before", "after"))
-        assert all(a < b for a, b in zip(after, before, strict=True)) and after[-1] < after[0] / 2, loss
-    gaps = {when: loss[f"bn_{when}_1x"] - loss[f"ln_{when}_1x"] for when in ("before", "after")}
-    assert gaps["before"] > loss["bn_before_1x"] / 2 and abs(gaps["after"]) < gaps["before"] / 10, loss
-if wanted("repair/fig4-right", items) and scale == "quick":
-    assert fig4_right["bn_midpoint"] < fig4_right["ln_midpoint"] < fig4_right["both_after"], fig4_right
-    assert fig4_right["both_after"] > 80, fig4_right
-if wanted("repair/fig10-right", items) and scale == "quick":
-    assert fig10_right["bn_midpoint"] > 2 * fig10_right["ln_midpoint"], fig10_right
-    assert max(fig10_right["bn_after"], fig10_right["ln_after"]) < fig10_right["ln_midpoint"] / 2, fig10_right
+for name in ("repair/fig4-left", "repair/fig10-left", "repair/fig4-middle", "repair/fig8-left"):
+    if fig := section.item(name):
+        assert (barriers(fig.rows(**HOW))["loss_barrier"] >= 0).all()
+section.check()
