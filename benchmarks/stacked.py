@@ -35,8 +35,8 @@ def main() -> None:
         for repeat in range(REPEATS + 1):  # the first warms up; interleaved, so that other load meets all alike
             for key, size in {"one": 1, "all": NETWORKS, "chunk": chunk}.items():
 
-                def run(size=size, stacked=key != "one", net=nets[0], states=states, batches=batches):
-                    return evaluate_many(net, states, batches, chunk=size, stacked=stacked)
+                def run(size=size, net=nets[0], states=states, batches=batches):
+                    return evaluate_many(net, states, batches, stack=size)
 
                 found[key], seconds = timed(run)
                 times[key] += [seconds] * (repeat > 0)

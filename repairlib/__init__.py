@@ -13,17 +13,18 @@ from repairlib import diagnostics as diagnostics
 from repairlib import groups_attention as groups_attention
 from repairlib import permutations as permutations
 from repairlib.corrections import Repaired
+from repairlib.data_independent import Recorder, batch_statistics
 from repairlib.evaluation import evaluate, evaluate_many
-from repairlib.fusion import match_transport
 from repairlib.groups import permutation_spec
 from repairlib.interpolate import Path, barrier_of, interpolate_models, walk_path
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check as _check
+from repairlib.other_matchings import match_straight_through, match_transport
 from repairlib.permutations import permute
-from repairlib.renorm import Goals, Recorder, Repair, batch_statistics, renormalize, reset
+from repairlib.renorm import Goals, Repair, renormalize, reset
 from repairlib.several import match_several
 from repairlib.tracing import trace
-from repairlib.weight_matching import match_straight_through, match_weights
+from repairlib.weight_matching import match_weights
 
 __version__ = "0.1.0"
 __all__ = [

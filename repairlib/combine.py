@@ -6,16 +6,16 @@ statistics of BatchNorm included (the paper's networks have LayerNorm and so non
 """
 
 import functools
-import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from repairlib.interpolate import State, allowed, check_compatible
+from repairlib.interpolate import State, check_compatible, clamp_variance
+from repairlib.names import check
 from repairlib.tracing import aliases, trace
 
 # A distribution of coefficients, as the function that turns uniform numbers in [0, 1) into numbers that have it.
@@ -46,7 +46,7 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
         if a.is_floating_point():
             c = quantile(torch.rand(a.shape, generator=generator, dtype=torch.float32)).to(a)
             mixed = torch.where(c == 0, a, torch.where(c == 1, b, (1 - c) * a + c * b))
-            out[name] = allowed(name, mixed)
+            out[name] = clamp_variance(name, mixed)
     return out
 
 
@@ -127,32 +127,34 @@ def simplex_grid(models: int, steps: int) -> list[tuple[float, ...]]:
     """
     if models < 1 or steps < 1:
         raise ValueError(f"a grid needs at least one model and one step, not {models} and {steps}")
-    whole = itertools.product(range(steps, -1, -1), repeat=models)
-    return [tuple(w / steps for w in weights) for weights in whole if sum(weights) == steps]
+
+    def split(left: int, parts: int) -> Iterator[tuple[int, ...]]:
+        if parts == 1:
+            yield (left,)
+            return
+        for first in range(left, -1, -1):
+            yield from ((first, *rest) for rest in split(left - first, parts - 1))
+
+    return [tuple(w / steps for w in weights) for weights in split(steps, models)]
 
 
-def extreme(
-    states: Sequence[State], which: Literal["min", "max"], by: Literal["magnitude", "value"] = "magnitude"
-) -> dict[str, Tensor]:
-    """The 'Min' or 'Max' model: of all models' values of an entry, the one smallest or largest (Sec. 4.5.1).
+def extreme(states: Sequence[State], which: Literal["min", "max"]) -> dict[str, Tensor]:
+    """The 'Min' or 'Max' model: every entry is that of the model where its magnitude is least or largest (Sec. 4.5.1).
 
     Args:
-        states: state dicts of one architecture. Of values that tie, as a and -a do by magnitude, "max" takes the first
-            and "min" the last, not both the first as the paper's formulas do: so of two models Min has every entry that
-            Max has not, and their midpoint is that of the models.
+        states: state dicts of one architecture. Where two magnitudes are equal, "max" takes the first model and "min"
+            the last. (The paper's formulas take the first in both.) So for two models Min has every entry that Max has
+            not, and their midpoint is that of the models.
         which: "min" or "max".
-        by: "magnitude" compares |theta|, as the paper does; "value" compares theta.
 
     >>> extreme([{"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([-3.0, 1.0])}], "min")["w"]
     tensor([1., 1.])
     """
-    if which not in ("min", "max") or by not in ("magnitude", "value"):
-        raise ValueError(f"which is 'min' or 'max', by is 'magnitude' or 'value', not {which!r} and {by!r}")
+    check(which, ("min", "max"), "which")
     check_compatible(*states)
-    key = torch.abs if by == "magnitude" else torch.Tensor.detach
 
     def pick(x: Tensor, y: Tensor) -> Tensor:
-        larger = key(y) > key(x)  # one comparison for both: what the one takes, the other leaves
+        larger = y.abs() > x.abs()  # one comparison for both: what the one takes, the other leaves
         return torch.where(larger, y, x) if which == "max" else torch.where(larger, x, y)
 
     return {

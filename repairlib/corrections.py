@@ -1,4 +1,4 @@
-"""Affine corrections of a network's nodes: where they go, as visible modules or folded into ordinary weights."""
+"""Affine corrections of a network's nodes: what they are, where they go, and how they fold into ordinary weights."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -8,13 +8,15 @@ import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor, fx, nn
 
-from repairlib.tracing import ChannelAffine, TracedNet, trace
+from repairlib.moments import Moments
+from repairlib.tracing import ChannelAffine, TracedNet, affine, aliases, along, graph_of, trace
 
 TARGETS = ("conv", "linear", "block")
 ROLES = (*TARGETS, "classifier", "stem", "inner", "shortcut", "norm")
 FOLDABLE = ("conv", "linear", "batchnorm", "groupnorm", "layernorm")  # kinds whose weight and bias take a correction up
 
 Units = Float64[Tensor, " units"]
+Statistics = Mapping[str, tuple[Tensor, Tensor]]  # by node: mean and std of its channels, (units,) each
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,43 @@ class Correction:
 
     def apply(self, x: Shaped[Tensor, "n units *rest"]) -> Shaped[Tensor, "n units *rest"]:
         """The corrected activation (n, units, ...), in its own precision."""
-        shape = (-1,) + (1,) * (x.ndim - 2)
-        return x * self.gain.to(x.dtype).view(shape) + self.shift.to(x.dtype).view(shape)
+        return affine(x, self.gain.to(x.dtype), self.shift.to(x.dtype))
+
+
+def correction(
+    mean: Units,
+    var: Units,
+    dead: Shaped[Tensor, " units"],
+    goal_mean: Units,
+    goal_std: Units,
+    correct: str = "repair",
+    eps: float = 0.0,
+) -> Correction:
+    """Gain and shift that take (mean, var) to the goal, wholly or in part (Qu & Horvath 2024, Sec. 4.1).
+
+    * repair: ``x -> (x - mean) / std * goal_std + goal_mean`` (Jordan et al. 2022, Sec. 4.2; Qu & Horvath's text swaps
+      the names of the two goals);
+    * rescale: ``x -> x / std * goal_std``, about zero, so that a bias is scaled as well;
+    * reshift: ``x -> x - mean + goal_mean``.
+
+    with ``std = sqrt(var + eps)``.
+
+    Args:
+        mean, var: present statistics of the channels (units,).
+        dead: which channels are constant (units,), bool; they are shifted, and scaled only if eps is added.
+        goal_mean, goal_std: (units,).
+        correct, eps: see `renorm.Options`.
+    """
+    if eps:
+        dead = torch.zeros_like(dead)
+    std = (var + eps).sqrt().masked_fill(dead, 1.0)
+    gain = torch.ones_like(std) if correct == "reshift" else torch.where(dead, 1.0, goal_std / std)
+    return Correction(gain, torch.zeros_like(gain) if correct == "rescale" else goal_mean - gain * mean)
+
+
+def correct_moments(now: Moments, **goal) -> Correction:
+    """`correction` from measured moments to a goal (goal_mean, goal_std, correct, eps)."""
+    return correction(now.mean(), now.var(), now.dead(), **goal)
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +105,7 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
 
     Args:
         net: the traced network.
-        targets: any of these, or names of nodes that are called otherwise:
+        targets: roles, or names of nodes; a name that equals a role means the role:
 
             * "conv", "linear": outputs of every convolution, of every hidden linear layer;
             * "block": outputs of residual blocks, after their final activation;
@@ -78,15 +115,15 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
             * "inner": those on the other branch, which are what Qu & Horvath's released code repairs in a ResNet;
             * "norm": outputs of normalisation layers, with channels on axis 1 again where these were moved.
 
-    A node that carries a `ChannelAffine` from an earlier REPAIR stands for what leaves that module.
+    If an earlier REPAIR left a `ChannelAffine` after a node, its output is measured and corrected instead.
 
     Raises:
-        KeyError: a name that is neither, with the nearest node names.
+        KeyError: a name that is neither, with the nearest names.
         ValueError: a linear layer or LayerNorm on (n, tokens, features), whose units are not on axis 1.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
-    names = [t for t in targets if t not in ROLES]  # a node may be called like a role: the role is meant
-    net.check_names(names)
+    names = [t for t in targets if t not in ROLES]
+    net.check_names(names, ROLES)
     roles = _roles(net)
     chosen = {}
     for node in net.nodes:
@@ -101,7 +138,7 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
 
 
 def _roles(net: TracedNet) -> dict[str, set[str]]:
-    """By node, what it is in the words of `target_nodes`."""
+    """Roles of every node, in the words of `target_nodes`."""
     roles: dict[str, set[str]] = {}
 
     def mark(role: str, nodes: Iterable[fx.Node]) -> None:
@@ -151,7 +188,7 @@ def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
     }
 
 
-def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffine], example: Tensor) -> nn.Module:
+def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffine], example: Tensor) -> fx.GraphModule:
     """Copy of a model with every correction as a visible `ChannelAffine` after its node.
 
     Args:
@@ -168,9 +205,9 @@ def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffin
         ready = fix if isinstance(fix, ChannelAffine) else ChannelAffine(fix.gain, fix.shift)
         out.add_module(module, ready.to(like))
         with net.graph.inserting_after(node):
-            affine = net.graph.call_module(module)
-        node.replace_all_uses_with(affine)
-        affine.args = (node,)
+            after = net.graph.call_module(module)
+        node.replace_all_uses_with(after)
+        after.args = (node,)
     graph_module = fx.GraphModule(out, net.graph, class_name=type(model).__name__)
     graph_module.training = model.training  # submodules keep the flags that they have
     return graph_module
@@ -179,49 +216,101 @@ def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffin
 def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) -> Repaired:
     """Copy of a model with the corrections in its ordinary weights (Jordan et al. 2022, Sec. 4.2; Markus 2018).
 
-    ``W' = gain W``, ``b' = gain b + shift``; without a bias, a BatchNorm that follows takes the shift,
-    ``running_mean' = running_mean - shift``, else a shift other than 0 becomes a new bias (before a LayerNorm, say). A
-    node that is no convolution, linear or normalisation layer, a layer called twice, or one whose weight is shared or
-    computed (pruning, weight norm) keeps a visible `ChannelAffine`; the result says which. A node's mean may be right
-    only behind a BatchNorm that took the shift.
+    ``W' = gain W``, ``b' = gain b + shift``. Without a bias, a BatchNorm that follows takes the shift,
+    ``running_mean' = running_mean - shift``; otherwise a shift other than 0 becomes a new bias. A correction stays
+    visible, as a `ChannelAffine`, where its node is no convolution, linear or normalisation layer, where that layer is
+    called twice, and where its weight is shared or computed (pruning, weight norm). A node's mean may be right only
+    behind a BatchNorm that took the shift.
+
+    Args:
+        model: the network. Untouched.
+        corrections: by node name, see `target_nodes`.
+        example: inputs (n, ...), to trace with.
     """
     out = copy.deepcopy(model)
     net = trace(out, example)
     calls = [node.target for node in net.nodes if node.op == "call_module"]
-    norms = batchnorms(net)
+    norms, names = batchnorms(net), aliases(out)
     read = {node.target for node in net.nodes if node.op == "get_attr"}
-    parameters = list(out.named_parameters(remove_duplicate=False))
 
-    def own(module: nn.Module) -> bool:
+    def is_own(layer: nn.Module) -> bool:
         """Whether nobody else reads a layer's weight and bias, and nothing overwrites them before its forward."""
-        tensors = [p for p in (module._parameters.get("weight"), module._parameters.get("bias")) if p is not None]
-        names = [name for name, p in parameters if any(p is tensor for tensor in tensors)]
-        plain = module._parameters.get("weight") is not None and not module._forward_pre_hooks
-        return plain and "bias" in module._parameters and len(names) == len(tensors) and not read.intersection(names)
+        tensors = [p for p in (layer._parameters.get("weight"), layer._parameters.get("bias")) if p is not None]
+        mine = [name for tensor in tensors for name in names.get(id(tensor), [])]
+        plain = layer._parameters.get("weight") is not None and not layer._forward_pre_hooks
+        return plain and "bias" in layer._parameters and len(mine) == len(tensors) and not read.intersection(mine)
 
     visible, new_biases = {}, []
     with torch.no_grad():
         for name, fix in corrections.items():
             node = net.node(name)
-            module, users = net.modules.get(str(node.target)), list(node.users)
-            if type(module) is ChannelAffine:  # of an earlier REPAIR
-                module.weight.mul_(fix.gain)
-                module.bias.copy_(module.bias.double() * fix.gain + fix.shift)
+            layer, users = net.modules.get(str(node.target)), list(node.users)
+            if type(layer) is ChannelAffine:  # of an earlier REPAIR
+                _scale(layer, fix.gain, fix.shift)
                 continue
-            if net.kinds[name] not in FOLDABLE or calls.count(node.target) > 1 or not own(module):
+            if net.kinds[name] not in FOLDABLE or calls.count(node.target) > 1 or not is_own(layer):
                 visible[name] = fix
                 continue
-            gain = fix.gain.to(module.weight.device)
-            module.weight.copy_(module.weight.double() * gain.view((-1,) + (1,) * (module.weight.ndim - 1)))
-            if module.bias is not None:
-                module.bias.copy_(module.bias.double() * gain + fix.shift)
-            elif not fix.shift.any():  # RESCALE
-                continue
-            elif len(users) == 1 and users[0].name in norms and calls.count(users[0].target) == 1:
-                net.modules[users[0].target].running_mean.sub_(fix.shift)
-            else:
-                module.bias = nn.Parameter(fix.shift.to(module.weight.dtype))
-                new_biases.append(node.target)
+            shift: Tensor | None = fix.shift
+            if layer.bias is None:
+                if len(users) == 1 and users[0].name in norms and calls.count(users[0].target) == 1:
+                    net.modules[users[0].target].running_mean.sub_(fix.shift)
+                    shift = None
+                elif fix.shift.any():
+                    new_biases.append(node.target)
+                else:
+                    shift = None
+            _scale(layer, fix.gain.to(layer.weight.device), shift)
     if visible:
         out = attach(out, visible, example)
     return Repaired(out, corrections, tuple(visible), tuple(new_biases))
+
+
+def _scale(layer: nn.Module, gain: Units, shift: Units | None, center: Units | float = 0.0) -> None:
+    """Let a layer compute ``gain (layer(x) - center) + shift``, in float64; no shift leaves the bias as it is."""
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.double() * along(gain, layer.weight.ndim, 0))
+        if shift is None:
+            return
+        bias = (0.0 if layer.bias is None else layer.bias.double()) - center
+        bias = bias * gain + shift
+        if layer.bias is None:
+            layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+        else:
+            layer.bias.copy_(bias)
+
+
+def fold_batchnorms(model: nn.Module) -> nn.Module:
+    """Copy of a model in evaluation mode, every BatchNorm folded into the convolution or linear layer before it.
+
+        W' = W g / sqrt(v + eps),   b' = (b - m) g / sqrt(v + eps) + beta
+
+    per output channel, with running mean m and variance v, gain g and shift beta; in float64, so that outputs stay the
+    same to rounding. Where a BatchNorm was, an Identity is left.
+
+    Args:
+        model: any model that torch.fx can trace. Untouched.
+
+    Raises:
+        ValueError: a BatchNorm (named) does not directly follow such a layer, or has no running statistics.
+    """
+    model = copy.deepcopy(model).eval()
+    calls = [node for node in graph_of(model).nodes if node.op == "call_module"]
+    targets = [node.target for node in calls]
+    for node in calls:
+        norm, source = model.get_submodule(node.target), node.args[0]
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            continue
+        layer = model.get_submodule(source.target) if source.op == "call_module" else None
+        convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        if not isinstance(layer, convs) or len(source.users) > 1 or norm.running_var is None:
+            raise ValueError(f"cannot fold {node.target!r}: it does not follow one convolution or linear layer alone, "
+                             "or keeps no running statistics")  # fmt: skip
+        if max(targets.count(node.target), targets.count(source.target)) > 1:
+            raise ValueError(f"cannot fold {node.target!r}: the layer is used more than once")
+        gain = (norm.running_var.double() + norm.eps).rsqrt()
+        gain = gain if norm.weight is None else gain * norm.weight.detach().double()
+        shift = torch.zeros_like(gain) if norm.bias is None else norm.bias.detach().double()
+        _scale(layer, gain, shift, norm.running_mean.double())
+        model.set_submodule(node.target, nn.Identity())
+    return model

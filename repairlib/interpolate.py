@@ -50,7 +50,7 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
                 )
 
 
-def allowed(name: str, value: Tensor) -> Tensor:
+def clamp_variance(name: str, value: Tensor) -> Tensor:
     """Clamp an extrapolated BatchNorm variance at 0: below, the network would have no output but NaN."""
     return value.clamp_min(0) if name.rpartition(".")[2] == "running_var" else value
 
@@ -81,7 +81,7 @@ def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, T
     check_compatible(*states)
     used = [(weight, state) for weight, state in zip(weights, states, strict=True) if weight != 0]
     return {
-        name: allowed(name, functools.reduce(torch.add, (weight * state[name] for weight, state in used)))
+        name: clamp_variance(name, functools.reduce(torch.add, (weight * state[name] for weight, state in used)))
         if value.is_floating_point()
         else value.clone()
         for name, value in used[0][1].items()

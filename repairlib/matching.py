@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repairlib.groups import Permutation, PermutationSpec, UnsupportedNode, permutation_spec
 from repairlib.interpolate import check_compatible
-from repairlib.moments import BatchMeanMoments, Moments, gather
+from repairlib.moments import Moments, gather
 from repairlib.names import check
 from repairlib.permutations import permute
 from repairlib.tracing import Batches, trace
@@ -67,42 +67,22 @@ def solve_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, " 
     return torch.from_numpy(columns)
 
 
-def greedy_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, " units"]:
-    """Permutation that takes the most similar pair, then the most similar of what is left, and so on (Li et al. 2015).
-
-    >>> greedy_assignment(torch.tensor([[0.1, 0.9], [0.8, 0.95]])).tolist()  # 0.95 + 0.1, where 0.9 + 0.8 is the most
-    [0, 1]
-    """
-    n = len(similarity)
-    perm, free, left = [-1] * n, [True] * n, n
-    for place in similarity.flatten().argsort(descending=True, stable=True).tolist():
-        i, j = divmod(place, n)
-        if perm[i] < 0 and free[j]:
-            perm[i], free[j], left = j, False, left - 1
-            if not left:
-                break
-    return torch.tensor(perm, dtype=torch.int64)
-
-
-SOLVERS = {"exact": solve_assignment, "greedy": greedy_assignment}
 SIMILARITIES = ("correlation", "inner")
 
 
 def match_moments(
-    moments: Mapping[str, Moments | BatchMeanMoments],
+    moments: Mapping[str, Moments],
     spec: PermutationSpec,
     tap: str = "post",
     eps: float = 0.0,
     similarity: str = "correlation",
-    solver: str = "exact",
 ) -> Matching:
     """Matching from statistics gathered with ``cross="full"`` at the groups' taps; see `match_activations`."""
     matching = Matching(spec, {})
+    check(similarity, SIMILARITIES, "similarity")
     for group in spec.groups:
         moment = moments[group.taps[tap]]
-        full = (
-            moment.inner() if check(similarity, SIMILARITIES, "similarity") == "inner" else moment.corr(eps=eps)
-        ).cpu()
+        full = (moment.inner() if similarity == "inner" else moment.corr(eps=eps)).cpu()
         if not full.isfinite().all():
             raise ValueError(
                 f"group {group.name!r}: the activations at node {group.taps[tap]!r} are not finite, or too large for "
@@ -113,7 +93,7 @@ def match_moments(
         similar = sum(full[channels][:, channels] for channels in blocks)
         # Among equals, such as dead units, a unit stays where it is: matching an aligned network moves nothing.
         stay = 1e-9 * float(similar.abs().max()) * torch.eye(group.size, dtype=similar.dtype)
-        perm = SOLVERS[solver](similar + stay)
+        perm = solve_assignment(similar + stay)
         matched = similar[torch.arange(group.size), perm]
         matching.permutation[group.name] = perm
         matching.correlation[group.name] = matched / len(blocks)
@@ -124,8 +104,8 @@ def match_moments(
 
 
 def gather_groups(
-    model_a: nn.Module, model_b: nn.Module, batches: Batches, spec: PermutationSpec, tap: str, pooling: str = "exact"
-) -> dict[str, Moments | BatchMeanMoments]:
+    model_a: nn.Module, model_b: nn.Module, batches: Batches, spec: PermutationSpec, tap: str
+) -> dict[str, Moments]:
     """Statistics of both networks with ``cross="full"`` at the groups' taps, by node, from one pass.
 
     Raises:
@@ -140,7 +120,7 @@ def gather_groups(
             )
     example = batches.example()
     nets = [trace(model, example) for model in (model_a, model_b)]
-    return gather(nets, batches, [group.taps[tap] for group in spec.groups], "full", pooling)
+    return gather(nets, batches, [group.taps[tap] for group in spec.groups], "full")
 
 
 def match_activations(
@@ -152,8 +132,6 @@ def match_activations(
     tap: str = "post",
     similarity: str = "correlation",
     eps: float = 0.0,
-    pooling: str = "exact",
-    solver: str = "exact",
 ) -> Matching:
     """Match by correlation of activations, all layers from one pass over the data.
 
@@ -166,8 +144,6 @@ def match_activations(
         tap: "post" reads a group after its non-linearity (as released), "pre" before it.
         similarity: "correlation", or "inner" for ``E[X_i X_j]``, not centred (Ainsworth et al. 2022, Eq. 1).
         eps: added to the product of standard deviations; 1e-4 is what the released code does.
-        pooling: "exact", or "batch-mean": moments of batches averaged with equal weight, as released.
-        solver: "exact" (Kuhn 1955), or "greedy" to compare with.
 
     Raises:
         ValueError: different architectures (first differing parameter named), non-finite weights, empty data, or an
@@ -179,9 +155,8 @@ def match_activations(
     [0, 1, 2]
     """
     check(similarity, SIMILARITIES, "similarity")
-    check(solver, SOLVERS, "solver")
     check_compatible(model_a.state_dict(), model_b.state_dict())
     batches = Batches(data, model_a)
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
-    moments = gather_groups(model_a, model_b, batches, spec, tap, pooling)
-    return match_moments(moments, spec, tap, eps, similarity, solver)
+    moments = gather_groups(model_a, model_b, batches, spec, tap)
+    return match_moments(moments, spec, tap, eps, similarity)

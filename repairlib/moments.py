@@ -104,69 +104,6 @@ class Moments:
         return cov / (_product(a, b, cov.ndim == 2) + eps)
 
 
-class BatchMeanMoments:
-    """Moments as the released code of Jordan et al. 2022 pools them: of each batch, averaged with equal weight.
-
-    Variances are unbiased. What varies between batches is missing from them, and a small last batch counts as much as
-    a full one. Correlations divide by the average of the batches' standard deviations, and exceed 1 for units that are
-    active in a few batches only.
-    """
-
-    def __init__(self, cross: str = "none"):
-        self.cross = check(cross, CROSS, "cross")
-        self.count = 0  # batches
-        self._sums: dict[str, list[Tensor]] = {}
-
-    def update(self, *activations: Tensor) -> None:
-        """Add one batch: for each network, values (n, units, ...) of the same inputs."""
-        rows = [x.detach().transpose(0, 1).flatten(1).double() for x in activations]
-        if rows[0].shape[1] < 2:
-            raise ValueError("pooling='batch-mean' needs two values a channel in every batch; drop the last one")
-        new = {"mean": [r.mean(1) for r in rows], "var": [r.var(1) for r in rows]}
-        new["std"] = [v.sqrt() for v in new["var"]]
-        if self.cross == "full":
-            new["inner"] = [rows[0] @ r.T / r.shape[1] for r in rows]
-        elif self.cross == "paired":
-            new["inner"] = [(rows[0] * r).mean(1) for r in rows]
-        for name, values in new.items():
-            old = self._sums.get(name, [0.0] * len(values))
-            self._sums[name] = [a + b for a, b in zip(old, values, strict=True)]
-        self.count += 1
-
-    def mean(self, k: int = 0) -> Tensor:
-        """Mean of network k's units (units,), float64."""
-        return self._sums["mean"][k] / self.count
-
-    def var(self, k: int = 0) -> Tensor:
-        """Variance of network k's units (units,), float64."""
-        return self._sums["var"][k] / self.count
-
-    def std(self, k: int = 0) -> Tensor:
-        """Standard deviation of network k's units (units,): the root of `var`."""
-        return self.var(k).sqrt()
-
-    def inner(self, k: int = 1) -> Tensor:
-        """Mean product of network 0 with network k > 0, as `Moments.inner`."""
-        if not 0 < k < len(self._sums.get("inner", ())):
-            raise ValueError(f"products with network {k} were not gathered; pass cross='full' or 'paired'")
-        return self._sums["inner"][k] / self.count
-
-    def cov(self, k: int = 1) -> Tensor:
-        """Mean product less the product of means: with what varies between batches, unlike `var`."""
-        inner = self.inner(k)
-        return inner - _product(self.mean(0), self.mean(k), inner.ndim == 2)
-
-    def dead(self, k: int = 0) -> Tensor:
-        """Units (units,) of network k that are constant to rounding."""
-        return self.std(k) <= 1e-6 * self.mean(k).abs()
-
-    def corr(self, k: int = 1, eps: float = 0.0) -> Tensor:
-        """``cov / (mean std_0 mean std_k + eps)``, shaped as `cov`; 0 where a unit is dead."""
-        cov = self.cov(k)
-        a, b = (self._sums["std"][i].div(self.count).masked_fill(self.dead(i), torch.inf) for i in (0, k))
-        return cov / (_product(a, b, cov.ndim == 2) + eps)
-
-
 def _product(a: Tensor, b: Tensor, full: bool) -> Tensor:
     return torch.outer(a, b) if full else a * b
 
@@ -190,13 +127,17 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1).double()
 
 
+def moments_of(chunks: Iterable[Tensor]) -> Moments:
+    """Moments of one network's values (n, units, ...), given in parts."""
+    moments = Moments()
+    for chunk in chunks:
+        moments.update(chunk)
+    return moments
+
+
 def gather(
-    nets: Sequence[TracedNet],
-    batches: Iterable[Tensor],
-    taps: Iterable[str],
-    cross: str = "none",
-    pooling: str = "exact",
-) -> dict[str, Moments | BatchMeanMoments]:
+    nets: Sequence[TracedNet], batches: Iterable[Tensor], taps: Iterable[str], cross: str = "none"
+) -> dict[str, Moments]:
     """Moments at every tap, from one pass of all networks over the data, in step, node by node.
 
     Args:
@@ -204,17 +145,14 @@ def gather(
         batches: tensors (n, ...), on the networks' device.
         taps: node names.
         cross: see `Moments`.
-        pooling: "exact", or "batch-mean" for `BatchMeanMoments`.
 
     Raises:
         ValueError: no batch at all.
     """
-    check(pooling, ("exact", "batch-mean"), "pooling")
-    taps = list(dict.fromkeys(taps))
-    moments = {tap: BatchMeanMoments(cross) if pooling == "batch-mean" else Moments(cross) for tap in taps}
+    moments = {tap: Moments(cross) for tap in dict.fromkeys(taps)}
     with eval_mode(*(net.model for net in nets)):
         for x in batches:
-            for values in zip(*(net.walk(x, taps) for net in nets), strict=True):
+            for values in zip(*(net.walk(x, list(moments)) for net in nets), strict=True):
                 moments[values[0][0]].update(*(value for _, value in values))
     if not all(moment.count for moment in moments.values()):
         raise ValueError("the calibration data is empty: it has no batch to measure statistics on")

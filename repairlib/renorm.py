@@ -1,8 +1,8 @@
-"""Renormalise networks: REPAIR, RESCALE, RESHIFT and RESET, and folding into ordinary weights.
+"""Renormalise networks: REPAIR, RESCALE, RESHIFT and RESET.
 
-Every variant sets, at chosen nodes, ``x -> gain x + shift`` per channel. Goals, a mean and a std for each channel, come
-from reference networks; gain and shift follow from the goals and from what the network's statistics are now; `fold`
-puts them into ordinary weights.
+Every variant sets ``x -> gain x + shift`` per channel at chosen nodes. Reference networks give the goals, a mean and a
+std for each channel. Gain and shift follow from the goals and from the network's present statistics (`correction`), and
+go into ordinary weights (`fold`).
 """
 
 import copy
@@ -10,59 +10,33 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from repairlib.corrections import TARGETS, Correction, Repaired, Units, attach, batchnorms, fold, target_nodes
+from repairlib.corrections import (
+    TARGETS,
+    Correction,
+    Repaired,
+    Statistics,
+    Units,
+    attach,
+    batchnorms,
+    correct_moments,
+    correction,
+    fold,
+    target_nodes,
+)
+from repairlib.data_independent import BatchNormTo
 from repairlib.interpolate import check_compatible, mix_states, with_state
-from repairlib.moments import BatchMeanMoments, Moments, gather
+from repairlib.moments import Moments, gather, moments_of
 from repairlib.names import check
-from repairlib.tracing import Batches, ChannelAffine, TracedNet, as_batches, eval_mode, trace
+from repairlib.tracing import Batches, TracedNet, as_batches, eval_mode, trace
 
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
 
-Statistics = Mapping[str, tuple[Tensor, Tensor]]  # by node: mean and std of its channels, (units,) each
-Rule = Callable[[Moments | BatchMeanMoments], Correction]  # what a target's present statistics ask for
-
-
-# -------------------------------------------------------------------------------------------- how gain and shift follow
-
-
-def correction(
-    mean: Units,
-    var: Units,
-    dead: Shaped[Tensor, " units"],
-    goal_mean: Units,
-    goal_std: Units,
-    correct: str = "repair",
-    eps: float = 0.0,
-) -> Correction:
-    """Gain and shift that take (mean, var) to the goal, wholly or in part (Qu & Horvath 2024, Sec. 4.1).
-
-    * repair: ``x -> (x - mean) / std * goal_std + goal_mean`` (Jordan et al. 2022, Sec. 4.2; Qu & Horvath's text swaps
-      the names of the two goals);
-    * rescale: ``x -> x / std * goal_std``, about zero, so that a bias is scaled as well;
-    * reshift: ``x -> x - mean + goal_mean``.
-
-    with ``std = sqrt(var + eps)``.
-
-    Args:
-        mean, var: of the channels now (units,).
-        dead: which of them are constant (units,), bool; they are shifted, and scaled only if eps is added.
-        goal_mean, goal_std: what they shall be (units,).
-        correct, eps: see `Options`.
-    """
-    if eps:
-        dead = torch.zeros_like(dead)
-    std = (var + eps).sqrt().masked_fill(dead, 1.0)
-    gain = torch.ones_like(std) if correct == "reshift" else torch.where(dead, 1.0, goal_std / std)
-    return Correction(gain, torch.zeros_like(gain) if correct == "rescale" else goal_mean - gain * mean)
-
-
-def _correct(now: Moments | BatchMeanMoments, **goal) -> Correction:
-    return correction(now.mean(), now.var(), now.dead(), **goal)
+Rule = Callable[[Moments], Correction]  # what a target's present statistics ask for
 
 
 def predicted_variance(ends: Moments | Sequence[Moments], alpha: float | Sequence[float] = 0.5) -> Units:
@@ -91,17 +65,10 @@ def _weights(point: float | Sequence[float] | None, n: int) -> tuple[float, ...]
     """One weight a network: of two, ``(1 - alpha, alpha)``; None weighs all alike."""
     if point is None:
         return (1 / n,) * n
-    weights = tuple(point) if isinstance(point, Sequence) else (1 - point, point)
+    weights = tuple(point) if np.ndim(point) else (1 - point, point)
     if len(weights) != n or not abs(sum(weights) - 1) < 1e-6:
         raise ValueError(f"{n} networks need {n} weights that sum to 1, not {weights}")
     return weights
-
-
-def _moments_of(chunks: Iterable[Tensor]) -> Moments:
-    moments = Moments()
-    for chunk in chunks:
-        moments.update(chunk)
-    return moments
 
 
 def _set_statistics(module: nn.Module, moments) -> None:
@@ -125,7 +92,7 @@ def _sequential(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], res
             if not left:
                 break
             if node.name in norms:
-                _set_statistics(net.modules[node.target], _moments_of(v[node.args[0]] for v in values))
+                _set_statistics(net.modules[node.target], moments_of(chunk[node.args[0]] for chunk in values))
                 left -= 1
             # Only a placeholder reads the batches; the loader is asked once more, not held twice.
             inputs = batches if node.op == "placeholder" else [None] * len(values)
@@ -133,80 +100,46 @@ def _sequential(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], res
                 chunk[node] = net.compute(node, chunk, iter((x,)))
                 net.forget(node, chunk)
             if node.name in goals:
-                fix = corrections[node.name] = goals[node.name](_moments_of(chunk[node] for chunk in values))
+                fix = corrections[node.name] = goals[node.name](moments_of(chunk[node] for chunk in values))
                 for chunk in values:
                     chunk[node] = fix.apply(chunk[node])
                 left -= 1
     return corrections
 
 
-def _simultaneous(
-    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool, pooling: str
-) -> dict[str, Correction]:
+def _simultaneous(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool) -> dict[str, Correction]:
     """The paper's procedure: targets normalise each batch by its own statistics while these are being recorded."""
-    new = BatchMeanMoments if pooling == "batch-mean" else Moments
     norms = batchnorms(net) if reset else {}
     if both := norms.keys() & goals.keys():
         raise ValueError(f"node {min(both)!r} cannot be reset and corrected at once; use method='sequential'")
-    seen: dict[str, Moments] = {name: new() for name in (*goals, *norms)}
+    seen = {name: Moments() for name in (*goals, *norms)}
 
-    def target(name):
-        def edit(x):
-            seen[name].update(x)
-            return goals[name](_moments_of([x])).apply(x)
+    def correct(name: str, x: Tensor) -> Tensor:
+        seen[name].update(x)
+        return goals[name](moments_of([x])).apply(x)
 
-        return edit
+    def normalize(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """BatchNorm in train mode: by this batch's statistics, which we pool ourselves."""
+        (x,) = inputs
+        seen[name].update(x)
+        batch = moments_of([x])
+        mean, var = batch.mean().to(x.dtype), batch.var().to(x.dtype)
+        return nn.functional.batch_norm(x, mean, var, module.weight, module.bias, eps=module.eps)
 
-    def norm(name, node):
-        def edit(x):
-            # BatchNorm in train mode: this batch's statistics, pooled by us. The node's value came from old ones.
-            before = inputs.pop(name)
-            seen[name].update(before)
-            module, batch = net.modules[node.target], _moments_of([before])
-            return nn.functional.batch_norm(
-                before,
-                batch.mean().to(before.dtype),
-                batch.var().to(before.dtype),
-                module.weight,
-                module.bias,
-                eps=module.eps,
-            )
-
-        return edit
-
-    inputs: dict[str, Tensor] = {}
-
-    def remember(names, edit=None):
-        def record(x):
-            x = edit(x) if edit else x
-            inputs.update(dict.fromkeys(names, x))
-            return x
-
-        return record
-
-    edits = {name: target(name) for name in goals}
-    readers: dict[str, list[str]] = {}
-    for name, node in norms.items():
-        edits[name] = norm(name, node)
-        readers.setdefault(node.args[0].name, []).append(name)
-    for source, names in readers.items():
-        edits[source] = remember(names, edits.get(source))
+    hooks = [net.modules[node.target].register_forward_hook(partial(normalize, name)) for name, node in norms.items()]
+    edits = {name: partial(correct, name) for name in goals}
     with eval_mode(net.model):
         for x in batches:
-            for _ in net.walk(x, list(edits), edits):
+            for _ in net.walk(x, list(seen), edits):
                 pass
+    for hook in hooks:
+        hook.remove()
     for name, node in norms.items():
         _set_statistics(net.modules[node.target], seen[name])
     return {name: goals[name](seen[name]) for name in goals}
 
 
-def _measure(
-    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], method: str, reset_bn: bool, pooling: str
-) -> dict[str, Correction]:
-    """Corrections of the targets, each with the others in place; BatchNorm statistics are reset on the way."""
-    if method == "sequential":
-        return _sequential(net, batches, goals, reset_bn)
-    return _simultaneous(net, batches, goals, reset_bn, pooling)
+MEASURE = {"sequential": _sequential, "simultaneous": _simultaneous}
 
 
 # ------------------------------------------------------------------------------------------------------------- public
@@ -214,7 +147,7 @@ def _measure(
 
 @dataclass(frozen=True)
 class Options:
-    """What is corrected, and from which statistics: the options of every renormalisation here.
+    """Options of every renormalisation: what is corrected, and from which statistics.
 
     Attributes:
         correct: "repair" (mean and std), "rescale" (std, about zero) or "reshift" (mean), see `correction`.
@@ -227,7 +160,6 @@ class Options:
             is normalised by its own statistics, `BatchNormTo`; data-independent, Qu & Horvath 2024, App. F.2).
         targets: see `target_nodes`. Recorded references themselves say where they belong.
         bn: existing BatchNorm layers stay "frozen" (the paper) or are "reset", also of the references (released code).
-        pooling: how "simultaneous" pools batches, "exact" or "batch-mean" (released code, references included).
         limit: use the first so many examples of the data, None for all. "sequential" holds all their activations at the
             nodes in flight: 5,000 images of CIFAR-10 at 64 channels are 1.3 GB a node, two or three nodes at a time.
 
@@ -241,14 +173,12 @@ class Options:
     method: str = "sequential"
     targets: str | Sequence[str] = TARGETS
     bn: str = "frozen"
-    pooling: str = "exact"
     limit: int | None = 5000
 
     def __post_init__(self):
         check(self.correct, CORRECT, "correct")
         check(self.method, METHODS, "method")
         check(self.bn, ("frozen", "reset"), "bn")
-        _check_pooling(self.pooling, self.method)
         if self.bn == "reset" and self.method in ("closed-form", "batch"):
             raise ValueError(
                 f"method={self.method!r} makes no pass through the network, so it cannot reset BatchNorm layers"
@@ -276,6 +206,8 @@ class Goals:
     """
 
     def __init__(self, references: nn.Module | Statistics | Sequence, data: Iterable, **options):
+        for name in options:
+            check(name, Options.__dataclass_fields__, "option")
         self.options = how = Options(**options)
         self.data = as_batches(data)
         self.references = [references] if isinstance(references, (nn.Module, Mapping)) else list(references)
@@ -294,9 +226,7 @@ class Goals:
         self.batches = Batches(self.data, self.references[0], how.limit)
         self.example = self.batches.example()
         if how.bn == "reset":
-            self.references = [
-                reset(m, self.batches, method=how.method, pooling=how.pooling).model for m in self.references
-            ]
+            self.references = [reset(model, self.batches, method=how.method).model for model in self.references]
         nets = [trace(model, self.example) for model in self.references]
         self.targets = target_nodes(nets[0], how.targets)
         if not self.targets:
@@ -305,7 +235,7 @@ class Goals:
         # Of n networks, `Moments` keeps the covariances with the first: one pass each for the first, second, ...
         pairs = how.method == "closed-form"
         self._passes = [
-            gather(nets[i:], self.batches, self.targets, "paired" if pairs else "none", how.pooling)
+            gather(nets[i:], self.batches, self.targets, "paired" if pairs else "none")
             for i in range(len(nets) - 1 if pairs else 1)
         ]
         self.ends = self._passes[0]
@@ -363,7 +293,7 @@ class Goals:
             if units != len(mean):
                 raise ValueError(f"node {name!r} has {units} channels, its goals are of {len(mean)}")
             goals[name] = {
-                "goal_mean": mean.to(batches.device), "goal_std": std.to(batches.device),
+                "goal_mean": mean.to(example.device), "goal_std": std.to(example.device),
                 "correct": how.correct, "eps": how.eps,
             }  # fmt: skip
         if how.method == "batch":
@@ -371,12 +301,15 @@ class Goals:
             return Repaired(attach(model, modules, example), {}, tuple(modules))
         if how.method == "closed-form":
             corrections = {}
-            for (name, goal), *ends in zip(goals.items(), *(found.values() for found in self._passes), strict=True):
-                var, mean = predicted_variance(ends, weights), goal["goal_mean"]  # which the first layer has already
+            for (name, goal), *ends in zip(goals.items(), *(passed.values() for passed in self._passes), strict=True):
+                var, mean = (
+                    predicted_variance(ends, weights),
+                    goal["goal_mean"],
+                )  # the first layer has it already
                 corrections[name] = correction(mean, var, var.sqrt() <= 1e-6 * mean.abs(), **goal)
         else:
-            rules = {name: partial(_correct, **goal) for name, goal in goals.items()}
-            corrections = _measure(net, batches, rules, how.method, how.bn == "reset", how.pooling)
+            rules = {name: partial(correct_moments, **goal) for name, goal in goals.items()}
+            corrections = MEASURE[how.method](net, batches, rules, how.bn == "reset")
         return fold(model, corrections, example)
 
 
@@ -446,7 +379,7 @@ def renormalize(
     return Goals(references, data, **options).renormalize(model, weights)
 
 
-def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooling: str = "exact") -> Repaired:
+def reset(model: nn.Module, data: Iterable, *, method: str = "sequential") -> Repaired:
     """Copy of a model whose BatchNorm statistics are measured anew (RESET; Izmailov et al. 2018).
 
     Args:
@@ -454,126 +387,15 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential", pooli
         data: one batch, or any iterable of batches.
         method: "sequential" measures each layer's input over all data with the layers before it already reset;
             "simultaneous" lets layers normalise by batch statistics while measuring, as BatchNorm's train mode does.
-        pooling: see `Repair`.
 
     Raises:
         ValueError: the model has no BatchNorm statistics, or the data is empty.
     """
-    check(method, ("simultaneous", "sequential"), "method")
-    _check_pooling(pooling, method)
+    check(method, MEASURE, "method")
     out = copy.deepcopy(model)
     batches = Batches(as_batches(data), out)
     net = trace(out, batches.example())
     if not batchnorms(net):
         raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to reset; use Repair instead")
-    _measure(net, batches, {}, method, True, pooling)
+    MEASURE[method](net, batches, {}, True)
     return Repaired(out, {})
-
-
-def batch_statistics(model: nn.Module) -> nn.Module:
-    """Copy of a model whose BatchNorms use the statistics of every batch, also in evaluation mode.
-
-    Data-independent RESET (Qu & Horvath 2024, App. F.2); evaluate it on batches of some size (theirs: 256).
-
-    Args:
-        model: any network with BatchNorm layers. Untouched.
-
-    Raises:
-        ValueError: the model has no BatchNorm statistics.
-    """
-    out = copy.deepcopy(model)
-    norms = [m for m in out.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-    if not norms:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to leave out")
-    for norm in norms:
-        norm.track_running_stats = False
-        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-    return out
-
-
-class BatchNormTo(ChannelAffine):
-    """Give each batch's channels the goal statistics, from their own: REPAIR that measures nothing beforehand.
-
-    ``y_c = (x_c - mean(x_c)) / std(x_c) * goal_std_c + goal_mean_c``, or a part of it, see `correction` (Qu & Horvath
-    2024, App. F.2).
-
-    Args:
-        goal_mean, goal_std: (units,).
-        correct, eps: see `Options`.
-    """
-
-    def __init__(self, goal_mean: Tensor, goal_std: Tensor, correct: str = "repair", eps: float = 0.0):
-        super().__init__(goal_std, goal_mean)
-        self.correct, self.eps = correct, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        goals = {"goal_mean": self.bias.double(), "goal_std": self.weight.double()}
-        return _correct(_moments_of([x]), **goals, correct=self.correct, eps=self.eps).apply(x)
-
-
-class Recorder:
-    """Running mean and std of a network's targets while it trains: goals that need no data afterwards.
-
-    ``running = (1 - momentum) running + momentum batch`` for mean and variance, as BatchNorm keeps them, in train mode
-    only (Qu & Horvath 2024, App. F.2). Forward hooks do it: the module and its state dict stay as they are.
-
-    Args:
-        model: any network.
-        example: inputs (n, ...), to trace with.
-        targets: see `target_nodes`; outputs of modules that are called once.
-        momentum: weight of the newest batch; None weighs all batches alike.
-
-    Raises:
-        ValueError: a target is no output of a module, or of one that is called twice.
-
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> with Recorder(net, torch.zeros(2, 4)) as recorder:
-    ...     _ = net(torch.randn(100, 4))
-    >>> {node: tuple(mean.shape) for node, (mean, std) in recorder.statistics.items()}
-    {'_0': (8,)}
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example: Tensor,
-        targets: str | Sequence[str] = ("conv", "linear"),
-        momentum: float | None = 0.1,
-    ):
-        net = trace(model, example)
-        self.momentum, self._seen = momentum, {}
-        calls = [node.target for node in net.nodes if node.op == "call_module"]
-        self._modules = {}
-        for name in target_nodes(net, targets):
-            node = net.node(net.corrected(name))
-            if calls.count(node.target) != 1:
-                raise ValueError(f"node {name!r} is not the output of one module that is called once: cannot record it")
-            self._modules[name] = net.modules[node.target]
-
-    def __enter__(self) -> "Recorder":
-        self._hooks = [
-            module.register_forward_hook(partial(self._update, name)) for name, module in self._modules.items()
-        ]
-        return self
-
-    def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _update(self, name: str, module: nn.Module, args: tuple, value: Tensor) -> None:
-        if module.training:
-            batch = _moments_of([value])
-            count, mean, var = self._seen.get(name, (0, 0, 0))
-            new = 1 / (count + 1) if self.momentum is None or not count else self.momentum
-            self._seen[name] = count + 1, mean + new * (batch.mean() - mean), var + new * (batch.var() - var)
-
-    @property
-    def statistics(self) -> Statistics:
-        """By node, running mean and std (units,), float64; what `Goals` and `renormalize` take as a reference."""
-        return {name: (mean, var.sqrt()) for name, (_, mean, var) in self._seen.items()}
-
-
-def _check_pooling(pooling: str, method: str) -> None:
-    check(pooling, ("exact", "batch-mean"), "pooling")
-    if pooling == "batch-mean" and method != "simultaneous":
-        raise ValueError(f"pooling='batch-mean' is of method='simultaneous'; {method!r} pools exactly")

@@ -17,7 +17,7 @@ REGIMES = ("reference", "sequential", "iterative")
 
 
 @dataclass(frozen=True)
-class Several:
+class AlignedNetworks:
     """Networks in one order of units.
 
     Attributes:
@@ -45,7 +45,7 @@ def match_several(
     *,
     rounds: int = 30,
     seed: int = 0,
-) -> Several:
+) -> AlignedNetworks:
     """Match n networks (Qu & Horvath 2024, Appendix E.3, Algorithms 1 to 3).
 
     reference: each to the first; sequential: each to the one before it, as permuted; iterative: in random order, each
@@ -79,7 +79,7 @@ def match_several(
             aligned[i] = matching.apply(models[i])
             found.append(matching.permutation)
         own = {name: torch.arange(len(perm)) for name, perm in found[0].items()}
-        return Several(tuple(aligned), (own, *found))
+        return AlignedNetworks(tuple(aligned), (own, *found))
     total: list[Permutation] = [{} for _ in models]
     generator = torch.Generator().manual_seed(seed)
     for number in range(1, rounds + 1):
@@ -92,5 +92,5 @@ def match_several(
             aligned[i] = matching.apply(aligned[i])
             total[i] = compose(total[i], matching.permutation) if total[i] else matching.permutation
         if not moved:
-            return Several(tuple(aligned), tuple(total), number, True)
-    return Several(tuple(aligned), tuple(total), rounds, False)
+            return AlignedNetworks(tuple(aligned), tuple(total), number, True)
+    return AlignedNetworks(tuple(aligned), tuple(total), rounds, False)

@@ -45,6 +45,12 @@ def as_batches(data: Iterable) -> Iterable:
     return [data] if isinstance(data, Tensor) else list(data) if isinstance(data, Iterator) else data
 
 
+def cast_input(x: Tensor, model: nn.Module) -> Tensor:
+    """Inputs on a model's device; floating ones in its precision, integers (tokens) as they are."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    return x.to(like.device, like.dtype if x.is_floating_point() else None)
+
+
 class Batches:
     """Inputs of any iterable of batches, re-iterable, on a model's device and in its floating type.
 
@@ -60,9 +66,8 @@ class Batches:
 
     def __init__(self, data: Iterable, model: nn.Module, limit: int | None = None):
         self.data = as_batches(data)
+        self.model = model
         self.limit = limit
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.device, self.dtype = like.device, like.dtype
 
     def __iter__(self) -> Iterator[Tensor]:
         left = self.limit
@@ -76,7 +81,7 @@ class Batches:
                 x = x[:left]
                 left -= len(x)
             if len(x):
-                yield x.to(self.device, self.dtype if x.is_floating_point() else None)
+                yield cast_input(x, self.model)
 
     def example(self) -> Tensor:
         """The first two inputs of the first batch.
@@ -92,6 +97,16 @@ class Batches:
 # --------------------------------------------------------------------------------------------------- traced networks
 
 
+def along(values: Float[Tensor, " channels"], ndim: int, axis: int = 1) -> Tensor:
+    """View of one value a channel that broadcasts along an axis of a tensor of `ndim` axes."""
+    return values.view([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def affine(x: Tensor, gain: Float[Tensor, " channels"], shift: Float[Tensor, " channels"]) -> Tensor:
+    """Affine map of the channels of x (n, channels, ...): ``y_c = gain_c x_c + shift_c``."""
+    return x * along(gain, x.ndim) + along(shift, x.ndim)
+
+
 class ChannelAffine(nn.Module):
     """Visible correction of a node: ``y_c = weight_c x_c + bias_c`` for inputs (n, c, ...)."""
 
@@ -100,8 +115,7 @@ class ChannelAffine(nn.Module):
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, x: Float[Tensor, "n channels ..."]) -> Float[Tensor, "n channels ..."]:
-        shape = (-1,) + (1,) * (x.ndim - 2)
-        return x * self.weight.view(shape) + self.bias.view(shape)
+        return affine(x, self.weight, self.bias)
 
 
 class _Tracer(fx.Tracer):
@@ -271,11 +285,11 @@ class TracedNet:
         users = list(self.node(name).users)
         return users[0].name if len(users) == 1 and self.kinds[users[0].name] == "affine" else name
 
-    def check_names(self, names: Iterable[str]) -> None:
-        """KeyError with the nearest names for a node that is not in the graph."""
+    def check_names(self, names: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Refuse a node that is not in the graph: KeyError with the nearest names, `others` among them."""
         for name in names:
             if name not in self.kinds:
-                near = difflib.get_close_matches(name, self.kinds, n=3) or sorted(self.kinds)[:8]
+                near = difflib.get_close_matches(name, [*others, *self.kinds], n=3) or sorted(self.kinds)[:8]
                 raise KeyError(f"no node {name!r} in the graph; nearest: {', '.join(near)}")
 
     def run(self, x: Tensor, edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
@@ -303,10 +317,15 @@ def trace(model: nn.Module, example: Tensor) -> TracedNet:
     >>> [name for name, kind in net.kinds.items() if kind]
     ['_0', '_1', '_2']
     """
+    return TracedNet(model, graph_of(model), example)
+
+
+def graph_of(model: nn.Module) -> fx.Graph:
+    """Graph of a model's operations, recorded in evaluation mode; raises what `trace` does."""
     tracer = _Tracer()
     with eval_mode(model):
         try:
-            graph = tracer.trace(model)
+            return tracer.trace(model)
         except Exception as error:
             nodes = list(getattr(tracer, "graph", fx.Graph()).nodes)
             last = f"after node '{nodes[-1].name}' ({nodes[-1].target})" if nodes else "at its first line"
@@ -314,4 +333,3 @@ def trace(model: nn.Module, example: Tensor) -> TracedNet:
                 f"{type(model).__name__}.forward cannot be traced {last}: {error}. Control flow that depends on the "
                 "data is not a graph; move it out of forward or make it a leaf module."
             ) from error
-    return TracedNet(model, graph, example)

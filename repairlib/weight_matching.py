@@ -1,19 +1,17 @@
-"""Match the hidden units of two networks by their weights, and by training through that matching."""
+"""Match the hidden units of two networks by their weights."""
 
-import copy
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from repairlib.groups import Axis, Permutation, PermutationSpec, permutation_spec
 from repairlib.interpolate import check_compatible
 from repairlib.matching import Matching, solve_assignment
-from repairlib.permutations import fill_identity, permute_state, random_permutation
-from repairlib.tracing import Batches, as_batches
+from repairlib.permutations import fill_identity, random_permutation
+from repairlib.tracing import Batches
 
 
 def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9)) -> Tensor:
@@ -62,13 +60,6 @@ class _Product:
         self.index = index
         return True
 
-    def gain(self, old: Tensor, new: Tensor) -> float:
-        """Change of ``sum_i C[i, p(i)]`` from one permutation to another, in float64 and from the weights."""
-        moved = torch.nonzero(old != new).flatten()
-        rows = [x[at.to(x.device)] for x, at in ((self.a, moved), (self.b, new[moved]), (self.b, old[moved]))]
-        difference = rows[1].double() - rows[2].double()
-        return float((rows[0].double() * _select(difference, self.index)).sum())
-
 
 class WeightCost:
     """Similarity ``<theta_A, P(theta_B)>`` of the weights of A and of a permuted B, kept up to date as groups move.
@@ -106,14 +97,12 @@ class WeightCost:
                 for group, axis in groups:
                     product = _Product(axis, state_a[tensor], state_b[tensor], others)
                     self.products.setdefault(group, []).append((tensor, product))
-        # Where one group lies on two axes of a tensor, C holds only for the permutation that it was computed with.
-        self.quadratic = {name for name, its in self.products.items() if len({t for t, _ in its}) < len(its)}
 
     def places(self, tensor: str, axis: int) -> Tensor:
         """Where the entries of the permuted B come from along one axis of one of its tensors."""
         index = torch.arange(self.b[tensor].shape[axis])
-        for group, its in self.on[tensor][axis]:
-            index[its.positions.flatten()] = its.positions[self.permutation[group]].flatten()
+        for group, indexed in self.on[tensor][axis]:
+            index[indexed.positions.flatten()] = indexed.positions[self.permutation[group]].flatten()
         return index
 
     def update(self, group: str) -> bool:
@@ -125,29 +114,28 @@ class WeightCost:
         self.update(group)
         return sum(product.value for _, product in self.products[group])
 
-    def objective(self) -> float:
-        """``<theta_A, P(theta_B)>`` in float64, over the tensors that some group indexes."""
+    def objective(self, tensors: Iterable[str] | None = None) -> float:
+        """``<theta_A, P(theta_B)>`` in float64, over some tensors or all that a group indexes."""
         total = 0.0
-        for tensor, by_axis in self.on.items():
-            b = _select(self.b[tensor], [self.places(tensor, axis) for axis in by_axis], by_axis)
+        for tensor in self.on if tensors is None else tensors:
+            axes = self.on[tensor]
+            b = _select(self.b[tensor], [self.places(tensor, axis) for axis in axes], axes)
             total += float((self.a[tensor].double() * b.double()).sum())
         return total
 
     def gain(self, group: str, perm: Tensor) -> float:
-        """What the objective gains when a group moves to `perm`."""
-        old = self.permutation[group]
-        if group in self.quadratic:
-            before = self.objective()
-            self.permutation[group] = perm
-            after, self.permutation[group] = self.objective(), old
-            return after - before
-        similarity, units = self.similarity(group).cpu().double(), torch.arange(len(perm))
-        gain = float((similarity[units, perm] - similarity[units, old]).sum())
-        if gain > 1e-3 * float(similarity[units, perm].abs().sum()):  # well above what rounding does to the products
-            return gain
-        return sum(product.gain(old, perm) for _, product in self.products[group])
+        """Change of the objective when a group moves to `perm`.
 
-    def descend(self, sweeps: int, generator: torch.Generator, tolerance: float = 1e-12) -> list[float]:
+        Measured on the weights in float64: the products are rounded, and where a group lies on two axes of one tensor,
+        they hold for the permutation that they were computed with only.
+        """
+        old, tensors = self.permutation[group], dict.fromkeys(tensor for tensor, _ in self.products[group])
+        before = self.objective(tensors)
+        self.permutation[group] = perm
+        after, self.permutation[group] = self.objective(tensors), old
+        return after - before
+
+    def descend(self, sweeps: int, generator: torch.Generator) -> list[float]:
         """Solve the groups one after the other, in a new random order every sweep, until a sweep gains nothing.
 
         Returns:
@@ -164,7 +152,7 @@ class WeightCost:
                 solved.add(group)
                 perm = solve_assignment(self.similarity(group))
                 gain = 0.0 if torch.equal(perm, self.permutation[group]) else self.gain(group, perm)
-                if gain > tolerance * scale:
+                if gain > 1e-12 * scale:
                     self.permutation[group] = perm
                     gained += gain
             history.append(history[-1] + gained)
@@ -183,7 +171,6 @@ def match_weights(
     seed: int = 0,
     restarts: int = 1,
     sweeps: int = 100,
-    tolerance: float = 1e-12,
     buffers: bool = False,
 ) -> Matching:
     """Match by weights: permutation coordinate descent (Ainsworth et al. 2022, Algorithm 1).
@@ -198,7 +185,6 @@ def match_weights(
         seed: of the order of the groups. The r-th restart has seed ``seed + r``.
         restarts: how many descents to make, the first from `start`, others from random permutations; the best counts.
         sweeps: most sweeps over all groups in a descent.
-        tolerance: least gain of a step, relative to ``sum |W_A| |W_B|`` over the tensors W.
         buffers: whether BatchNorm's running statistics count as weights, as in the code of Qu & Horvath 2024.
 
     Returns:
@@ -215,13 +201,13 @@ def match_weights(
         raise ValueError(f"restarts and sweeps are at least 1, not {restarts} and {sweeps}")
     check_compatible(model_a.state_dict(), model_b.state_dict())
     if spec is None:
-        spec = _derive(model_a, data)
-    states = [_weights(model, buffers) for model in (model_a, model_b)]
+        spec = derive_spec(model_a, data)
+    states = [float_weights(model, buffers) for model in (model_a, model_b)]
     cost, best, history = WeightCost(*states, spec, start), {}, [-math.inf]
     for restart in range(restarts):
         if restart:
             cost.permutation = random_permutation(spec, seed + restart)
-        found = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart), tolerance)
+        found = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart))
         if found[-1] > history[-1]:
             best, history = dict(cost.permutation), found
     cost.permutation = best
@@ -232,109 +218,16 @@ def match_weights(
     return Matching(spec, best, objective=objective, history=tuple(history))
 
 
-def match_straight_through(
-    model_a: nn.Module,
-    model_b: nn.Module,
-    data: Iterable,
-    *,
-    spec: PermutationSpec | None = None,
-    start: Permutation | None = None,
-    seed: int = 0,
-    epochs: int = 5,
-    lr: float = 0.5,
-    momentum: float = 0.9,
-) -> Matching:
-    """Match by training: the permutation whose midpoint has the least loss (Ainsworth et al. 2022, Algorithm 2).
-
-    Weights ``theta`` start at A's. Each step projects them to ``P(theta_B)`` by one sweep of weight matching from the
-    last P, and moves them by SGD along the gradient of the loss at ``(theta_A + P(theta_B)) / 2``, as if the projection
-    were the identity. BatchNorms of the midpoint use the statistics of the batch, which needs two examples or more.
-
-    Args:
-        model_a, model_b: networks of one architecture. Untouched.
-        data: re-iterable batches (x, y) with class labels y.
-        spec: their permutation groups; derived from `model_a` when left out.
-        start: permutations to start at; those of `match_weights` when left out, the identity where groups are missing.
-        seed: of the order of the groups.
-        epochs: passes over the data.
-        lr, momentum: of SGD.
-
-    Returns:
-        The best permutations at the end of an epoch, or the start's; `history` is the midpoint's mean loss (nats) over
-        the data at the start and after every epoch.
-
-    Raises:
-        ValueError: different architectures, non-finite weights, empty data, batches without labels.
-    """
-    data = as_batches(data)
-    check_compatible(model_a.state_dict(), model_b.state_dict())
-    if spec is None:
-        spec = _derive(model_a, data)
-    if start is None:
-        start = match_weights(model_a, model_b, spec=spec, seed=seed).permutation
-    permutation = fill_identity(spec, start)
-    a, b = (_weights(model, buffers=False) for model in (model_a, model_b))
-    whole_b = {name: value.detach() for name, value in model_b.state_dict().items()}
-    dtype = torch.promote_types(torch.float32, next(iter(a.values())).dtype)
-    net = copy.deepcopy(model_a).to(dtype).eval()
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train()
-    device = next(iter(a.values())).device
-
-    def midpoint() -> dict[str, Tensor]:
-        projected = permute_state(whole_b, spec, permutation)
-        return {name: (a[name] + projected[name].to(a[name].dtype)) / 2 for name in a}
-
-    def loss_of(weights: dict[str, Tensor], batch: object) -> Tensor:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise ValueError("straight-through matching trains on labels: batches must be (x, y)")
-        x, y = (value.to(device) for value in batch[:2])
-        x = x.to(dtype) if x.is_floating_point() else x
-        try:
-            return F.cross_entropy(functional_call(net, weights, (x,)), y)
-        except ValueError as error:
-            raise ValueError(f"a batch of {len(x)} cannot be trained on: {error}; drop the last one?") from error
-
-    def mean_loss() -> float:
-        weights = midpoint()
-        with torch.no_grad():
-            losses = [(float(loss_of(weights, batch)), len(batch[1])) for batch in data]
-        if not losses:
-            raise ValueError("the training data is empty")
-        return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-
-    theta = {name: value.clone() for name, value in a.items()}
-    velocity = {name: torch.zeros_like(value) for name, value in a.items()}
-    generator = torch.Generator().manual_seed(seed)
-    history = [mean_loss()]
-    best, best_loss = permutation, history[0]
-    for _ in range(epochs):
-        for batch in data:
-            cost = WeightCost(theta, b, spec, permutation)
-            cost.descend(1, generator)
-            permutation = cost.permutation
-            with torch.enable_grad():
-                weights = {name: value.requires_grad_() for name, value in midpoint().items()}
-                loss = loss_of(weights, batch)
-                gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True, allow_unused=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                velocity[name].mul_(momentum).add_(gradient, alpha=0.5)  # half: d midpoint / d theta
-                theta[name].sub_(velocity[name], alpha=lr)
-        history.append(mean_loss())
-        if history[-1] < best_loss:
-            best, best_loss = permutation, history[-1]
-    return Matching(spec, best, history=tuple(history))
-
-
-def _derive(model: nn.Module, data: Iterable | None) -> PermutationSpec:
+def derive_spec(model: nn.Module, data: Iterable | None) -> PermutationSpec:
+    """Permutation groups of a model, for inputs of the shape of the first batch."""
     if data is None:
         raise ValueError("give `spec`, or data whose first batch shows the shape of an input")
-    data = [next(data, ())] if isinstance(data, Iterator) else data  # its first batch shows the shape
+    if isinstance(data, Iterator):
+        data = itertools.islice(data, 1)
     return permutation_spec(model, Batches(data, model).example())
 
 
-def _weights(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
+def float_weights(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
     """Parameters by name, tied ones once, and running statistics if asked for; half precision as float32."""
     tensors = dict(model.named_parameters())
     if buffers:

@@ -175,16 +175,15 @@ def test_extrapolated_variances_stay_valid(name):
 # ------------------------------------------------------------------------------------------ extremes and grids
 
 
-@pytest.mark.parametrize("by", ["magnitude", "value"])
 @pytest.mark.parametrize("which", ["min", "max"])
-def test_extremes_against_numpy(which, by):
+def test_extremes_against_numpy(which):
     states = [make("resnet8-bn-w0.5", s).state_dict() for s in range(3)]
     for value in (v for state in states for v in state.values() if v.is_floating_point()):
         value.mul_(8).round_().div_(8)  # to steps so coarse that many tie
-    out = combine.extreme(states, which, by)
+    out = combine.extreme(states, which)
     for name, value in out.items():
         rows = np.stack([s[name].numpy() for s in states])
-        keys = np.abs(rows) if by == "magnitude" else rows
+        keys = np.abs(rows)
         index = (len(rows) - 1 - keys[::-1].argmin(0) if which == "min" else keys.argmax(0))[None]
         np.testing.assert_array_equal(value, np.take_along_axis(rows, index, 0)[0])
         assert value.data_ptr() != states[0][name].data_ptr()
@@ -208,12 +207,12 @@ FEW = st.sampled_from([-0.0, 0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0])
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
-@given(st.lists(st.tuples(FEW, FEW), min_size=1, max_size=40), st.sampled_from(["magnitude", "value"]))
-@example([(1.0, -1.0), (-1.0, 1.0), (0.0, -0.0), (-0.0, 0.0), (2.0, 2.0)], "magnitude")
-@example([(0.0, -0.0), (-0.0, 0.0), (-0.0, -0.0)], "value")
-def test_min_and_max_of_two_models_are_opposite_vertices(entries, by):
+@given(st.lists(st.tuples(FEW, FEW), min_size=1, max_size=40))
+@example([(1.0, -1.0), (-1.0, 1.0), (0.0, -0.0), (-0.0, 0.0), (2.0, 2.0)])
+@example([(0.0, -0.0), (-0.0, 0.0), (-0.0, -0.0)])
+def test_min_and_max_of_two_models_are_opposite_vertices(entries):
     a, b = torch.tensor(entries, dtype=torch.float32).T.contiguous()
-    most, least = (combine.extreme([{"w": a}, {"w": b}], which, by) for which in ("max", "min"))
+    most, least = (combine.extreme([{"w": a}, {"w": b}], which) for which in ("max", "min"))
     assert same_bits({"w": most["w"] + least["w"]}, {"w": a + b})
     of_a = (most["w"] == a) & (most["w"].signbit() == a.signbit())
     assert same_bits({"w": torch.where(of_a, a, b)}, most) and same_bits({"w": torch.where(of_a, b, a)}, least)
@@ -224,6 +223,8 @@ def test_simplex_grid_has_every_point_once():
     assert len(grid) == len(set(grid)) == math.comb(6, 2)
     assert all(sum(w) == pytest.approx(1) and min(w) >= 0 for w in grid)
     assert {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 0.25, 0.25)} <= set(grid)
+    assert grid == sorted(grid, reverse=True)
+    assert len(combine.simplex_grid(8, 10)) == math.comb(17, 7)  # nothing is enumerated in vain
     with pytest.raises(ValueError, match="at least one model"):
         combine.simplex_grid(0, 4)
 

@@ -26,10 +26,10 @@ def test_many_at_once_agree_with_one_after_the_other(name):
     data = labelled(name)
     expected = [evaluate(interpolate.with_state(model, state), data) for state in states]
     model.train()
-    together = evaluate_many(model, states, data, chunk=2, stacked=True)
+    together = evaluate_many(model, states, data, stack=2)
     assert all(module.training for module in model.modules()) and same_bits(before, model.state_dict())
     np.testing.assert_allclose(together, expected, rtol=1e-5, atol=1e-5)
-    assert evaluate_many(model, states, data, stacked=False) == expected
+    assert evaluate_many(model, states, data, stack=1) == expected
 
 
 def test_states_and_batches_may_be_generators_and_one_state_is_alive_at_a_time(capsys):
@@ -45,8 +45,8 @@ def test_states_and_batches_may_be_generators_and_one_state_is_alive_at_a_time(c
             del state
 
     expected = [evaluate(make(name, seed), data) for seed in range(7)]
-    for how in (True, False, None):
-        out = evaluate_many(model, states(), iter(data), chunk=3, stacked=how)
+    for stack in (3, 1, None):
+        out = evaluate_many(model, states(), iter(data), stack=stack)
         np.testing.assert_allclose(out, expected, rtol=1e-6)
     assert max(most) == 1
     assert evaluate_many(model, [], data) == []
@@ -65,15 +65,15 @@ def test_no_state_is_kept_while_it_is_evaluated(monkeypatch):
     for function in ("evaluate", "_evaluate_stack"):
         run = getattr(evaluation, function)
         monkeypatch.setattr(evaluation, function, lambda *args, run=run: found.append(len(alive)) or run(*args))
-    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stacked=False)
-    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stacked=True, chunk=2)
+    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stack=1)
+    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stack=2)
     assert found == [0] * 6
 
 
 def test_a_bar_counts_the_networks_for_whoever_looks(monkeypatch, capsys):
     name = "mlp2-bn-w8"
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/explore.ipynb")
-    evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name), stacked=False)
+    evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name), stack=1)
     assert "networks: 100%" in (out := capsys.readouterr().out) and "3/3" in out
     evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name), progress=False)
     assert capsys.readouterr().out == ""
@@ -85,10 +85,11 @@ def test_a_stack_holds_what_memory_allows(monkeypatch):
     monkeypatch.setattr(evaluation, "_evaluate_stack", lambda n, g, b: sizes.append(len(g["bn1.bias"])) or run(n, g, b))
     model, data = make(name), labelled(name, 12, 12)
     weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    states = [model.state_dict()] * 5
-    for memory, expected in ((2 * (weights + 4 * 4 * 12 * 64), [2, 2, 1]), (1, [1] * 5), (2e9, [5])):
+    states = [model.state_dict()] * 9
+    for memory, expected in ((4 * (weights + 4 * 4 * 12 * 64), [4, 4, 1]), (1, []), (2e9, [9])):
         sizes.clear()
-        evaluate_many(model, states, data, memory=memory, stacked=True)
+        monkeypatch.setattr(evaluation, "STACK_BYTES", memory)
+        evaluate_many(model, states, data)
         assert sizes == expected
 
 
@@ -112,7 +113,7 @@ def test_what_vmap_cannot_run_is_evaluated_one_by_one():
     expected = [evaluate(net, data) for net in nets]
     assert evaluate_many(nets[0], states, data) == expected
     with pytest.raises(RuntimeError, match="vmap"):
-        evaluate_many(nets[0], states, data, stacked=True)
+        evaluate_many(nets[0], states, data, stack=3)
 
 
 def test_large_activations_are_evaluated_one_by_one_on_a_cpu(monkeypatch):
@@ -132,7 +133,7 @@ def test_tied_weights_and_precision():
     data = labelled(name)  # float32: goes to the precision of the model
     for net in (model, tied):
         state = {k: v.float() for k, v in net.state_dict().items()}
-        out = evaluate_many(net, [state], data, stacked=True)
+        out = evaluate_many(net, [state], data, stack=2)
         assert out[0] == pytest.approx(evaluate(interpolate.with_state(net, state), data), rel=1e-12)
 
 
@@ -147,4 +148,4 @@ def test_evaluation_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="no batches"):
         evaluate_many(model, [model.state_dict()], [])
     with pytest.raises(ValueError, match="at least 1"):
-        evaluate_many(model, [], data, chunk=0)
+        evaluate_many(model, [], data, stack=0)

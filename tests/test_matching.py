@@ -4,15 +4,13 @@ import itertools
 import pytest
 import torch
 from cases import CASES, batches, inputs, make, noisy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import repairlib
 from companion.runs.data import iterate, load
 from companion.runs.train import Recipe, train
 from repairlib import groups, matching, permutations, tracing
-from repairlib.fusion import match_transport
+from repairlib.other_matchings import match_transport
 from repairlib.weight_matching import match_weights
 
 
@@ -123,33 +121,13 @@ def test_inner_products_are_what_similarity_inner_maximises():
     assert found.objective[group.name] == pytest.approx(float(sum(product[i, j] for i, j in enumerate(best))), rel=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 100))
-def test_greedy_takes_the_largest_first_and_at_least_half_of_the_best(n, seed):
-    similarity = torch.rand(n, n, generator=torch.Generator().manual_seed(seed))
-    greedy, exact = matching.greedy_assignment(similarity), matching.solve_assignment(similarity)
-    at = torch.arange(n)
-    assert sorted(greedy.tolist()) == at.tolist()
-    assert similarity[at, greedy].max() == similarity.max()
-    total = [float(similarity[at, p].sum()) for p in (greedy, exact)]
-    assert total[1] / 2 - 1e-6 <= total[0] <= total[1] + 1e-6
-
-
 def test_options_change_what_they_say(trained_pairs):
     a, b, x = trained_pairs["mlp4-plain-w64"]
     data = x.split(300)
     exact = matching.match_activations(a, b, data)
-    greedy = matching.match_activations(a, b, data, solver="greedy", spec=exact.spec)
-    assert all(greedy.objective[g] <= exact.objective[g] + 1e-9 for g in exact.objective)
-    assert sum(greedy.objective.values()) < sum(exact.objective.values())
-    bias = []
-    for size in (100, 400):  # the smaller the batches, the more do stds of batches miss
-        batch_mean = matching.match_activations(a, b, x.split(size), pooling="batch-mean", spec=exact.spec)
-        bias.append([batch_mean.objective[g] - exact.objective[g] for g in exact.objective])
-    assert all(small > large > 0 for small, large in zip(*bias, strict=True))
     with_eps = matching.match_activations(a, b, data, eps=1e-4, spec=exact.spec)
     assert all(0 < with_eps.objective[g] < exact.objective[g] for g in exact.objective)
-    for option in ("tap", "similarity", "pooling", "solver"):
+    for option in ("tap", "similarity"):
         with pytest.raises(ValueError, match=f"unknown {option} 'other'"):
             matching.match_activations(a, b, data, **{option: "other"})
 
@@ -160,11 +138,10 @@ def test_matching_an_aligned_network_moves_nothing_dead_units_included():
         for model, first in ((a, 0), (b, 1)):
             model[0].bias[first::3] = -100.0
     data = [torch.randn(100, 4)]
-    for solver in matching.SOLVERS:
-        found = matching.match_activations(a, b, data, solver=solver)
-        assert found.dead["0"] == (6, 5)
-        again = matching.match_activations(a, found.apply(b), data, solver=solver)
-        assert again.permutation["0"].tolist() == list(range(16))
+    found = matching.match_activations(a, b, data)
+    assert found.dead["0"] == (6, 5)
+    again = matching.match_activations(a, found.apply(b), data)
+    assert again.permutation["0"].tolist() == list(range(16))
 
 
 class Joined(nn.Module):

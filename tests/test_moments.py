@@ -4,7 +4,7 @@ from cases import batches, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repairlib.moments import BatchMeanMoments, Moments, gather
+from repairlib.moments import Moments, gather
 from repairlib.tracing import trace
 
 
@@ -95,29 +95,6 @@ def test_empty_data_and_missing_covariances_are_errors():
         gather([net, net], batches(name), [tap])[tap].cov()
     with pytest.raises(ValueError, match="unknown cross 'all'"):
         Moments("all")
-
-
-def test_batch_mean_moments_are_the_released_formulas():
-    """Each batch's moments with equal weight, unbiased stds averaged; as a reader of the released code writes them."""
-    a, b = torch.randn(2, 50, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    full, paired = BatchMeanMoments("full"), BatchMeanMoments("paired")
-    parts = list(zip(a.split(20), b.split(20), strict=True))
-    for xs in parts:
-        full.update(*xs)
-        paired.update(*xs)
-    rows = [[x.transpose(0, 1).flatten(1) for x in xs] for xs in parts]
-    mean, std = (
-        [torch.stack([f(pair[k]) for pair in rows]).mean(0) for k in (0, 1)]
-        for f in (lambda r: r.mean(1), lambda r: r.std(1))
-    )
-    outer = torch.stack([x @ y.T / x.shape[1] for x, y in rows]).mean(0)
-    corr = (outer - torch.outer(*mean)) / (torch.outer(*std) + 1e-4)
-    torch.testing.assert_close(full.corr(eps=1e-4), corr)
-    torch.testing.assert_close(paired.corr(eps=1e-4), corr.diagonal())
-    torch.testing.assert_close(full.inner(), outer)
-    torch.testing.assert_close(full.var(1), torch.stack([y.var(1) for _, y in rows]).mean(0))
-    with pytest.raises(ValueError, match="products with network 1 were not gathered"):
-        BatchMeanMoments().corr()
 
 
 def test_autocast_of_the_caller_does_not_halve_the_precision():

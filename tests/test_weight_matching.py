@@ -7,8 +7,7 @@ from cases import CASES, inputs, make, noisy
 from torch import nn
 
 from repairlib import groups, permutations
-from repairlib.interpolate import interpolate_models
-from repairlib.weight_matching import WeightCost, match_straight_through, match_weights
+from repairlib.weight_matching import WeightCost, match_weights
 
 
 def parameters(model):
@@ -176,73 +175,3 @@ def test_bad_arguments():
         match_weights(a, b, inputs("mlp1-plain-w6", 2), start={"zz": torch.arange(6)})
     with pytest.raises(ValueError, match="group 'fc1': not a permutation"):
         match_weights(a, b, inputs("mlp1-plain-w6", 2), start={"fc1": torch.zeros(6, dtype=torch.int64)})
-    with pytest.raises(ValueError, match="batches must be"):
-        match_straight_through(a, b, [inputs("mlp1-plain-w6", 2)])
-
-
-def classification(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(300, 6, generator=generator)
-    y = (x[:, 0] * x[:, 1] > 0).long() + 2 * (x[:, 2] + x[:, 3] > 0).long()
-    return list(zip(x.split(100), y.split(100), strict=True))
-
-
-def trained(seed, data):
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    optimizer = torch.optim.Adam(net.parameters(), 0.02)
-    for _ in range(60):
-        for x, y in data:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
-            optimizer.step()
-    return net.eval()
-
-
-def test_straight_through_lowers_the_loss_of_the_midpoint():
-    data = classification()
-    a, b = trained(0, data), trained(1, data)
-    before = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
-    spec = groups.permutation_spec(a, data[0][0])
-    start = {group.name: torch.arange(group.size) for group in spec.groups}
-    found = match_straight_through(a, b, data, spec=spec, start=start, epochs=4)
-    assert min(found.history) < found.history[0] / 2 and len(found.history) == 5
-    # the reported loss is that of the midpoint with batch statistics
-    middle = interpolate_models(a, found.apply(b), 0.5).train()
-    with torch.no_grad():
-        loss = sum(float(nn.functional.cross_entropy(middle(x), y)) for x, y in data) / 3
-    assert min(found.history) == pytest.approx(loss, rel=1e-5)
-    for model, state in zip((a, b), before, strict=True):
-        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    still = match_straight_through(a, b, data, spec=spec, start=start, epochs=4, momentum=0.0)
-    assert still.history[0] == found.history[0] and still.history != found.history
-    # a start that nothing improves on is kept
-    same = match_straight_through(a, a, data, epochs=1)
-    assert same.history[0] <= same.history[1]
-    assert all(torch.equal(p, torch.arange(len(p))) for p in same.permutation.values())
-
-
-class Tokens(nn.Module):
-    """Integer inputs, and a head that evaluation does not use."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.hidden, self.out = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 3)
-        self.unused = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.out(torch.relu(self.hidden(self.embed(x).mean(1))))
-
-
-def test_straight_through_takes_any_type_of_weights_and_inputs():
-    x, y = torch.randint(0, 9, (40, 5)), torch.randint(0, 3, (40,))
-    for dtype in (torch.float32, torch.float64):
-        a, b = Tokens().to(dtype), Tokens().to(dtype)
-        spec = groups.permutation_spec(a, x[:2])
-        with torch.no_grad():
-            found = match_straight_through(a, b, [(x, y)], spec=spec, start={}, epochs=2)
-        assert set(found.permutation) == {group.name for group in spec.groups} and len(found.history) == 3
-        assert all(p.grad is None for p in a.parameters())
-    a = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
-    with pytest.raises(ValueError, match="a batch of 1 cannot be trained on"):
-        match_straight_through(a, copy.deepcopy(a), [(torch.randn(1, 4), torch.zeros(1, dtype=torch.int64))])

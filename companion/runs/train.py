@@ -23,6 +23,7 @@ from companion.runs import models
 from companion.runs.data import Dataset, iterate, load
 from companion.runs.names import RunName, lineage, parse_run, recipe_of
 from companion.runs.recipes import RECIPES, Recipe, find_recipe
+from repairlib.corrections import fold_batchnorms
 from repairlib.evaluation import evaluate
 from repairlib.progress import bar
 
@@ -124,7 +125,7 @@ def train(
         fit(model, dataset, how, run.seed, name=str(run), progress=progress)
         if trained is not run.model:
             plain = models.build(run.model, dataset.shape, dataset.classes)
-            plain.load_state_dict(models.fuse(model).state_dict())
+            plain.load_state_dict(fold_batchnorms(model).state_dict())
             model = plain.to(device)
         model.eval()
         metrics = broadcast(measure(model, dataset, str(run)) if rank == 0 else None)

@@ -12,7 +12,6 @@ named attribute. A network of your own gets a name by `register`.
 """
 
 from companion.runs.models import mlp, resnet, tiny, torchvision, vgg  # each registers its family
-from companion.runs.models.fusing import fuse
 from companion.runs.models.initial import INITS, initialise
 from companion.runs.models.registry import FAMILIES, Family, ModelName, build, parse, register
 
@@ -22,7 +21,6 @@ __all__ = [
     "Family",
     "ModelName",
     "build",
-    "fuse",
     "initialise",
     "mlp",
     "parse",
