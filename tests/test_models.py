@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-<<<<<<< HEAD
 from companion.runs.models import ModelName, build, parse, resnet, torchvision, vgg
 from companion.runs.models.layers import ChannelNorm
-=======
-from companion.runs import models
-from companion.runs.models import ModelName, build, parse
 from repairlib.corrections import fold_batchnorms
->>>>>>> 0a17a32 (What no paper item needs leaves the library; straight-through and transport have a module of their own)
 
 NAMES = [
     "mlp1-plain-w7", "mlp10-bn-w16", "mlp3-fused-w16", "vgg11-plain-w0.125", "vgg13-bn-w0.125", "vgg16-bn-w0.125",
