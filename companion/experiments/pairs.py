@@ -15,6 +15,7 @@ from companion.runs.data import Dataset, Loader, iterate, load
 from repairlib.evaluation import evaluate
 from repairlib.matching import Matching
 from repairlib.names import check
+from repairlib.other_matchings import SoftMatching
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Pair:
     test: Loader
     method: str = "AM"
     options: Mapping[str, object] = field(default_factory=dict)
-    _matched: dict[str, tuple[Matching, nn.Module]] = field(default_factory=dict, repr=False)
+    _matched: dict[str, tuple[Matching | SoftMatching, nn.Module]] = field(default_factory=dict, repr=False)
 
-    def _match(self, method: str | None) -> tuple[Matching, nn.Module]:
+    def _match(self, method: str | None) -> tuple[Matching | SoftMatching, nn.Module]:
         method = method or self.method
         if method not in self._matched:
             match = MATCHINGS[check(method, MATCHINGS, "matching")].match
@@ -50,7 +51,7 @@ class Pair:
             self._matched[method] = found, found.apply(self.b)
         return self._matched[method]
 
-    def matching_by(self, method: str | None = None) -> Matching:
+    def matching_by(self, method: str | None = None) -> Matching | SoftMatching:
         """Units of B matched with units of A; made once for each method."""
         return self._match(method)[0]
 
@@ -59,7 +60,7 @@ class Pair:
         return self.b if method == "none" else self._match(method)[1]
 
     @property
-    def matching(self) -> Matching:
+    def matching(self) -> Matching | SoftMatching:
         """Units of B matched with units of A, by the pair's own method."""
         return self.matching_by()
 

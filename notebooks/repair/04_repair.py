@@ -38,7 +38,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import repairlib
-from companion.experiments.pairs import load_pair, pairs_of, title_of
+from companion.experiments.pairs import load_pair, title_of
 from companion.experiments.rows import equal_steps
 from companion.figures import plots
 from repairlib import diagnostics
@@ -181,30 +181,31 @@ if fig := section.item("repair/fig3-middle"):
 # %%
 WAYS = {"REPAIR closed form": "closed_form", "REPAIR simultaneous": "simultaneous", "REPAIR": "sequential"}
 
-if fig := section.item("repair/fig3-right"):
-    table = []
-    for network in fig.networks:
-        for name, pair in pairs_of(network["run"], grid.seeds):
-            models = {"endpoint A": pair.a, "endpoint B": pair.b, "aligned": pair.path()(0.5)}
-            models |= {f"aligned + {renorm}": pair.path(renorm=renorm)(0.5) for renorm in WAYS}
-            row = {"depth": network["depth"], "pair": name}
-            table += [{"network": n, **row, "accuracy": pair.evaluate(model)[1]} for n, model in models.items()]
+
+def accuracies(pair):
+    """Test accuracy of the endpoints and of the midpoints before and after each kind of REPAIR."""
+    models = {"endpoint A": pair.a, "endpoint B": pair.b, "aligned": pair.path()(0.5)}
+    models |= {f"aligned + {renorm}": pair.path(renorm=renorm)(0.5) for renorm in WAYS}
+    return [{"network": name, "accuracy": pair.evaluate(model)[1]} for name, model in models.items()]
+
 
 # %% [markdown]
 # The paper reports the deepest MLP whose midpoint is above 90 %: 6 hidden layers before REPAIR, 27 with the closed
 # form. Ours is the deepest whose mean over pairs of seeds is.
 
 # %%
-if section.item("repair/fig3-right"):
-    mean = pd.DataFrame(table).groupby(["network", "depth"])["accuracy"].mean()
+if fig := section.item("repair/fig3-right"):
+    table = fig.measure(accuracies)
+    mean = table.groupby(["network", "depth"])["accuracy"].mean()
     names = {"aligned": "before"} | {f"aligned + {renorm}": name for renorm, name in WAYS.items()}
     summary = {
         f"deepest_over_90_{name}": max(mean[network].index[mean[network] > 0.9], default=0)
         for network, name in names.items()
     }
-    summary["worst_endpoint"] = 100 * min(row["accuracy"] for row in table if row["network"].startswith("endpoint"))
-    figure = plots.depth(table, title=f"midpoints of fused MLPs on {pair.dataset.name}", threshold=0.9)
-    fig.save(table, figure, summary)
+    ends = table[table["network"].str.startswith("endpoint")]
+    summary["worst_endpoint"] = 100 * ends["accuracy"].min()
+    title = f"midpoints of fused MLPs on {grid.MLP.partition('/')[0]}"
+    fig.save(table, plots.depth(table, title=title, threshold=0.9), summary)
 
 # %% [markdown]
 # Before REPAIR (dashed) the midpoint falls below 90 % after a few layers. The closed form carries further, and measured
