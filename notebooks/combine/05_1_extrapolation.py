@@ -12,7 +12,7 @@
 #
 # $$\Theta = \Theta_A + c \odot (\pi(\Theta_B) - \Theta_A), \qquad c_i \sim U[-s, s],\ i = 1, \dots, d.$$
 #
-# Such a box is A with uniform noise. The noise of a weight is as large as the distance to the weight that it is matched
+# Such a box is A with uniform noise. A weight gets the more noise, the farther it is from the weight that it is matched
 # with. The paper finds:
 #
 # * A quarter of the way beyond the ends, networks are as good as the ends on training images, and nearly so on test

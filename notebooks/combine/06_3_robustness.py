@@ -114,8 +114,9 @@ if fig := section.item("combine/fig14"):
 # `half_worst` and `all_worst` are its greatest numbers, `half_mean` and `all_mean` its means.
 #
 # At `quick` the lines are nearly flat. To derange half of a layer's pairs costs 0.5 points at most, to derange all of
-# them 1.6 points. The dashed line is the barrier without any alignment, 79 points. One wrong layer is thus no reason
-# for a merged network to fail. The horizontal axis is the share of a layer's pairs; the paper's has their number.
+# them 1.6 points. In loss, only the last layer's line rises when all of its pairs are deranged. The dashed line is the
+# barrier without any alignment: 79 points, 2 nats. One wrong layer is thus no reason for a merged network to fail. The
+# horizontal axis is the share of a layer's pairs; the paper's has their number.
 #
 # ## Check
 #

@@ -1,14 +1,20 @@
 # %% [markdown]
 # # Mode Combinability, Sections 6.1 and 6.2: are the combined networks all the same?
 #
-# Combinations that work would be nothing to speak of if the aligned networks $A$ and $\pi(B)$ were one network. Two
-# things are measured here: on how many test images a combined network predicts A's label only, B's only, both's or
-# neither's, and how far apart A's and B's weights are,
+# Combinations of aligned networks work. This would mean little if the two networks were nearly one and the same. Are
+# they? (Csiszárik et al. 2023, Figs. 12, 13, B.25 and B.26.)
 #
-# $$\theta_i = (1-c_i)\,a_i + c_i\,\pi(b)_i, \qquad \text{edge } i = |a_i - \pi(b)_i|$$
+# A network between A and the aligned B takes each of its weights from the edge between two of theirs:
 #
-# (Csiszarik et al. 2023, Secs. 6.1, 6.2 and B.7). Units are matched by weights, as in the paper's App. C. The
-# coefficients $c_i$ are independent, from one of five distributions:
+# $$\theta_i = (1-c_i)\,a_i + c_i\,\pi(b)_i, \qquad \text{length of the edge} = |a_i - \pi(b)_i|.$$
+#
+# The paper asks two questions:
+#
+# * On how many test images does it predict A's label only, B's only, both's or neither's (Sec. 6.1)?
+# * How long are the edges (Sec. 6.2)?
+#
+# It finds that A and B give different labels to many images. Between A and B the labels change gradually. Many edges
+# are near zero, but a significant part is not. The coefficients $c_i$ are independent, from one of five distributions:
 #
 # | scheme | coefficients | goes |
 # |---|---|---|
@@ -18,154 +24,182 @@
 # | hyperplane | density $\propto e^{-rc}$ on $[0,1]$, with $r$ such that $\mathrm{E}\,c_i=\alpha$ | from A to B |
 # | bernoulli | $c_i=1$ with probability $p$, else 0 | from A to B |
 #
-# As everywhere here, coefficient 0 is A, as in the paper's text; its Eq. 1 has A and B the other way round.
+# Coefficient 0 is A, as everywhere here and as in the paper's text. Its Eq. 1 has A and B the other way round.
 
 # %% tags=["parameters"]
-scale: str = "smoke"  # smoke, quick, fast or paper
-items: str = ""  # comma-separated items to make, for instance "combine/fig12"; empty: all
-samples: int = 0  # networks at each point of a random scheme, which the paper does not print; 0: the scale's
+import os
+
+scale: str = os.environ.get("REPAIRLIB_SCALE", "quick")  # smoke, quick, fast or paper
+items: str = ""  # comma-separated items to make, for instance "combine/fig12,combine/fig13"; empty: all
 
 # %% tags=["runs"]
-from companion.experiments.grids.combine import combined, overview
-from companion.experiments.scales import by_scale, wanted
+from companion.experiments.grids.combine import functional_difference
+from companion.figures.section import Section
 
-resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
-points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of each scheme's parameter, ends included
-samples = samples or by_scale(scale, smoke=1, quick=1, fast=5, paper=10)
+section = Section(functional_difference, scale, items)
+section.overview()
 
-networks = {"combine/fig12": [resnet], "combine/fig13": [tiny], "combine/figB25-B26": [tiny, resnet]}
-networks = {item: used for item, used in networks.items() if wanted(item, items)}
-runs_of = {item: [f"{run}/s{seed}" for run in used for seed in SEEDS] for item, used in networks.items()}
-runs = [run for used in runs_of.values() for run in used]
+# %% [markdown]
+# `points` is the number of values of each scheme's parameter. `samples` networks are drawn at each of them; the paper
+# does not print how many it draws.
 
 # %%
 import functools
-import time
 
 import numpy as np
 import pandas as pd
 
-from companion.experiments.comparisons import edge_rows, label_rows
-from companion.experiments.mixtures import KINDS, SCHEMES, coefficient_samples
-from companion.experiments.pairs import pairs_of, title_of
+import repairlib
+from companion.experiments.comparisons import edge_rows, label_agreement, label_rows
+from companion.experiments.mixtures import COMPARED, SCHEMES, coefficient_samples
+from companion.experiments.pairs import load_pair, pairs_of, title_of
 from companion.figures.plots import combine as plots_combine
-from companion.figures.report import save_item
+from repairlib.combine import bernoulli, elementwise
+from repairlib.interpolate import interpolate_states
 
-overview()
-
-# %%
-every = dict.fromkeys(run for used in networks.values() for run in used)
-pairs = {run: dict(pairs_of(run, SEEDS, match="weights", restarts=restarts)) for run in every}
+grid = section.grid
+RANDOM = ("uniform", "subcube", "hyperplane", "bernoulli")
 
 # %% [markdown]
-# What is sampled: the coefficients of the four random schemes, at three values of their parameters.
+# ## What is sampled
+#
+# The coefficients of the four random schemes, at three values of their parameters.
 
 # %%
-SAMPLED = ("uniform", "subcube", "hyperplane", "bernoulli")
-figure = plots_combine.coefficients(coefficient_samples(SAMPLED))
+plots_combine.coefficients(coefficient_samples(RANDOM))
 
 # %% [markdown]
-# ## Whose labels? (Fig. 12, B.25 and B.26)
+# ## One pair, step by step
 #
-# Counted on all test images. The paper shows aligned networks only; here their linear interpolation stands beside that
-# of networks which are not aligned. (The other schemes have no such panel: of networks that are not aligned they leave
-# nothing but "neither, wrong", see `04_2`.) At $\alpha=0$ the network is A, and what agrees with A only are the images
-# on which A and B differ. Panels of aligned networks begin where something happens, dotted lines are the best and the
-# worst of all networks there.
-#
-# At `quick` (seeds 1 to 3) aligned networks are not the same: ResNets differ on 2.7 % of the test images and Tiny-10s
-# on 2.6 % (1.5 % in the least of all pairs), where A errs on 3.8 % and 2.9 %. Halfway between A and B 3 to 4 % of the
-# images get neither's label; without alignment 66 % and 82 % do.
+# B's units are put into A's order. They are matched by their weights, as in the paper's App. C. Then the labels of four
+# networks are compared with those of A and B. Each line of the table counts the test images.
 
 # %%
-LINEAR = (("permuted", "linear"), ("naive", "linear"))
-SUFFIXES = {"permuted": "", "naive": "_naive"}  # of names in summaries
-ALL = (*LINEAR, *(("permuted", scheme) for scheme in SAMPLED))
+pair = load_pair([f"{grid.resnet}/s1", f"{grid.resnet}/s2"])
+matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+a, b, trained_b = (model.state_dict() for model in (pair.a, matching.apply(pair.b), pair.b))
+networks = {
+    "A": a,
+    "halfway": interpolate_states(a, b, 0.5),
+    "bernoulli, p = 0.5": elementwise(a, b, bernoulli(0.5), seed=0),
+    "halfway, not aligned": interpolate_states(a, trained_b, 0.5),
+}
+counts = label_agreement(pair.a, networks.values(), (a, b), pair.test)
+pd.DataFrame(counts, networks.keys())
+
+# %% [markdown]
+# Now the edges of one layer, in units of the root mean square of its weights. Between networks that have nothing to do
+# with each other the square of an edge is 2 on average.
+
+# %%
+layer = max((name for name in a if a[name].ndim > 1), key=lambda name: a[name].numel())  # the one with most weights
+size = ((a[layer] ** 2 + b[layer] ** 2).mean() / 2).sqrt()
+others = {"aligned": b, "not aligned": trained_b}
+edges = {name: ((a[layer] - other[layer]).abs() / size).flatten().tolist() for name, other in others.items()}
+edges = pd.DataFrame(edges)
+short = 100 * (edges < 0.1).mean()
+pd.DataFrame({"mean square": (edges**2).mean(), "median": edges.median(), "shorter than 0.1 (%)": short}).round(2)
+
+# %% [markdown]
+# ## Whose labels? (Figs. 12, B.25 and B.26)
+#
+# The same is done for every two seeds and all five schemes. The paper shows aligned networks only. Here the linear
+# interpolation of networks that are not aligned stands beside that of aligned ones. The other schemes have no such
+# panel: without alignment they leave nothing but "neither, wrong" (see `04_2_hypercube`).
+
+# %%
+LINEAR = [("linear", "WM"), ("linear", "none")]
+ALL = [*LINEAR, *((scheme, "WM") for scheme in RANDOM)]
 
 
-@functools.cache  # an item of several networks shares what another has counted
-def agreement_rows(run: str, kind: str, scheme: str) -> list[dict]:
-    """Counts of labels: a row for each network of a kind and scheme."""
-    model, grid = run.split("/")[1].split("-")[0], SCHEMES[scheme].grid(points)
-    return [{"model": model, "pair": name} | row for name, pair in pairs[run].items()
-            for row in label_rows(pair, scheme, grid, samples, kind)]  # fmt: skip
+@functools.cache
+def pairs(run: str) -> dict:
+    """Every pair of seeds, matched by weights."""
+    return dict(pairs_of(run, grid.seeds, matching="WM", restarts=grid.restarts))
 
 
+@functools.cache
+def count_labels(run: str, scheme: str, matching: str) -> list[dict]:
+    """Counts of labels: a row for each network of a scheme of each pair."""
+    model, points = run.split("/")[1].split("-")[0], SCHEMES[scheme].grid(grid.points)
+    return [{"model": model, "pair": name} | row for name, pair in pairs(run).items()
+            for row in label_rows(pair, scheme, points, grid.samples, matching)]  # fmt: skip
+
+
+# %%
 def differences(table: list[dict]) -> dict[str, float]:
     """Percent of the test images, means over pairs: where A and B differ, where A errs, and the midpoint's labels."""
     shares = plots_combine.agreement_shares(table).query("scheme == 'linear'")
-    at_a, middle = shares.query("x == 0 and kind == 'permuted'"), shares.query("x == 0.5").groupby("kind").mean(True)
-    out = {"differ": at_a["a"].mean(), "least_differ": at_a["a"].min(), "a_wrong": at_a["wrong"].mean()}
-    return out | {f"midpoint_neither{suffix}": middle["neither"][kind] for kind, suffix in SUFFIXES.items()}
+    at_a = shares.query("x == 0 and matching == 'WM'")
+    neither = shares.query("x == 0.5").groupby("matching")["neither"].mean()
+    found = {"differ": at_a["a"].mean(), "least_differ": at_a["a"].min(), "a_wrong": at_a["wrong"].mean()}
+    return found | {"midpoint_neither": neither["WM"], "midpoint_neither_not_aligned": neither["none"]}
 
 
 # %%
-tables, summaries = {}, {}
-if wanted("combine/fig12", items):
-    start = time.perf_counter()
-    tables["combine/fig12"] = table = [row for panel in ALL for row in agreement_rows(resnet, *panel)]
-    summaries["combine/fig12"] = fig12 = differences(table)
-    figure = plots_combine.agreement(table, title=title_of(resnet))
-    of = {"runs": runs_of["combine/fig12"], "seconds": time.perf_counter() - start}
-    save_item("combine/fig12", scale, table, fig12, figure, **of)
-    print({name: round(value, 1) for name, value in fig12.items()})
+if fig := section.item("combine/fig12"):
+    table = [row for panel in ALL for row in count_labels(grid.resnet, *panel)]
+    fig.save(table, plots_combine.agreement(table, title=title_of(grid.resnet)), differences(table))
 
 # %% [markdown]
-# The summary of Figs. B.25 and B.26 is Tiny-10's; that of the ResNet is Fig. 12's.
+# Panels of aligned networks begin where something happens. The dotted lines are the best and the worst of all networks.
+# At $\alpha=0$ the network is A: what agrees with A only are the images on which A and B differ.
+#
+# At `quick` aligned ResNets are not the same. They differ on 2.7 % of the test images, and A errs on 3.8 %. Between A
+# and B the labels change gradually. Halfway, 3 % of the images get neither's label; without alignment it is 66 %.
+# Bernoulli coefficients, which take every weight from A or from B, leave the most images to neither.
+#
+# ## Whose labels, Tiny-10 (Figs. B.25 and B.26)
 
 # %%
-if wanted("combine/figB25-B26", items):
-    start = time.perf_counter()
-    of_tiny = [row for panel in ALL for row in agreement_rows(tiny, *panel)]
-    of_resnet = [row for panel in LINEAR for row in agreement_rows(resnet, *panel)]
-    tables["combine/figB25-B26"] = table = of_tiny + of_resnet
-    summaries["combine/figB25-B26"] = b25 = differences(of_tiny)
-    figure = plots_combine.agreement(table, title=f"{title_of(tiny)}, {title_of(resnet)}")
-    of = {"runs": runs_of["combine/figB25-B26"], "seconds": time.perf_counter() - start}
-    save_item("combine/figB25-B26", scale, table, b25, figure, **of)
-    print({name: round(value, 1) for name, value in b25.items()})
+if fig := section.item("combine/figB25-B26"):
+    of_tiny = [row for panel in ALL for row in count_labels(grid.tiny, *panel)]
+    of_resnet = [row for panel in LINEAR for row in count_labels(grid.resnet, *panel)]
+    title = f"{title_of(grid.tiny)}, {title_of(grid.resnet)}"
+    fig.save(of_tiny + of_resnet, plots_combine.agreement(of_tiny + of_resnet, title=title), differences(of_tiny))
 
 # %% [markdown]
+# The numbers are those of Tiny-10; those of the ResNet stand above. Tiny-10s differ on 2.6 % of the images, and A errs
+# on 2.9 %. Halfway, 4 % get neither's label; without alignment it is 82 %.
+#
 # ## How far apart are the weights? (Fig. 13)
 #
-# Edges of the hyperrectangle of Tiny-10: lengths $|a_i-\pi(b)_i|$ of all weights of its convolutions and of its linear
-# layer, in units of the root mean square of that layer's weights, so that layers can be compared; their biases and
-# normalisations are left out. (The paper's axis has absolute lengths.) What is longer than 4 counts in the last bin.
-# The grey line is the same without alignment. At `quick` the median of aligned edges is four fifths of that of others:
-# in most layers, few weights have found an equal one; the classifier's and the first layer's have.
+# Edges of Tiny-10, of all weights of its convolutions and of its linear layer. The paper's axis has absolute lengths.
+# Here they are in units of the root mean square of the layer's weights, so that layers can be compared. Edges longer
+# than 4 count in the last bin.
+
 
 # %%
-if wanted("combine/fig13", items):
-    start = time.perf_counter()
-    edges = [{"pair": which} | row for which, pair in pairs[tiny].items() for kind in KINDS
-             for row in edge_rows(pair, kind)]  # fmt: skip
-    shortest = pd.DataFrame(edges).query("bin_low == 0")  # one row for each layer of each pair
-    mean = shortest.groupby("kind")[["median", "share"]].mean()
-    fig13 = {f"median{suffix}": mean["median"][kind] for kind, suffix in SUFFIXES.items()}
-    fig13 |= {f"shorter_than_a_tenth{suffix}": mean["share"][kind] for kind, suffix in SUFFIXES.items()}
-    figure = plots_combine.edges(edges, title=title_of(tiny))
-    of = {"runs": runs_of["combine/fig13"], "seconds": time.perf_counter() - start}
-    save_item("combine/fig13", scale, edges, fig13, figure, **of)
-    print({name: round(value, 2) for name, value in fig13.items()})
+def edge_summary(table: pd.DataFrame) -> dict[str, float]:
+    """Means over layers and pairs: the median edge, and the share (%) of edges below a tenth."""
+    first = table[table["bin_low"] == 0].groupby("matching")[["median", "share"]].mean()
+    medians = {"median": first["median"]["WM"], "median_not_aligned": first["median"]["none"]}
+    short = 100 * first["share"]
+    return medians | {"shorter_than_a_tenth": short["WM"], "shorter_than_a_tenth_not_aligned": short["none"]}
+
+
+# %%
+if fig := section.item("combine/fig13"):
+    table = [{"pair": name} | row for name, pair in pairs(grid.tiny).items() for matching in COMPARED
+             for row in edge_rows(pair, matching)]  # fmt: skip
+    table = pd.DataFrame(table)
+    fig.save(table, plots_combine.edges(table, title=title_of(grid.tiny)), edge_summary(table))
 
 # %% [markdown]
+# At `quick` aligned edges (blue) are somewhat shorter than others (grey): their median is four fifths as long. In most
+# layers few weights have found an equal one. In the classifier and in the first layer many have.
+#
 # ## Check
 #
-# At $\alpha=0$ every label is A's, at $\alpha=1$ B's. Asserted of trained digits networks: A and B differ on a third as
-# many labels as A errs on at least; of the labels that become neither's halfway, alignment keeps more than half from
-# it; aligned edges are shorter than others, but more than half as long.
+# At $\alpha=0$ every label is A's, at $\alpha=1$ every label is B's. Shares of edges sum to one. Then come the paper's
+# claims, and whether these figures show them.
 
 # %%
-for table in tables.values():
-    shares = plots_combine.agreement_shares(table).query("scheme != 'uniform'")
+for item in {"combine/fig12", "combine/figB25-B26"} & set(section.tables):
+    shares = plots_combine.agreement_shares(section.tables[item]).query("scheme != 'uniform'")
     assert not shares.query("x == 0")[["b", "neither"]].any(axis=None), shares
     assert not shares.query("x == 1")[["a", "neither"]].any(axis=None), shares
-if wanted("combine/fig13", items):
-    total = pd.DataFrame(edges).groupby(["pair", "kind", "layer"])["share"].sum()
+if "combine/fig13" in section.tables:
+    total = section.tables["combine/fig13"].groupby(["pair", "matching", "layer"])["share"].sum()
     assert np.allclose(total, 1), total
-if scale == "quick":
-    for found in summaries.values():
-        assert found["midpoint_neither"] < found["midpoint_neither_naive"] / 2, found
-        assert found["differ"] > found["a_wrong"] / 3, found
-    if wanted("combine/fig13", items):
-        assert fig13["median_naive"] / 2 < fig13["median"] < fig13["median_naive"], fig13
+section.check()
