@@ -38,14 +38,12 @@ section.overview()
 # box; the paper does not print how many it draws.
 
 # %%
-import functools
-
 import pandas as pd
 import torch
 
 import repairlib
 from companion.experiments.mixtures import SCHEMES, combination_rows
-from companion.experiments.pairs import load_pair, pairs_of, title_of
+from companion.experiments.pairs import load_pair, title_of
 from companion.experiments.tables import works_up_to
 from companion.figures.plots import combine as plots_combine
 from repairlib.combine import box, elementwise
@@ -90,27 +88,20 @@ pair.compare(A=pair.a, B=pair.b, halfway_beyond_B=halfway_beyond, box_about_A=wi
 # %%
 POINTS = {"extrapolation": grid.alphas, "centred": grid.half_edges}
 SPLITS = {"extrapolation": ("test", "train"), "centred": ("test",)}
+MATCHED = {"matching": "WM", "restarts": grid.restarts}
 
 
-@functools.cache
-def pairs(run: str) -> dict:
-    """Every pair of seeds, matched by weights."""
-    return dict(pairs_of(run, grid.seeds, matching="WM", restarts=grid.restarts))
-
-
-def measure(run: str, *schemes: str) -> pd.DataFrame:
-    """Networks of some schemes, each on its own points and splits: a row for every network of every pair."""
+def beyond_rows(pair, *schemes: str) -> list[dict]:
+    """Networks of some schemes, each on its own points and splits."""
     how = {"samples": grid.samples, "train_images": grid.train_images}
-    rows = [{"model": run, "pair": name} | row for name, pair in pairs(run).items() for scheme in schemes
+    return [row for scheme in schemes
             for row in combination_rows(pair, {scheme: POINTS[scheme]}, splits=SPLITS[scheme], **how)]  # fmt: skip
-    return pd.DataFrame(rows)
 
 
-# %%
 def draw(table: pd.DataFrame):
     """Loss and accuracy against the parameter of each scheme."""
     by_label = {SCHEMES[scheme].xlabel: rows for scheme, rows in table.groupby("scheme", sort=False)}
-    return plots_combine.beyond(by_label, title=title_of(table["model"].iloc[0]))
+    return plots_combine.beyond(by_label, title=title_of(table["run"].iloc[0]))
 
 
 # %% [markdown]
@@ -145,7 +136,7 @@ def box_summary(table: pd.DataFrame) -> dict[str, float]:
 
 # %%
 if fig := section.item("combine/fig9"):
-    table = measure(grid.resnet, "extrapolation")
+    table = fig.measure(beyond_rows, "extrapolation", **MATCHED)
     fig.save(table, draw(table), line_summary(table))
 
 # %% [markdown]
@@ -163,7 +154,7 @@ if fig := section.item("combine/fig9"):
 
 # %%
 if fig := section.item("combine/fig10"):
-    table = measure(grid.resnet, "centred")
+    table = fig.measure(beyond_rows, "centred", **MATCHED)
     fig.save(table, draw(table), box_summary(table))
 
 # %% [markdown]
@@ -174,7 +165,7 @@ if fig := section.item("combine/fig10"):
 
 # %%
 if fig := section.item("combine/figB23-B24"):
-    table = measure(grid.tiny, "extrapolation", "centred")
+    table = fig.measure(beyond_rows, "extrapolation", "centred", **MATCHED)
     summaries = {"line": line_summary(table), "box": box_summary(table)}
     named = {f"{part}_{name}": value for part, found in summaries.items() for name, value in found.items()}
     fig.save(table, draw(table), named)

@@ -96,10 +96,11 @@ def triple_of(run: str, triple: str):
     return load_triple(run, triple.split("-"), grid.restarts)
 
 
-def measure(run: str, rows, *options) -> pd.DataFrame:
-    """The rows of all triples of a network."""
-    return pd.DataFrame([{"model": run, "triple": triple} | row for triple in grid.triples
-                         for row in rows(triple_of(run, triple), *options)])  # fmt: skip
+def measure(fig, rows, *options) -> pd.DataFrame:
+    """The rows of all triples of an item's network."""
+    (network,) = fig.networks
+    return pd.DataFrame([{**network, "triple": triple} | row for triple in grid.triples
+                         for row in rows(triple_of(network["run"], triple), *options)])  # fmt: skip
 
 
 def path_summary(table: pd.DataFrame, groups: pd.DataFrame) -> dict[str, float]:
@@ -111,12 +112,12 @@ def path_summary(table: pd.DataFrame, groups: pd.DataFrame) -> dict[str, float]:
 
 
 # %%
-def save_path(fig, run: str) -> None:
+def save_path(fig) -> None:
     """Measure, draw and save the paths from B to C."""
-    table = measure(run, transitivity_rows, equal_steps(grid.points))
+    table, groups = measure(fig, transitivity_rows, equal_steps(grid.points)), measure(fig, agreement_rows)
     marks = {"xlabel": r"$\alpha$", "marks": {0: "model B", 1: "model C"}}
-    figure = plots_combine.performance(table, "alpha", title=title_of(run), **marks)
-    fig.save(table, figure, path_summary(table, measure(run, agreement_rows)))
+    figure = plots_combine.performance(table, "alpha", title=title_of(table["run"].iloc[0]), **marks)
+    fig.save(table, figure, path_summary(table, groups))
 
 
 # %% [markdown]
@@ -124,7 +125,7 @@ def save_path(fig, run: str) -> None:
 
 # %%
 if fig := section.item("combine/fig11a"):
-    save_path(fig, grid.resnet)
+    save_path(fig)
 
 # %% [markdown]
 # At `quick` the way through A connects ResNets. The worst network on it loses 5 points. When B and C are matched
@@ -135,7 +136,7 @@ if fig := section.item("combine/fig11a"):
 
 # %%
 if fig := section.item("combine/figB20"):
-    save_path(fig, grid.tiny)
+    save_path(fig)
 
 # %% [markdown]
 # Tiny-10s show the same: 8 points lost through A, 3 directly, 79 without alignment.
@@ -166,7 +167,7 @@ def triangle_summary(table: pd.DataFrame) -> dict[str, float]:
 
 # %%
 if fig := section.item("combine/fig11b"):
-    table = measure(grid.wide, triangle_rows, grid.steps)
+    table = measure(fig, triangle_rows, grid.steps)
     fig.save(table, plots_combine.triangle(table, title=title_of(grid.wide)), triangle_summary(table))
 
 # %% [markdown]

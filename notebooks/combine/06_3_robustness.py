@@ -39,7 +39,7 @@ from IPython.display import display
 
 import repairlib
 from companion.experiments.comparisons import derangement_rows, derangements, group_correlations
-from companion.experiments.pairs import load_pair, pairs_of, title_of
+from companion.experiments.pairs import load_pair, title_of
 from companion.experiments.tables import derangement_costs
 from companion.figures.plots import combine as plots_combine
 from repairlib.interpolate import interpolate_models
@@ -100,11 +100,8 @@ def summarize(table: pd.DataFrame) -> dict[str, float]:
 
 # %%
 if fig := section.item("combine/fig14"):
-    pairs = dict(pairs_of(grid.tiny, grid.seeds, matching="WM", restarts=grid.restarts))
-    options = grid.steps, grid.derangements, grid.alphas
-    table = pd.DataFrame(
-        [{"pair": name} | row for name, pair in pairs.items() for row in derangement_rows(pair, *options)]
-    )
+    how = {"matching": "WM", "restarts": grid.restarts}
+    table = fig.measure(derangement_rows, grid.steps, grid.derangements, grid.alphas, **how)
     fig.save(table, plots_combine.robustness(table, title=title_of(grid.tiny)), summarize(table))
     costs = {f"{name} of the pairs": derangement_costs(table, share) for name, share in {"half": 0.5, "all": 1}.items()}
     display((100 * pd.DataFrame(costs)).round(2))

@@ -44,21 +44,18 @@ section.overview()
 # does not print how many it draws.
 
 # %%
-import functools
-
 import numpy as np
 import pandas as pd
 
 import repairlib
 from companion.experiments.comparisons import edge_rows, label_agreement, label_rows
-from companion.experiments.mixtures import COMPARED, SCHEMES, coefficient_samples
-from companion.experiments.pairs import load_pair, pairs_of, title_of
+from companion.experiments.mixtures import COMPARED, RANDOM, SCHEMES, coefficient_samples
+from companion.experiments.pairs import load_pair, title_of
 from companion.figures.plots import combine as plots_combine
 from repairlib.combine import bernoulli, elementwise
 from repairlib.interpolate import interpolate_states
 
 grid = section.grid
-RANDOM = ("uniform", "subcube", "hyperplane", "bernoulli")
 
 # %% [markdown]
 # ## What is sampled
@@ -110,24 +107,21 @@ pd.DataFrame({"mean square": (edges**2).mean(), "median": edges.median(), "short
 # %%
 LINEAR = [("linear", "WM"), ("linear", "none")]
 ALL = [*LINEAR, *((scheme, "WM") for scheme in RANDOM)]
+MATCHED = {"matching": "WM", "restarts": grid.restarts}
 
 
-@functools.cache
-def pairs(run: str) -> dict:
-    """Every pair of seeds, matched by weights."""
-    return dict(pairs_of(run, grid.seeds, matching="WM", restarts=grid.restarts))
-
-
-@functools.cache
-def count_labels(run: str, scheme: str, matching: str) -> list[dict]:
-    """Counts of labels: a row for each network of a scheme of each pair."""
-    model, points = run.split("/")[1].split("-")[0], SCHEMES[scheme].grid(grid.points)
-    return [{"model": model, "pair": name} | row for name, pair in pairs(run).items()
-            for row in label_rows(pair, scheme, points, grid.samples, matching)]  # fmt: skip
+def count_labels(network: dict, panels: list[tuple[str, str]]) -> pd.DataFrame:
+    """Counts of labels: a row for each combination of every pair of a network, panel by panel."""
+    found = []
+    for scheme, matching in panels:
+        for name, pair in section.pairs(network["run"], **MATCHED):
+            rows = label_rows(pair, scheme, SCHEMES[scheme].grid(grid.points), grid.samples, matching)
+            found += [{**network, "pair": name, **row} for row in rows]
+    return pd.DataFrame(found)
 
 
 # %%
-def differences(table: list[dict]) -> dict[str, float]:
+def differences(table: pd.DataFrame) -> dict[str, float]:
     """Percent of the test images, means over pairs: where A and B differ, where A errs, and the midpoint's labels."""
     shares = plots_combine.agreement_shares(table).query("scheme == 'linear'")
     at_a = shares.query("x == 0 and matching == 'WM'")
@@ -138,7 +132,7 @@ def differences(table: list[dict]) -> dict[str, float]:
 
 # %%
 if fig := section.item("combine/fig12"):
-    table = [row for panel in ALL for row in count_labels(grid.resnet, *panel)]
+    table = count_labels(*fig.networks, ALL)
     fig.save(table, plots_combine.agreement(table, title=title_of(grid.resnet)), differences(table))
 
 # %% [markdown]
@@ -153,10 +147,11 @@ if fig := section.item("combine/fig12"):
 
 # %%
 if fig := section.item("combine/figB25-B26"):
-    of_tiny = [row for panel in ALL for row in count_labels(grid.tiny, *panel)]
-    of_resnet = [row for panel in LINEAR for row in count_labels(grid.resnet, *panel)]
+    tiny, resnet = fig.networks
+    of_tiny = count_labels(tiny, ALL)
+    table = pd.concat([of_tiny, count_labels(resnet, LINEAR)])
     title = f"{title_of(grid.tiny)}, {title_of(grid.resnet)}"
-    fig.save(of_tiny + of_resnet, plots_combine.agreement(of_tiny + of_resnet, title=title), differences(of_tiny))
+    fig.save(table, plots_combine.agreement(table, title=title), differences(of_tiny))
 
 # %% [markdown]
 # The numbers are those of Tiny-10; those of the ResNet stand above. Tiny-10s differ on 2.6 % of the images, and A errs
@@ -180,9 +175,7 @@ def edge_summary(table: pd.DataFrame) -> dict[str, float]:
 
 # %%
 if fig := section.item("combine/fig13"):
-    table = [{"pair": name} | row for name, pair in pairs(grid.tiny).items() for matching in COMPARED
-             for row in edge_rows(pair, matching)]  # fmt: skip
-    table = pd.DataFrame(table)
+    table = fig.measure(lambda pair: [row for each in COMPARED for row in edge_rows(pair, each)], **MATCHED)
     fig.save(table, plots_combine.edges(table, title=title_of(grid.tiny)), edge_summary(table))
 
 # %% [markdown]

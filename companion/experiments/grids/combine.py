@@ -126,17 +126,13 @@ def min_max(scale: str) -> Grid:
 
 def extrapolation(scale: str) -> Grid:
     """Sections 5.1 and 5.2: the line through two networks beyond both of them, and boxes about one of them."""
-    both = combined(scale)
+    both, (resnet, tiny) = combined(scale), _networks(scale)
     fine, finer = [-1 + i / 8 for i in range(25)], [i / 48 for i in range(25)]
     alphas = by_scale(
         scale, smoke=[-1, 0, 1, 2], quick=[-1, -0.5, -0.25, 0, 0.5, 1, 1.25, 1.5, 2], fast=fine, paper=fine
     )
     return Grid(
-        needs={
-            "combine/fig9": [{"run": both.resnet}],
-            "combine/fig10": [{"run": both.resnet}],
-            "combine/figB23-B24": [{"run": both.tiny}],
-        },
+        needs={"combine/fig9": [resnet], "combine/fig10": [resnet], "combine/figB23-B24": [tiny]},
         seeds=both.seeds,
         settings={
             "resnet": both.resnet,
@@ -154,19 +150,15 @@ def extrapolation(scale: str) -> Grid:
 
 def three_models(scale: str) -> Grid:
     """Sections 5.3 and 5.4: three networks, B and C in A's order of units; a triple is the seeds of A, B and C."""
-    both = combined(scale)
+    both, (resnet, tiny) = combined(scale), _networks(scale)
+    wide = resnet if scale != "paper" else _networks(scale, width=40)[0]
     one, each = ["1-2-3"], ["1-2-3", "2-3-1", "3-1-2"]
-    wide = both.resnet if scale != "paper" else combined(scale, width=40).resnet
     return Grid(
-        needs={
-            "combine/fig11a": [{"run": both.resnet}],
-            "combine/figB20": [{"run": both.tiny}],
-            "combine/fig11b": [{"run": wide}],
-        },
+        needs={"combine/fig11a": [resnet], "combine/figB20": [tiny], "combine/fig11b": [wide]},
         seeds=(1, 2, 3),
         settings={
             "resnet": both.resnet,
-            "wide": wide,
+            "wide": wide["run"],
             "tiny": both.tiny,
             "restarts": both.restarts,
             "triples": by_scale(scale, smoke=one, quick=each, fast=each, paper=each),
@@ -179,7 +171,7 @@ def three_models(scale: str) -> Grid:
 def functional_difference(scale: str) -> Grid:
     """Sections 6.1 and 6.2: whose labels combined networks predict, and how far apart the weights are."""
     both = combined(scale)
-    resnet, tiny = {"run": both.resnet}, {"run": both.tiny}
+    resnet, tiny = ({**network, "model": network["model"].partition("-")[0]} for network in _networks(scale))
     return Grid(
         needs={"combine/fig12": [resnet], "combine/figB25-B26": [tiny, resnet], "combine/fig13": [tiny]},
         seeds=both.seeds,
@@ -195,9 +187,9 @@ def functional_difference(scale: str) -> Grid:
 
 def robustness(scale: str) -> Grid:
     """Section 6.3: the least correlated pairs of one layer are matched anew at random."""
-    both = combined(scale)
+    both, (_, tiny) = combined(scale), _networks(scale)
     return Grid(
-        needs={"combine/fig14": [{"run": both.tiny}]},
+        needs={"combine/fig14": [tiny]},
         seeds=both.seeds,
         settings={
             "tiny": both.tiny,
