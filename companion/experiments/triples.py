@@ -13,7 +13,7 @@ from repairlib.combine import simplex_grid
 from repairlib.evaluation import evaluate_many
 from repairlib.interpolate import interpolate_states, mix_states
 from repairlib.permutations import agreement, chain
-from repairlib.several import Several, match_several
+from repairlib.several import AlignedNetworks, match_several
 from repairlib.weight_matching import match_weights
 
 
@@ -29,7 +29,7 @@ class Triple:
 
     a: nn.Module
     pair: Pair
-    through_a: Several
+    through_a: AlignedNetworks
 
 
 def load_triple(run: str, seeds: Sequence[int | str], restarts: int = 1) -> Triple:
