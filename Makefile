@@ -1,4 +1,5 @@
-# Two commands: `make figures` and `make test`. Both set up .venv by themselves, from requirements.txt.
+# `make quickstart` for a first picture, `make figures` for all, `make test`. Each sets up .venv by itself, from
+# requirements.txt.
 # Needs Python >= 3.10 (PYTHON=python3.12 picks another), make, and a package index.
 
 PYTHON    ?= python3
@@ -11,6 +12,8 @@ CORES     ?= all
 GPU_JOBS  ?= 1
 # What Snakemake leaves unsaid; QUIET=progress shows its own messages.
 QUIET     ?= all
+# More options for Snakemake, such as those of a cluster.
+SNAKEMAKE ?=
 
 RUN       := $(VENV)/bin/python -m
 # Silent but for errors.
@@ -22,45 +25,53 @@ SHELL     := bash
 help:  ## this list
 	@echo "usage: make TARGET [SCALE=smoke|quick|fast|paper]"; echo
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | while read -r name text; do \
-	  printf "  %-8s %s\n" "$$name" "$$text"; done
+	  printf "  %-10s %s\n" "$$name" "$$text"; done
 	@echo; echo "Options of figures and plan: NOTEBOOKS='repair/04_repair ...', ITEMS='repair/fig3-left ...', CORES=4, GPU_JOBS=2"
 
 figures: $(INSTALLED)  ## make every figure that is missing or out of date, at SCALE (quick)
-	@began=$$(date +%s); status=0; \
-	$(RUN) snakemake --cores $(CORES) --resources gpu=$(GPU_JOBS) --keep-going --rerun-incomplete --nolock \
-	    --rerun-triggers mtime --scheduler greedy --quiet $(QUIET) \
-	    --config scale="$(SCALE)" $(if $(NOTEBOOKS),notebooks="$(NOTEBOOKS)") $(if $(ITEMS),items="$(ITEMS)") || status=$$?; \
-	$(VENV)/bin/python workflow/batch.py summary --scale "$(SCALE)" --since $$began; \
-	[ $$status = 0 ] || echo "Not everything could be made; if nothing above says why, try: make figures QUIET=progress"; \
-	exit $$status
-# --nolock: nothing is left to unlock after a kill. Two calls at once are safe, as jobs lock what they write.
+	@$(VENV)/bin/python workflow/jobs.py --scale "$(SCALE)" --notebooks "$(NOTEBOOKS)" --items "$(ITEMS)" \
+	    --cores "$(CORES)" --gpu-jobs "$(GPU_JOBS)" --quiet "$(QUIET)" --snakemake "$(SNAKEMAKE)"
+# Two calls at once are safe, as jobs lock what they write.
+
+quickstart: $(INSTALLED)  ## train two networks, merge and repair them: the first picture, within two minutes
+	@$(VENV)/bin/python workflow/jobs.py --scale "$(SCALE)" --notebooks 00_quickstart --cores "$(CORES)" \
+	    --gpu-jobs "$(GPU_JOBS)" --quiet "$(QUIET)"
+	@echo "Open figures/$(SCALE)/00_quickstart.html in a browser, or go on with: make lab"
 
 plan: $(INSTALLED)  ## list what figures would make at SCALE, and roughly how long it would take here
 	@$(VENV)/bin/python workflow/plan.py --scale "$(SCALE)" --notebooks "$(NOTEBOOKS)" --items "$(ITEMS)" \
 	    --cores "$(CORES)" --gpu-jobs "$(GPU_JOBS)"
 
-test: $(INSTALLED)  ## lint, unit tests, doctests, and every notebook at smoke scale
-	@$(RUN) ruff check --quiet . && status=0 || status=1; \
+test: $(INSTALLED)  ## lint, types, unit tests, doctests, and every notebook at smoke scale
+	@status=0; $(RUN) ruff check --quiet . || status=1; $(RUN) ruff format --check --quiet . || status=1; \
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; \
-	REPAIRLIB_RUNS="$$scratch/runs" REPAIRLIB_FIGURES="$$scratch/figures" OMP_NUM_THREADS=1 \
-	$(RUN) pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-	    --ignore-glob 'notebooks/*.py' notebooks tests repairlib companion workflow docs/guide.md || status=1; \
+	$(VENV)/bin/python workflow/batch.py copy --to "$$scratch/notebooks" || status=1; \
+	REPAIRLIB_RUNS="$$scratch/runs" REPAIRLIB_FIGURES="$$scratch/figures" REPAIRLIB_SCALE=smoke OMP_NUM_THREADS=1 \
+	$(RUN) pytest -q -c pyproject.toml --rootdir . -n 2 --dist loadfile \
+	    --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+	    "$$scratch/notebooks" tests repairlib companion workflow docs/guide.md || status=1; \
 	exit $$status
-# Empty folders for runs and figures, so that nothing made earlier hides a fault.
+# Empty folders for runs and figures, so that nothing made earlier hides a fault; notebooks made from the .py files, so
+# that one that was executed and saved in JupyterLab is no fault.
 
 lab: $(INSTALLED)  ## open JupyterLab
-	$(RUN) jupyterlab notebooks/00_quickstart.ipynb
+	$(RUN) jupyterlab --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
+
+docs: $(INSTALLED)  ## write the API reference of repairlib, from its docstrings, into build/api
+	@$(VENV)/bin/python workflow/api.py build/api
+	@echo "Open build/api/index.html in a browser."
 
 sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer wins) and strip outputs
 	@$(VENV)/bin/python workflow/batch.py sync
 
-readme: figures  ## copy the pictures and the scorecard that README.md shows
+readme: figures  ## write docs/gallery.md, and copy the pictures and the scorecard that the documents show
 	@mkdir -p figures/readme && cp figures/quick/repair/fig2_left.png figures/quick/repair/fig3_middle.png \
 	    figures/quick/combine/fig3.png figures/quick/combine/figB21.png figures/readme/
-	@cp figures/scorecard.md docs/
+	@cp figures/scorecard.md docs/ && $(VENV)/bin/python workflow/batch.py docs
 
 clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper
-	rm -rf build .snakemake figures/smoke figures/quick figures/.staging figures/gallery.html .pytest_cache .ruff_cache
+	rm -rf build .snakemake figures/smoke figures/quick figures/.staging figures/gallery.html \
+	    .pytest_cache .ruff_cache .mypy_cache
 
 $(INSTALLED): requirements.txt pyproject.toml companion/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -74,4 +85,4 @@ $(INSTALLED): requirements.txt pyproject.toml companion/pyproject.toml
 	@rm $(VENV)/.installing && touch $@
 # .installing: an installation that was interrupted is started again from nothing.
 
-.PHONY: help figures plan test lab sync readme clean
+.PHONY: help figures quickstart plan test lab docs sync readme clean

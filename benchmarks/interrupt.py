@@ -28,7 +28,7 @@ from PIL import Image
 from companion.runs.data import data_root, project_root
 
 MARK = "REPAIRLIB_INTERRUPT"  # an environment variable that every process of a home inherits, to find it by
-JOB = re.compile(r"repairlib\.store train (\S+)|workflow/batch\.py notebooks/(\S+)\.py")
+JOB = re.compile(r"companion\.runs\.store train (\S+)|workflow/batch\.py notebooks/(\S+)\.py")
 START = 4.0  # seconds that a job takes to import PyTorch, for the share of the work that is left
 
 
@@ -95,7 +95,7 @@ class Home:
 
     def finished(self) -> dict[str, float]:
         """Jobs that are finished, and the seconds each took."""
-        paths = [*self.runs.glob("*/*/*/s*/run.json"), *self.figures.glob("*/**/*.done.json")]
+        paths = [*self.runs.rglob("run.json"), *self.figures.glob("*/**/*.done.json")]
         return {
             path.relative_to(self.root).as_posix(): _read(path).get("seconds", 0) + START
             for path in paths
@@ -114,9 +114,11 @@ class Home:
             except (ValueError, OSError) as error:
                 self.problems.append(f"{when}: {path} is not whole: {error}")
         now = {}
-        for folder in self.runs.glob("*/*/*/s*"):
+        for folder in self.runs.rglob("s*"):
+            if not re.fullmatch(r"s\d+", folder.name):
+                continue
             name = folder.relative_to(self.runs).as_posix()
-            files = {path.name: path for path in folder.iterdir()}
+            files = {path.name: path for path in folder.iterdir() if path.is_file()}  # folders hold what continues it
             if set(files) != {"model.safetensors", "run.json"}:
                 self.problems.append(f"{when}: {folder} holds {', '.join(files) or 'nothing'}")
                 continue

@@ -20,3 +20,21 @@ def reproducible():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with one small notebook, whose kernels find this repairlib."""
+    import batch  # these here, as few tests need them
+    import jobs
+    import needs
+    from small_notebooks import write_notebook
+
+    from companion.figures import gallery
+    from companion.runs.data import project_root
+
+    monkeypatch.setenv("PYTHONPATH", str(project_root()))
+    for module in (batch, needs, gallery, jobs):
+        monkeypatch.setattr(module, "project_root", lambda: tmp_path)
+    write_notebook(tmp_path)
+    return tmp_path

@@ -7,9 +7,9 @@ from companion.figures.report import read_index
 from companion.figures.scorecard import claims
 
 
-def profile(direct: float, aligned: float, repaired: float = 1.0, goal: float = 1.0) -> list[dict]:
+def profile(not_aligned: float, aligned: float, repaired: float = 1.0, goal: float = 1.0) -> list[dict]:
     """Geometric decay over three layers to what the last one has."""
-    last = {"direct": direct, "aligned": aligned, "repaired": repaired}
+    last = {"not aligned": not_aligned, "aligned": aligned, "aligned + REPAIR": repaired}
     return [
         {"series": "MLP", "pair": pair, "network": network, "layer": layer, "ratio": ratio ** (layer / 3), "goal": goal}
         for pair in ("1-2", "1-3")
@@ -18,42 +18,51 @@ def profile(direct: float, aligned: float, repaired: float = 1.0, goal: float = 
     ]
 
 
-def paths(midpoints: dict[str, float], near: dict[str, float] | None = None, **columns) -> list[dict]:
-    """Accuracies along paths: 0.9 at the ends, `near` at 0.1 and 0.9."""
+Network = tuple[str, str]  # matching and renormalisation
+NONE, ALIGNED, REPAIR, RESET = ("none", "none"), ("AM", "none"), ("AM", "REPAIR"), ("AM", "RESET")
+
+
+def paths(midpoints: dict[Network, float], near: dict[Network, float] | None = None, **columns) -> list[dict]:
+    """A long table of paths: accuracy 0.9 at the ends, `near` at 0.1 and 0.9."""
     return [
-        {**columns, "pair": pair, "network": network, "alpha": alpha, "accuracy": value, "loss": 1 - value}
+        {**columns, "pair": pair, "matching": network[0], "renorm": network[1], "alpha": alpha, "split": "test",
+         "accuracy": value, "loss": 1 - value}
         for pair in ("1-2", "1-3")
         for network, middle in midpoints.items()
         for alpha, value in {0: 0.9, 0.1: (near or midpoints)[network], 0.5: middle, 1: 0.9}.items()
-    ]
+    ]  # fmt: skip
 
 
 def barriers(
     after: dict[str, list[float]], before: dict[str, list[float]] | None = None, x="width", **columns
 ) -> list[dict]:
-    """Barriers of series over growing sizes."""
+    """A long table of series over growing sizes with these barriers, in nats and as fractions."""
+    barrier = {"none": before or after, "REPAIR": after}
     return [
-        {"series": series, **columns, x: 2**i, "pair": pair}
-        | {f"{metric}_{when}": table[series][i] for metric in ("loss", "accuracy")
-           for when, table in {"before": before or after, "after": after}.items()}
+        {"series": series, **columns, x: 2**i, "pair": pair, "matching": "AM", "renorm": renorm, "alpha": alpha,
+         "split": "test", "loss": 0.1 + (alpha == 0.5) * barrier[renorm][series][i],
+         "accuracy": 0.9 - (alpha == 0.5) * barrier[renorm][series][i]}
         for series, values in after.items() for i in range(len(values)) for pair in ("1-2", "1-3")
+        for renorm in barrier for alpha in (0, 0.5, 1)
     ]  # fmt: skip
 
 
 def channels(repaired: float) -> list[dict]:
-    variance = {"endpoint a": 1.0, "endpoint b": 1.0, "aligned": 0.3, "repaired": repaired}
+    variance = {"endpoint A": 1.0, "endpoint B": 1.0, "aligned": 0.3, "aligned + REPAIR": repaired}
     return [{"network": n, "channel": c, "variance": v} for n, v in variance.items() for c in (0, 1)]
 
 
 def depths(aligned: int, closed: int, forward: int) -> list[dict]:
     """Accuracies of 2 and 4 layers from how deep each may be."""
-    deepest = {"aligned": aligned, "closed-form": closed, "simultaneous": forward, "sequential": forward}
+    deepest = {"aligned": aligned, "aligned + REPAIR closed form": closed}
+    deepest |= dict.fromkeys(("aligned + REPAIR simultaneous", "aligned + REPAIR"), forward)
     return [{"network": n, "depth": d, "accuracy": 0.95 if d <= m else 0.5} for n, m in deepest.items() for d in (2, 4)]
 
 
 def split(merged: float, full: float, ensemble: float) -> list[dict]:
     rows = [
-        {"network": "repaired", "alpha": alpha, "loss": loss} for alpha, loss in ((0, 0.9), (0.5, merged), (1, 0.8))
+        {"matching": "AM", "renorm": "REPAIR", "alpha": alpha, "loss": loss}
+        for alpha, loss in ((0, 0.9), (0.5, merged), (1, 0.8))
     ]
     rows += [{"network": "ensemble", "alpha": alpha, "loss": ensemble} for alpha in (0, 0.5, 1)]
     rows += [{"network": "full data", "alpha": None, "loss": full}]
@@ -64,12 +73,12 @@ def samples(at_5000: float) -> list[dict]:
     barrier = {100: 0.3, 5000: at_5000, 50000: 0.1}
     return [
         {"network": m, "examples": n, "draw": 0, "barrier": b}
-        for m in ("closed-form", "sequential")
+        for m in ("aligned + REPAIR closed form", "aligned + REPAIR")
         for n, b in barrier.items()
     ]
 
 
-LOW = {"direct": 0.1, "direct repaired": 0.2, "aligned": 0.3}
+LOW = {NONE: 0.1, ("none", "REPAIR"): 0.2, ALIGNED: 0.3}
 CASES = {  # item: (a table that shows it, one that does not)
     "repair/fig2-left": (profile(0.001, 0.01), profile(1.2, 1.1)),
     "repair/fig2-middle": (profile(0.001, 0.01), profile(1.2, 1.1)),
@@ -90,16 +99,16 @@ CASES = {  # item: (a table that shows it, one that does not)
         barriers({"bn": [0.1], "ln": [1.2]}, {"bn": [2.0], "ln": [1.5]}),
     ),
     "repair/fig4-right": (
-        paths({"aligned": 0.1, "repaired": 0.8}, series="bn") + paths({"aligned": 0.6, "repaired": 0.8}, series="ln"),
-        paths({"aligned": 0.1, "repaired": 0.8}, series="bn") + paths({"aligned": 0.1, "repaired": 0.5}, series="ln"),
+        paths({ALIGNED: 0.1, REPAIR: 0.8}, series="bn") + paths({ALIGNED: 0.6, REPAIR: 0.8}, series="ln"),
+        paths({ALIGNED: 0.1, REPAIR: 0.8}, series="bn") + paths({ALIGNED: 0.1, REPAIR: 0.5}, series="ln"),
     ),
     "repair/fig6-right": (
-        barriers({"": [0.1, 0.12]}, {"": [0.3, 0.6]}, "depth", split="test"),
-        barriers({"": [0.1, 0.4]}, {"": [0.3, 0.3]}, "depth", split="test"),
+        barriers({"": [0.1, 0.12]}, {"": [0.3, 0.6]}, "depth"),
+        barriers({"": [0.1, 0.4]}, {"": [0.3, 0.3]}, "depth"),
     ),
     "repair/fig5-left": (
-        paths({"conv": 0.5, "repaired": 0.6, "conv_bn_kept": 0.5, "full_bn_reset": 0.6}),
-        paths({"conv": 0.6, "repaired": 0.6, "conv_bn_kept": 0.6, "full_bn_reset": 0.6}),
+        paths({RESET: 0.5, REPAIR: 0.6, ("AM", "REPAIR conv"): 0.5, ("AM", "REPAIR bn reset"): 0.6}),
+        paths({RESET: 0.6, REPAIR: 0.6, ("AM", "REPAIR conv"): 0.6, ("AM", "REPAIR bn reset"): 0.6}),
     ),
     "repair/equivalence": (
         [{"network": "conv REPAIR, reset", "eps": 1e-12, "difference": 1e-8}],
@@ -109,8 +118,8 @@ CASES = {  # item: (a table that shows it, one that does not)
     "repair/fig7": (split(0.5, 0.1, 0.1), split(0.85, 0.1, 0.1)),
     "repair/fig13": (split(0.5, 0.1, 0.2), split(0.5, 0.6, 0.6)),
     "repair/fig14": (
-        paths(LOW | {"repaired": 0.8}, LOW | {"direct repaired": 0.5, "repaired": 0.85}, series="vgg"),
-        paths(LOW | {"repaired": 0.35}, LOW | {"direct repaired": 0.05, "repaired": 0.4}, series="vgg"),
+        paths(LOW | {REPAIR: 0.8}, LOW | {("none", "REPAIR"): 0.5, REPAIR: 0.85}, series="vgg"),
+        paths(LOW | {REPAIR: 0.35}, LOW | {("none", "REPAIR"): 0.05, REPAIR: 0.4}, series="vgg"),
     ),
 }  # fmt: skip
 JUDGED = [(claim, item) for claim in claims("repair").values() for item in claim.items]

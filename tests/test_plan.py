@@ -2,14 +2,14 @@
 
 import json
 import math
-import shutil
 
-import batch
+import jobs
+import needs
 import plan
 import pytest
 
 from companion.figures import report
-from companion.runs import costs, data
+from companion.runs import costs
 from companion.runs.store import Store
 
 NOTEBOOK = """\
@@ -47,8 +47,7 @@ def write_done(name, scale, seconds, items=(), device=DEVICE):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """Two notebooks that share a run."""
-    for module in (batch, plan):
-        monkeypatch.setattr(module, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(needs, "project_root", lambda: tmp_path)
     write_notebook(tmp_path, "one", repr([MLP.format(1), MLP.format(2), RESNET.format(1)]))
     write_notebook(tmp_path, "two", repr([MLP.format(1)]))
     return tmp_path
@@ -71,7 +70,7 @@ def test_a_notebook_is_scaled_from_its_last_execution(project):
     small, large = (costs.describe(name) for name in (MLP.format(1), RESNET.format(1)))
 
     def seconds():
-        return plan.notebook_seconds("two", "quick", "", DEVICE, costs.describe)
+        return jobs.notebook_seconds("two", "quick", [MLP.format(1)], DEVICE, costs.describe)
 
     assert math.isnan(seconds()[0]) and "run it at quick first" in seconds()[1]
     write_done("two", "smoke", 14.0, device="another device")
@@ -144,23 +143,6 @@ def test_bad_questions_are_answered(project, capsys):
     assert plan.main(["--scale", "tiny"]) == 2
     assert "unknown scale 'tiny'" in capsys.readouterr().err
     write_notebook(project, "one", "['digits/mlp2-fused-w8/smok/s1']")
-    with pytest.raises(ValueError, match="unknown recipe 'smok'; the nearest is 'smoke'"):
-        make_plan()
-
-
-def test_snakemake_says_which_notebooks_are_due(tmp_path, monkeypatch):
-    for name in ("repairlib", "companion", "workflow", "figures/index.yml", "Snakefile", "pyproject.toml"):
-        source, target = data.project_root() / name, tmp_path / name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-    monkeypatch.setattr(plan, "project_root", lambda: tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for name in ("one", "two"):
-        write_notebook(tmp_path, name, "[]")
-    write_done("one", "smoke", 10.0)
-    (tmp_path / "build" / "smoke").mkdir(parents=True)
-    (tmp_path / "build" / "smoke" / "one.done").touch()
-    assert plan.pending("smoke") == {"two"}
-    (tmp_path / "Snakefile").unlink()
-    with pytest.raises(RuntimeError, match="Snakemake cannot plan this"):
-        plan.pending("smoke")
+    text = make_plan()  # of the other notebook
+    assert "fails: " in text and "unknown recipe 'smok'; the nearest is 'smoke'" in text
+    assert line(text, "Notebooks to execute")[3:6] == ["1", "of", "2"]

@@ -1,4 +1,4 @@
-"""Scales, saved items, and what a notebook says it needs."""
+"""Scales, and saved items."""
 
 import errno
 import json
@@ -120,57 +120,6 @@ def test_a_full_disk_leaves_the_earlier_result(figure, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         report.save_item(ITEM, "smoke", TABLE, {"corr": 0.5}, figure)
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
-
-
-NOTEBOOK = """\
-# %% [markdown]
-# # A title
-
-# %% tags=["parameters"]
-scale: str = "smoke"
-items: str = ""
-
-# %% tags=["runs"]
-from companion.experiments.scales import by_scale
-
-runs = [f"digits/mlp2-bn-w8/smoke/s{s}" for s in by_scale(scale, smoke=[1], quick=[1, 2, 1], fast=[], paper=[])]
-
-# %%
-raise RuntimeError("never executed")
-"""
-
-
-def test_notebook_runs_executes_the_two_tagged_cells(tmp_path):
-    (tmp_path / "a.py").write_text(NOTEBOOK)
-    assert report.notebook_runs(tmp_path / "a.py", "smoke") == ["digits/mlp2-bn-w8/smoke/s1"]
-    assert report.notebook_runs(tmp_path / "a.py", "quick") == [f"digits/mlp2-bn-w8/smoke/s{s}" for s in (1, 2)]
-
-
-def test_a_notebook_without_runs_needs_none(tmp_path):
-    (tmp_path / "a.py").write_text("# %%\nruns = 1\n")
-    assert report.notebook_runs(tmp_path / "a.py", "smoke") == []
-
-
-@pytest.mark.parametrize("cell", ["runs = 'digits/mlp2'", "runs = [1]", "run = []"])
-def test_runs_must_be_a_list_of_names(tmp_path, cell):
-    (tmp_path / "a.py").write_text(f'# %% tags=["runs"]\n{cell}\n')
-    with pytest.raises(TypeError, match="a.py: the cell tagged `runs` must set `runs`"):
-        report.notebook_runs(tmp_path / "a.py", "smoke")
-
-
-def test_a_notebook_says_what_it_reads(tmp_path):
-    (tmp_path / "a.py").write_text(NOTEBOOK.replace("runs = [", "reads = ['repair/fig2-left'] * 2\nruns = ["))
-    needs = report.notebook_needs(tmp_path / "a.py", "smoke")
-    assert needs == {"runs": ["digits/mlp2-bn-w8/smoke/s1"], "reads": ["repair/fig2-left"]}
-    (tmp_path / "b.py").write_text('# %% tags=["runs"]\nruns, reads = [], "repair/fig2-left"\n')
-    with pytest.raises(TypeError, match="must set `reads` to a list of item IDs"):
-        report.notebook_needs(tmp_path / "b.py", "smoke")
-
-
-def test_a_failing_runs_cell_is_named(tmp_path):
-    (tmp_path / "a.py").write_text('# %% tags=["runs"]\nruns = [1 / 0]\n')
-    with pytest.raises(ValueError, match="a.py: the cell tagged `runs` fails: ZeroDivisionError"):
-        report.notebook_runs(tmp_path / "a.py", "smoke")
 
 
 def test_index_is_complete():

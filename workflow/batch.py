@@ -1,12 +1,12 @@
-"""Execute notebooks from the command line, and show what came out.
+"""Execute notebooks, keep the two files of each in line, and say what came out.
 
     python workflow/batch.py notebooks/repair/04_repair.py --scale quick [--items repair/fig3-left,repair/samples]
     python workflow/batch.py gallery
-    python workflow/batch.py summary --scale quick
     python workflow/batch.py sync
 
 A notebook saves its items into a staging folder, which is moved over `figures/<scale>` only once all its cells have
-passed: a run that fails or is killed leaves earlier results as they were. The Snakefile is the graph of these jobs.
+passed: a run that fails or is killed leaves earlier results as they were. A cell tagged `check` may fail: what it found
+is shown, and the items are published all the same. workflow/jobs.py calls this for many notebooks.
 """
 
 from __future__ import annotations
@@ -16,29 +16,22 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import filelock
+import needs
 
 from companion.experiments import scales
-from companion.figures import report, scorecard
+from companion.figures import gallery, report
+from companion.figures.gallery import duration, relative
 from companion.runs.data import project_root
 from companion.runs.files import atomic_write
-from repairlib.names import check
-
-PAPERS = {
-    "repair": "REPAIR (Jordan et al. 2022)",
-    "rethink": "Rethink Model Re-Basin (Qu and Horvath 2024)",
-    "combine": "Mode Combinability (Csiszárik et al. 2023)",
-}
 
 PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_DATA")
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -46,51 +39,6 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 
 class NotebookFailed(Exception):
     """A cell of a notebook raised, or its kernel died; the message holds the cell's traceback."""
-
-
-# ---------------------------------------------------------------------------------------------- what there is to make
-
-
-def find_notebooks(names: str = "") -> list[str]:
-    """The notebooks asked for, by name (`repair/04_repair 00_quickstart`) or path; all below notebooks/ if none is."""
-    folder = project_root() / "notebooks"
-    found = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py"))
-    found = [name for name in found if "/." not in f"/{name}"]  # not .ipynb_checkpoints
-    asked = [re.sub(r"^notebooks/|\.(py|ipynb)$", "", name) for name in re.split(r"[\s,]+", names) if name]
-    return [check(name, found, "notebook") for name in asked] or found
-
-
-def find_items(names: str) -> list[str]:
-    """The items asked for, as full IDs; the paper may be left out where that is clear (`fig2-left, samples`)."""
-    index = report.read_index()
-    asked = [name for name in re.split(r"[\s,]+", names) if name]
-    matches = [[item for item in index if name in (item, item.partition("/")[2])] for name in asked]
-    return [
-        match[0] if len(match) == 1 else check(name, index, "item") for name, match in zip(asked, matches, strict=True)
-    ]
-
-
-def find_needs(scale: str, notebooks: str = "", items: str = "") -> tuple[list[str], dict[str, dict[str, list[str]]]]:
-    """What a call of `make figures` has to make: the items, empty for all, and what each notebook needs for them.
-
-    Notebooks that read what others save bring these along: their items, if some are asked for, else all they make.
-
-    Returns the IDs of the items, and by notebook {runs, reads, after}: training runs, items, notebooks that make these.
-    """
-    index, wanted = report.read_index(), find_items(items)
-    names = sorted({index[item]["notebook"] for item in wanted}) if wanted else find_notebooks(notebooks)
-    needs: dict[str, dict[str, list[str]]] = {}
-    while True:
-        for name in names:
-            found = report.notebook_needs(project_root() / "notebooks" / f"{name}.py", scale, ",".join(wanted))
-            reads = [check(item, index, f"item that {name} reads") for item in found["reads"]]
-            needs[name] = found | {"after": list(dict.fromkeys(index[item]["notebook"] for item in reads))}
-        missing = {item for need in needs.values() for item in need["reads"]} - {*wanted} if wanted else set()
-        new = {after for need in needs.values() for after in need["after"]} - needs.keys()
-        if not (missing or new):
-            return wanted, needs
-        wanted += sorted(missing)
-        names = sorted({*needs, *new})
 
 
 def name_of(path: str | Path) -> str:
@@ -101,26 +49,22 @@ def name_of(path: str | Path) -> str:
     return "/".join(parts[len(parts) - parts[::-1].index("notebooks") :])
 
 
-def read_done(name: str, scale: str) -> dict[str, Any] | None:
-    """What the notebook's last run at `scale` made, or None if there was none or its files are not all there."""
-    root = report.figures_root() / scale
-    path = root / f"{name}.done.json"
-    if not path.exists():
-        return None
-    done = json.loads(path.read_text(encoding="utf-8"))
-    return done if all((root / file).exists() for file in done["files"]) else None
-
-
 # ------------------------------------------------------------------------------------------------- execute a notebook
 
 
 def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
     """Execute a jupytext notebook with papermill and publish the items it saves; returns what this run made, and where.
 
-    items: comma-separated IDs of the items to make, empty for all.
+    The executed notebook goes to build/<scale>/<name>.ipynb, and as HTML to figures/<scale>/<name>.html.
 
-    The executed notebook goes to build/<scale>/<name>.ipynb. Raises NotebookFailed when a cell does; then the notebook
-    so far is in <name>.partial.ipynb there.
+    Args:
+        path: of the notebook's .py.
+        scale: smoke, quick, fast or paper.
+        items: comma-separated IDs of the items to make, empty for all.
+
+    Raises:
+        NotebookFailed: a cell failed; then the notebook so far is in build/<scale>/<name>.partial.ipynb.
+        ValueError: the cell that says what the notebook needs fails.
     """
     import jupytext  # these here, because importing them takes two seconds
     import nbformat
@@ -133,6 +77,7 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
     output = project_root() / "build" / scales.check_scale(scale) / f"{name}.ipynb"
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
+    need, saw = needs.notebook_needs(path, scale, items), {"code": needs.code_digest(path)}
     # Two processes making the same notebook would share its staging folder: the second waits.
     with contextlib.ExitStack() as stack:
         stack.enter_context(filelock.FileLock(output.with_suffix(".lock")))
@@ -143,11 +88,15 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
         ipc = {"transport": "ipc", "ip": f"{sockets}/kernel"} if os.name == "posix" else {}
         # The kernel starts in the notebook's folder, so a relative path of ours would mean something else there.
         paths = {key: os.path.abspath(os.environ[key]) for key in PATHS if os.environ.get(key)}
-        start = time.monotonic()
+        notebook = nbformat.from_dict(jupytext.read(path))
+        for cell in notebook.cells:
+            if "check" in (tags := cell.metadata.get("tags", [])):
+                cell.metadata["tags"] = [*tags, "raises-exception"]  # the cells after it are executed all the same
+        start, checks = time.monotonic(), []
         try:
             with _environment_variables(paths | {"REPAIRLIB_FIGURES": str(staging), "REPAIRLIB_MADE": str(root)}):
                 notebook = papermill.execute_notebook(
-                    nbformat.from_dict(jupytext.read(path)),
+                    notebook,
                     str(partial),
                     parameters={"scale": scale, "items": items},
                     kernel_name="python3",
@@ -157,17 +106,60 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
                     config=Config(KernelManager=ipc),
                     extra_arguments=["--IPKernelApp.log_level=50"],  # it reports its own shutdown as an error
                 )
-        except papermill.PapermillExecutionError as error:
-            raise NotebookFailed(f"{path}: a cell failed; the notebook so far is in {partial}{error}") from None
+        except papermill.PapermillExecutionError:
+            notebook = nbformat.read(partial, as_version=4)
+            checks, others = _errors(notebook)
+            if others:
+                message = f"{path}: a cell failed; the notebook so far is in {partial}\n{others[0]}"
+                raise NotebookFailed(message) from None
         except DeadKernelError as error:
             raise NotebookFailed(f"{path}: {error}, out of memory perhaps; so far it is in {partial}") from None
         nbformat.write(notebook, output)
+        (staging / scale / f"{name}.html").parent.mkdir(parents=True, exist_ok=True)
+        (staging / scale / f"{name}.html").write_text(_html(notebook, name), encoding="utf-8")
         partial.unlink()
-        return _publish(name, scale, items, staging, root, time.monotonic() - start)
+        saw |= needs.contents(need["runs"], need["reads"], scale)
+        return _publish(name, scale, items, staging, root, time.monotonic() - start, checks, saw)
 
 
-def _publish(name: str, scale: str, items: str, staging: Path, root: Path, seconds: float) -> dict[str, Any]:
-    """Move what a notebook has staged over the figures, file by file, its .done.json last."""
+def _errors(notebook: Any) -> tuple[list[str], list[str]]:
+    """What failed in an executed notebook: in cells tagged `check`, in a line each; in others, source and traceback."""
+    added = "papermill-error-cell-tag"
+    notebook.cells = [cell for cell in notebook.cells if added not in cell.metadata.get("tags", [])]
+    checks, others = [], []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                if "check" in cell.metadata.get("tags", []):
+                    checks.append(f"{output.ename}: {output.evalue}".strip(": "))
+                else:
+                    others.append("\n".join([cell.source, "-" * 20, *output.traceback]))
+    return checks, others
+
+
+def _html(notebook: Any, name: str) -> str:
+    """An executed notebook as a page."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    return exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})[0]
+
+
+def _publish(
+    name: str,
+    scale: str,
+    items: str,
+    staging: Path,
+    root: Path,
+    seconds: float,
+    checks: list[str],
+    saw: dict[str, Any],
+) -> dict[str, Any]:
+    """Move what a notebook has staged over the figures, file by file, its .done.json last.
+
+    checks: what failed in cells tagged `check`.
+    saw: digests of what the notebook was made from, see needs.is_up_to_date.
+    """
     staged = sorted(path for path in (staging / scale).rglob("*") if path.is_file())
     records = [json.loads(path.read_text(encoding="utf-8")) for path in staged if path.suffix == ".json"]
     devices = {record["device"] for record in records}
@@ -178,11 +170,16 @@ def _publish(name: str, scale: str, items: str, staging: Path, root: Path, secon
         "items": sorted(record["item"] for record in records),
         "files": [path.relative_to(staging / scale).as_posix() for path in staged],
         "seconds": round(seconds, 1),
+        "checks": checks,
         "device": where["device"],
         "versions": where["versions"],
+        "saw": {needs.key_of(name, items): saw},
     }
-    earlier = read_done(name, scale) if items else None  # a run for some items leaves the others in place
+    earlier = needs.read_done(name, scale) if items else None  # a run for some items leaves the others in place
     merged = {key: sorted({*done[key], *earlier[key]}) for key in ("items", "files")} if earlier else {}
+    if earlier:  # what was made from other code is no longer all there
+        same = {key: then for key, then in earlier.get("saw", {}).items() if then["code"] == saw["code"]}
+        merged["saw"] = same | done["saw"]
     for path in staged:
         target = root / scale / path.relative_to(staging / scale)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -246,8 +243,8 @@ def sync() -> list[Path]:
     from jupytext.cli import jupytext as run_jupytext
 
     changed = []
-    for name in find_notebooks():
-        path = project_root() / "notebooks" / f"{name}.py"
+    for name in needs.find_notebooks():
+        path = needs.path_of(name)
         ipynb = path.with_suffix(".ipynb")
         if ipynb.exists() and ipynb.stat().st_mtime > path.stat().st_mtime:
             sources = [[cell.source for cell in jupytext.read(file).cells] for file in (path, ipynb)]
@@ -261,27 +258,45 @@ def sync() -> list[Path]:
     return changed
 
 
-# -------------------------------------------------------------------------------------- show what came out, and where
+def copy(folder: Path) -> None:
+    """Write every notebook's .ipynb into a folder, for tests: nothing that JupyterLab has saved gets in their way."""
+    for name in needs.find_notebooks():
+        atomic_write(folder / f"{name}.ipynb", ipynb_of(needs.path_of(name)))
 
 
-def summarize(scale: str, since: float = 0.0) -> str:
+# ------------------------------------------------------------------------------------------------ say what came out
+
+
+def describe(done: dict[str, Any]) -> str:
+    """A line about an execution, and one more for each check that failed."""
+    made = ", ".join(item.partition("/")[2] for item in done["items"]) or "done"
+    name = f"{done['notebook']} [{done['scale']}]"
+    failed = [f"{name}: a check failed: {text}" for text in done["checks"]]
+    return "\n".join([f"{name}: {made} in {duration(done['seconds'])}", *failed])
+
+
+def summarize(scale: str, since: float = 0.0, errors: dict[str, str] | None = None) -> str:
     """A few lines for the end of `make figures`: what there is at `scale`, how long it took, where to look.
 
     since: when this call of `make figures` began (seconds since the epoch), to tell new results from earlier ones.
+    errors: by notebook, why it could not be made.
     """
-    root, index = report.figures_root(), report.read_index()
+    root, index, errors = report.figures_root(), report.read_index(), errors or {}
     lines, made = [], set()
-    for name in find_notebooks():
-        done = read_done(name, scale)
+    for name in needs.find_notebooks():
+        done = needs.read_done(name, scale)
         partial = project_root() / "build" / scale / f"{name}.partial.ipynb"
         notes = []
         if done:
             made |= {*done["items"]}
             notes.append(", ".join(item.partition("/")[2] for item in done["items"]))
             if (root / scale / f"{name}.done.json").stat().st_mtime < since:
-                notes.append("(of before)" if partial.exists() else "(up to date)")
-        if partial.exists():
-            notes.append(f"failed: see {_relative(partial, Path.cwd())}")
+                notes.append("(of before)" if partial.exists() or name in errors else "(up to date)")
+            notes += ["a check failed"] * bool(done.get("checks"))
+        if name in errors:
+            notes.append(f"failed: {errors[name]}")
+        elif partial.exists():
+            notes.append(f"failed: see {relative(partial, Path.cwd())}")
         if notes:
             lines.append(f"  {name:30} {duration(done['seconds']) if done else '':>12}  {'  '.join(notes)}".rstrip())
     head = f"{scale}: {len(made & index.keys())} of {len(index)} items"
@@ -289,176 +304,41 @@ def summarize(scale: str, since: float = 0.0) -> str:
     missing = [item for item in index if item not in made]
     if missing:
         lines.append(f"  not made: {', '.join(missing)}")
-    where = _relative(root, Path.cwd())
-    lines.append(f"Look at {where}/gallery.html; data and pictures are in {where}/{scale}/.")
+    where = relative(root, Path.cwd())
+    lines.append(f"Look at {where}/gallery.html; data, pictures and executed notebooks are in {where}/{scale}/.")
     return "\n".join([head, *lines])
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words.
-
-    >>> duration(8.24), duration(75), duration(7384)
-    ('8.2 s', '1 min 15 s', '2 h 3 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def write_gallery() -> Path:
-    """Write figures/gallery.html, every item at every scale there is, and the claims judged from them.
-
-    The claims also go into figures/scorecard.md, whose tables GitHub shows.
-    """
-    root, index, claims = report.figures_root(), report.read_index(), scorecard.scorecard()
-    atomic_write(root / "scorecard.md", scorecard.markdown(claims))
-    parts = []
-    for paper, title in PAPERS.items():
-        sections = [_section(item, entry, root) for item, entry in index.items() if item.startswith(f"{paper}/")]
-        if sections:
-            card = _scorecard([row for row in claims if row["claim"].startswith(f"{paper}/")])
-            parts += [f"<h2>{escape(title)}</h2>", card, *sections]
-    page = PAGE.replace("CONTENT", "\n".join(parts))
-    atomic_write(root / "gallery.html", page)
-    return root / "gallery.html"
-
-
-def _section(item: str, entry: dict[str, Any], root: Path) -> str:
-    """One item of the gallery."""
-    paths = {scale: root / scale / f"{entry['output']}.json" for scale in scales.SCALES}
-    records = {s: json.loads(path.read_text(encoding="utf-8")) for s, path in paths.items() if path.exists()}
-    notebook = project_root() / "notebooks" / f"{entry['notebook']}.py"
-    section, figure = entry["paper"]["section"], entry["paper"]["figure"]
-    place = f"section {section}, {'figure ' if figure[0].isdigit() else ''}{figure}"
-    parts = [
-        f'<section id="{escape(item)}"><h3>{escape(item)}</h3><p>{escape(entry["what"])}</p>',
-        f"<p class=small>The paper's {escape(place)}. Made by {_link(notebook, root, entry['notebook'])}.</p>",
-        _numbers(entry.get("published", {}), {scale: record["summary"] for scale, record in records.items()}),
-        "<div class=row>",
-    ]
-    for scale, record in records.items():
-        picture = paths[scale].with_suffix(".png")
-        executed = project_root() / "build" / scale / f"{entry['notebook']}.ipynb"
-        facts = [
-            f"<b>{scale}</b>",
-            escape(record["device"]),
-            f"seeds {', '.join(map(str, record['seeds']))}" if record["seeds"] else "",
-            duration(record["seconds"]) if record["seconds"] is not None else "",
-            _link(paths[scale], root, "data"),
-            _link(executed, root, "executed notebook") if executed.exists() else "",
-        ]
-        source = escape(_relative(picture, root))
-        image = f'<a href="{source}"><img src="{source}" alt="{escape(item)} at scale {scale}" loading=lazy></a>'
-        shown = image if picture.exists() else _table(record["table"])
-        parts.append(f"<figure>{shown}<figcaption>{' · '.join(filter(None, facts))}</figcaption></figure>")
-    if not records:
-        parts.append(f"<p class=small>Not made yet: <code>make figures ITEMS={escape(item)}</code></p>")
-    return "\n".join([*parts, "</div></section>"])
-
-
-def _scorecard(rows: list[dict[str, Any]]) -> str:
-    """The claims of one paper, a line for each item and scale they were judged on; an item's name leads to it."""
-    columns = ("statement", "published", "item", "ours", "verdict", "scale", "seeds")
-    lines = ["".join(f"<th>{name.replace('statement', 'claim')}</th>" for name in columns)]
-    for i, row in enumerate(rows):
-        again = i > 0 and row["claim"] == rows[i - 1]["claim"]
-        cells = {name: "" if again and name in columns[:2] else escape(row[name]) for name in columns}
-        cells["item"] = f'<a href="#{cells["item"]}">{cells["item"]}</a>'
-        cells["ours"] = re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", cells["ours"])
-        lines.append("".join(f"<td>{cells[name]}</td>" for name in columns))
-    return f"<table class=claims>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>" if rows else ""
-
-
-def _numbers(published: dict[str, Any], ours: dict[str, dict[str, Any]]) -> str:
-    """The paper's numbers beside ours, one line for each name."""
-    names = list(dict.fromkeys([*published, *(name for summary in ours.values() for name in summary)]))
-    if not names:
-        return ""
-    columns = ([("paper", published)] if published else []) + list(ours.items())
-    rows = [{"": name} | {title: numbers.get(name, "") for title, numbers in columns} for name in names]
-    return _table(rows)
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Rows as an HTML table."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(f'<td>{_cell(row.get(name))}</td>' for name in names)}</tr>\n" for row in rows)
-    return f"<div class=wide><table><tr>{head}</tr>\n{body}</table></div>"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value).replace("_", " "))
-
-
-def _link(path: Path, start: Path, text: str) -> str:
-    return f'<a href="{escape(_relative(path, start))}">{escape(text)}</a>'
-
-
-def _relative(path: Path, start: Path) -> str:
-    return Path(os.path.relpath(path, start)).as_posix()
-
-
-PAGE = """<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>repairlib: figures</title>
-<style>
-body { font: 16px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
-h2 { border-bottom: 1px solid #ccc; margin-top: 2.5rem }
-h3 { margin: 2.5rem 0 0 }
-p { margin: .3rem 0; max-width: 50rem }
-.small, figcaption { color: #555; font-size: .85rem }
-.row { display: flex; flex-wrap: wrap; gap: 1.5rem; margin-top: .8rem }
-figure { flex: 1 1 20rem; margin: 0; max-width: 40rem; min-width: 0 }
-img { width: 100%; border: 1px solid #ddd; background: #fff }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-td, th { padding: .1rem .7rem .1rem 0; text-align: left; white-space: nowrap }
-td + td, th + th { text-align: right }
-tr + tr { border-top: 1px solid #eee }
-.claims td, .claims th { white-space: normal; text-align: left; vertical-align: top; min-width: 3.5rem }
-</style>
-<h1>Figures</h1>
-<p>Every figure panel and table made so far, with the numbers the papers print beside ours. What differs from the papers
-at each scale stands at the top of each notebook: <b>smoke</b> and <b>quick</b> use scikit-learn's digits and small
-networks, <b>fast</b> and <b>paper</b> the papers' data.</p>
-CONTENT
-</html>
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code is 1 if a cell failed and 2 if the question was wrong."""
     parser = argparse.ArgumentParser(prog="python workflow/batch.py", description="Execute notebooks, show results.")
-    parser.add_argument("what", help="path of a notebook's .py, or `gallery`, or `summary`, or `sync`")
+    parser.add_argument("what", help="path of a notebook's .py, or `gallery`, `docs` (docs/gallery.md), `sync`, `copy`")
     parser.add_argument("--scale", default="quick", help="smoke, quick (default), fast or paper")
     parser.add_argument("--items", default="", help="comma-separated items to make, by default all of the notebook's")
-    parser.add_argument("--since", default=0.0, type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--if-needed", action="store_true", help="do nothing if the notebook is up to date")
+    parser.add_argument("--to", type=Path, help="the folder that `copy` writes every notebook's .ipynb into")
     options = parser.parse_args(arguments)
     try:
         if options.what == "gallery":
-            print(write_gallery())
-        elif options.what == "summary":
-            write_gallery()
-            print(summarize(scales.check_scale(options.scale), options.since))
+            print(gallery.write_gallery())
+        elif options.what == "docs":
+            print(gallery.write_docs(scales.check_scale(options.scale)))
         elif options.what == "sync":
             print("\n".join(str(path) for path in sync()) or "all in line")
+        elif options.what == "copy":
+            copy(options.to)
         else:
-            done = execute(options.what, options.scale, ",".join(find_items(options.items)))
-            made = ", ".join(item.partition("/")[2] for item in done["items"]) or "done"
-            print(f"{done['notebook']} [{options.scale}]: {made} in {duration(done['seconds'])}", flush=True)
+            items = needs.find_items(options.items)
+            if options.if_needed:
+                need = needs.notebook_needs(options.what, options.scale, ",".join(items))
+                if needs.is_up_to_date(name_of(options.what), options.scale, items, need):
+                    return 0
+            print(describe(execute(options.what, options.scale, ",".join(items))), flush=True)
     except NotebookFailed as error:
         print(error, file=sys.stderr, flush=True)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -12,70 +12,20 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import batch
+import needs
+from jobs import START, due, notebook_seconds
 
-from companion.experiments import scales
 from companion.figures import report
 from companion.runs import train
 from companion.runs.costs import Run, Speed, describe, rough, train_seconds, with_parents
-from companion.runs.data import project_root
 from companion.runs.store import Store
 
-START = 4.0  # seconds that a job takes to import PyTorch
-
-
-def notebook_seconds(name: str, scale: str, items: str, device: str, find: Callable[[str], Run]) -> tuple[float, str]:
-    """Seconds to execute a notebook, scaled from its last execution on a device, and a note on how; NaN if never.
-
-    items: comma-separated, empty for all.
-    device: its model, as in report.device_name.
-    find: gives the Run of a name.
-    """
-    path = project_root() / "notebooks" / f"{name}.py"
-    work = sum(find(run).evaluation_flops for run in report.notebook_runs(path, scale, items))
-    at = scales.SCALES.index(scale)
-    for other in sorted(scales.SCALES, key=lambda each: abs(scales.SCALES.index(each) - at)):
-        done = batch.read_done(name, other)
-        if not done or done["device"] != device:
-            continue
-        # The runs it used then; it may need others by now. One that saves no items tells only what it needs now.
-        saved = [report.figures_root() / other / file for file in done["files"] if file.endswith(".json")]
-        used = {run for path in saved for run in json.loads(path.read_text(encoding="utf-8"))["runs"]}
-        then = sum(find(run).evaluation_flops for run in used or report.notebook_runs(path, other))
-        ratio = 1.0 if work == then else work / then if then else math.nan
-        if math.isnan(ratio):
-            return math.nan, "unknown data"
-        # What a kernel takes to start does not grow with the work.
-        seconds = min(done["seconds"], START) + max(done["seconds"] - START, 0) * ratio
-        times = "" if f"{ratio:.2g}" == "1" else f"{ratio:,.0f} x " if ratio >= 10 else f"{ratio:.2g} x "
-        return seconds, f"{times}the work of {rough(done['seconds'])} at {other}"
-    return math.nan, "never run on this device: run it at quick first"
-
-
 # --------------------------------------------------------------------------------------------------------------- plan
-
-
-def pending(scale: str, notebooks: str = "", items: str = "") -> set[str]:
-    """The notebooks that `make figures` would execute now, by Snakemake's own account; RuntimeError if it has none."""
-    config = [
-        f"scale={scale}",
-        *([f"notebooks={notebooks}"] if notebooks else []),
-        *([f"items={items}"] if items else []),
-    ]
-    command = [sys.executable, "-m", "snakemake", "--summary", "--nolock", "--rerun-triggers", "mtime"]
-    result = subprocess.run([*command, "--config", *config], cwd=project_root(), capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"Snakemake cannot plan this: {result.stderr.strip()}")
-    rows = [line.split("\t") for line in result.stdout.splitlines()]
-    stamps = [row[0] for row in rows if row[0].startswith(f"build/{scale}/") and row[-1] == "update pending"]
-    return {stamp.removeprefix(f"build/{scale}/").removesuffix(".done").partition("+")[0] for stamp in stamps}
 
 
 def plan(
@@ -94,17 +44,16 @@ def plan(
         scale, notebooks, items: as of `make figures`.
         jobs: how many run at the same time.
         device: where networks are trained; default `train.default_device()`.
-        to_execute: names of the notebooks that are not up to date; default as Snakemake says, see `pending`.
+        to_execute: names of the notebooks that are not up to date; default see `jobs.due`.
         speed: FLOP/s by kind of network; default from stored runs, else measured, see `costs.train_seconds`.
     """
-    scales.check_scale(scale)
     device = device or train.default_device()
     here, stored = report.device_name(device), set(Store().names())
-    wanted, needs = batch.find_needs(scale, notebooks, items)
-    only = ",".join(wanted)
-    to_execute = pending(scale, notebooks, items) if to_execute is None else set(to_execute)
+    wanted, needed = needs.find_needs(scale, notebooks, items)
+    to_execute = due(scale, wanted, needed) if to_execute is None else set(to_execute)
+    to_execute = {name for name in to_execute if not needed[name]["error"]}
     find = functools.cache(lambda name: describe(name, stored))
-    names = with_parents(run for need in needs.values() for run in need["runs"])
+    names = with_parents(run for need in needed.values() for run in need["runs"])
     missing = [run for run in dict.fromkeys(map(find, names)) if not run.stored]
     to_import = [run for run in missing if run.recipe.name == "imported"]
     missing = [run for run in missing if run not in to_import]
@@ -118,7 +67,7 @@ def plan(
         return "stored" if run.stored else "to train" if run.facts else "unknown data"
 
     lines, shown, executing = [], set(), {}
-    for name, need in needs.items():
+    for name, need in needed.items():
         lines += ["", f"{name:72}  {'status':12} {'epochs':>6} {'estimate':>10}"]
         runs = [find(run) for run in with_parents(need["runs"])]
         for key, group in itertools.groupby(runs, lambda run: (run.network, status(run), run.recipe)):
@@ -128,8 +77,11 @@ def plan(
             lines.append(f"  {f'{key[0]}/{seeds}':70}  {key[1]:12} {key[2].epochs:6} {rough(seconds):>10}")
         shown |= {run.name for run in runs}
         state, seconds, note = "up to date", 0.0, ""
+        if need["error"]:
+            lines.append(f"  fails: {need['error']}")
+            continue
         if name in to_execute:
-            seconds, note = notebook_seconds(name, scale, only, here, find)
+            seconds, note = notebook_seconds(name, scale, need["runs"], here, find)
             state, executing[name] = "to execute", seconds
         lines.append(f"  {f'the notebook ({note})' if note else 'the notebook':70}  {state:19} {rough(seconds):>10}")
 
@@ -138,12 +90,12 @@ def plan(
 
     def chain(name: str) -> float:
         """Seconds until a notebook is there if nothing else has to be made."""
-        need = needs[name]
+        need = needed[name]
         trainings = [sum(known.get(find(each).name, 0.0) for each in with_parents([run])) for run in need["runs"]]
         before = trainings + [chain(other) for other in need["after"]]
         return known.get(name, 0.0) + max(before, default=0.0)
 
-    together = max([total / jobs, *map(chain, needs)])
+    together = max([total / jobs, *map(chain, needed)])
     unknown = {
         "to import, without which `make figures` fails": len(to_import),
         "to train of unknown data": sum(math.isnan(seconds) for seconds in training.values()),
@@ -155,7 +107,7 @@ def plan(
     lines += [
         "",
         f"{'Networks to train':40} {len(missing):5} of {len(shown):<5} {rough(sums[0]):>10}",
-        f"{'Notebooks to execute':40} {len(executing):5} of {len(needs):<5} {rough(sums[1]):>10}",
+        f"{'Notebooks to execute':40} {len(executing):5} of {len(needed):<5} {rough(sums[1]):>10}",
         f"{'Jobs to start, ' + rough(START) + ' each':40} {len(known):5}    {'':5} {rough(START * len(known)):>10}",
         f"{'In all, one job after another':40} {'':14} {rough(total):>10}",
         f"{'In all, ' + str(jobs) + ' at the same time':40} {'':14} {rough(together):>10}",

@@ -140,41 +140,6 @@ def load_item(item: str, scale: str, root: str | Path | None = None) -> dict[str
     raise FileNotFoundError(f"{item} has not been made ({paths[-1]}): make figures SCALE={scale} ITEMS={item}")
 
 
-def notebook_runs(path: str | Path, scale: str, items: str = "") -> list[str]:
-    """The names of the training runs a notebook needs at `scale`: its variable `runs`, see `notebook_needs`."""
-    return notebook_needs(path, scale, items)["runs"]
-
-
-def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, list[str]]:
-    """What a notebook needs at `scale`: names of training `runs`, and items of other notebooks that it `reads`.
-
-    Of a jupytext notebook in the percent format, only the cells tagged `parameters` and `runs` are executed, the latter
-    with `scale` and `items` set. So what a notebook needs stands in the notebook, and the batch graph reads it there.
-    """
-    cells = re.split(r"^# %%", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    found = []
-    for tag in ("parameters", "runs"):
-        for cell in cells:
-            head, _, code = cell.partition("\n")
-            if re.search(rf'tags=\[[^\]]*"{tag}"', head):
-                try:
-                    exec(compile(code, f"{path} ({tag})", "exec", dont_inherit=True), namespace)
-                except Exception as error:
-                    why = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"{path}: the cell tagged `{tag}` fails: {why}") from error
-                found.append(tag)
-        namespace.update(scale=check_scale(scale), items=items)
-    if "runs" not in found:
-        return {"runs": [], "reads": []}  # a notebook that trains nothing
-    needs = {"runs": namespace.get("runs"), "reads": namespace.get("reads", [])}
-    for name, what in {"runs": "run names", "reads": "item IDs"}.items():
-        value = needs[name]
-        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise TypeError(f"{path}: the cell tagged `runs` must set `{name}` to a list of {what}, got {value!r}")
-    return {name: list(dict.fromkeys(value)) for name, value in needs.items()}
-
-
 def environment(device: Any = "cpu") -> dict[str, Any]:
     """Where results were made: interpreter, machine, device, package versions, commit."""
     try:

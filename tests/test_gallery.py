@@ -1,0 +1,76 @@
+"""The gallery as a page for a browser, and as docs/gallery.md."""
+
+from html.parser import HTMLParser
+
+import matplotlib.pyplot as plt
+import pytest
+from PIL import Image
+
+from companion.figures import gallery, report
+
+
+class Links(HTMLParser):
+    """Collects links, and complains about tags that are not closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.open = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("href", "src")]
+        if tag not in ("meta", "img", "p"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "p":
+            assert self.open.pop() == tag
+
+
+def test_gallery_shows_every_item_with_the_papers_numbers(project):
+    report.save_item("repair/sec3-theory", "smoke", [{"layer": 1}], {"corr": 0.5}, plt.figure())
+    report.save_item("repair/equivalence", "quick", [{"layer": 1, "frozen": True}], {"error": 1.25e-7})
+    page = gallery.write_gallery()
+    text = page.read_text()
+    for item in report.read_index():
+        assert f'id="{item}"' in text
+    assert "<td>final layer decay</td><td>&gt;10x</td>" in text  # printed in the paper, not made here
+    assert "<td>corr</td><td>0.4</td><td>0.5</td>" in text  # the paper's beside ours
+    assert "1.25e-07" in text and "<td>yes</td>" in text
+    # A claim that rests on what was made, and was not made with what it needs.
+    assert '<td><a href="#repair/equivalence">repair/equivalence</a></td>' in text and "not judged" in text
+    assert "| repair/equivalence | " in (page.parent / "scorecard.md").read_text()
+    parser = Links()
+    parser.feed(text)
+    assert parser.open == []
+    pictures = [link for link in parser.links if link.endswith(".png")]
+    assert len(pictures) == 2 and all((page.parent / link).exists() for link in pictures)
+    assert "<script" not in text and "http" not in text
+
+
+def test_gallery_links_notebooks_with_their_output(project):
+    report.save_item("repair/sec3-theory", "smoke", [{"layer": 1}], {"corr": 0.5}, plt.figure())
+    page = report.figures_root() / "smoke" / "repair" / "03_variance_collapse.html"
+    assert "smoke/repair/03_variance_collapse.html" not in gallery.write_gallery().read_text()
+    page.write_text("")
+    assert '<a href="smoke/repair/03_variance_collapse.html">' in gallery.write_gallery().read_text()
+
+
+def test_docs_show_every_item_with_small_pictures(project, monkeypatch):
+    figure, axes = plt.subplots()
+    axes.plot([1, 2], [0.7, 0.4])
+    report.save_item("repair/sec3-theory", "quick", [{"layer": 1}], {"corr": 0.5}, figure)
+    report.save_item("repair/equivalence", "quick", [{"layer": 1}], {"error": 1.25e-7})  # a table
+    page = gallery.write_docs()
+    assert page == project / "docs" / "gallery.md"
+    text = page.read_text()
+    assert all(f"### {item}\n" in text for item in report.read_index())
+    assert "| corr | 0.4 | 0.5 |" in text and "| error | 1.25e-07 |" in text
+    assert "make figures SCALE=fast ITEMS=repair/samples" in text  # not made
+    assert "](../notebooks/repair/03_variance_collapse.ipynb)" in text
+    (picture,) = (page.parent / "gallery").iterdir()
+    assert f"![repair/sec3-theory](gallery/{picture.name})" in text
+    with Image.open(picture) as image:
+        assert image.width == gallery.WIDTH and image.mode == "P"
+    monkeypatch.setattr(gallery, "LIMIT", 1000)
+    with pytest.raises(ValueError, match="the pictures of docs/gallery.md take 0.0 MB"):
+        gallery.write_docs()

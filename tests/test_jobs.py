@@ -1,0 +1,151 @@
+"""The jobs of `make figures`: which, in which order, how far they are; and that they make what is missing, no more."""
+
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jobs
+import pytest
+from small_notebooks import NAME, copy_tree, write_notebook
+
+from companion.runs.store import Store
+
+SMALL, LARGE = "digits/mlp2-bn-w8/smoke/s{}", "digits/mlp2-bn-w512/quick/s{}"
+SPEED = {"mlp-bn": [(1, 1e9)]}
+
+
+def need(runs=(), after=()):
+    return {"runs": list(runs), "reads": [], "after": list(after), "error": ""}
+
+
+def plan(wanted, **options):
+    return jobs.plan_jobs("smoke", [], wanted, "cpu", **{"speed": SPEED} | options)
+
+
+def test_what_is_soonest_there_comes_first(project):
+    wanted = {
+        "large": need(map(LARGE.format, (1, 2))),
+        "both": need([LARGE.format(2), SMALL.format(3)]),
+        "small": need(map(SMALL.format, (1, 2))),
+        "reader": need(after=["small"]),
+        "broken": need() | {"error": "the cell fails"},
+    }
+    found = plan(wanted)
+    assert [job.key for job in found] == [
+        f"train/{SMALL.format(1)}", "notebook/small", "notebook/reader",
+        f"train/{LARGE.format(2)}", f"train/{SMALL.format(3)}", "notebook/both",
+        f"train/{LARGE.format(1)}", "notebook/large",
+    ]  # fmt: skip
+    jobs_of = {job.key: job for job in found}
+    assert jobs_of[f"train/{SMALL.format(1)}"].runs == [SMALL.format(1), SMALL.format(2)]  # short ones share a job
+    assert jobs_of["notebook/large"].after == [f"train/{LARGE.format(1)}", f"train/{LARGE.format(2)}"]
+    assert jobs_of["notebook/reader"].after == ["notebook/small"]
+    priorities = [job.priority for job in found]
+    assert priorities == sorted(priorities, reverse=True) and min(priorities) > 0
+
+
+def test_a_run_that_is_continued_is_trained_first(project):
+    child = f"{SMALL.format(1)}/retrain/s2"
+    found = plan({"one": need([child])})
+    assert [job.key for job in found] == [f"train/{SMALL.format(1)}", f"train/{child}", "notebook/one"]
+    assert found[1].after == [found[0].key]
+
+
+def test_what_is_stored_is_not_trained(project, monkeypatch):
+    monkeypatch.setattr(Store, "names", lambda self: [SMALL.format(1)])
+    assert [job.key for job in plan({"one": need([SMALL.format(1)])})] == ["notebook/one"]
+    monkeypatch.setattr(jobs.needs, "is_up_to_date", lambda *_: True)
+    assert plan({"one": need([SMALL.format(1)])}) == []
+
+
+def test_progress_is_read_from_stamps(tmp_path):
+    training = jobs.Job("a/s1", 100.0, [SMALL.format(1), SMALL.format(2)])
+    notebook = jobs.Job("one", 50.0, [], [training.key])
+    progress = jobs.Progress([training, notebook], tmp_path, workers=2)
+
+    def stamp(key, kind, at):
+        path = tmp_path / f"{key}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (at, at))
+
+    assert progress.look() == [] and progress.left(1000.0) == pytest.approx(100.0)  # the longest of two at a time
+    assert progress.line(1000.0) == "networks 0/2, notebooks 0/1, about 100 s left"
+    stamp(training.key, "started", 1000.0)
+    assert progress.look() == [] and progress.left(1040.0) == pytest.approx(60.0)
+    assert progress.line(1040.0) == "networks 0/2, notebooks 0/1, about 60 s left; now a/s1"
+    stamp(training.key, "done", 1200.0)  # twice as long as thought, nearly
+    (Store().root / SMALL.format(1)).mkdir(parents=True)
+    assert progress.look() == [training.key] and progress.left(1200.0) == pytest.approx(50 * 230 / 130)
+    assert progress.line(1200.0).startswith("networks 1/2, notebooks 0/1, about 88 s left")
+    stamp(notebook.key, "started", 1200.0)
+    stamp(notebook.key, "failed", 1210.0)
+    assert progress.look() == [] and progress.left(1210.0) == 0.0
+    assert jobs.Progress([jobs.Job("two", math.nan)], tmp_path, 1).line(0.0) == "notebooks 0/1, time left unknown"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_status_is_rewritten_on_a_terminal_and_repeated_now_and_then_elsewhere(monkeypatch):
+    terminal, file = Terminal(), io.StringIO()
+    for out, every in ((terminal, 0.0), (file, 1000.0)):
+        screen = jobs.Screen(out, every)
+        screen.status("1 of 2")
+        screen.say("a result")
+        screen.status("2 of 2")
+        screen.end()
+    assert terminal.getvalue() == "1 of 2\r\033[Ka result\n1 of 2\r\033[K2 of 2\r\033[K"
+    assert file.getvalue() == "1 of 2\na result\n"
+
+
+def test_bad_questions_are_answered(project, capsys):
+    assert jobs.main(["--scale", "tiny"]) == 2
+    assert "unknown scale 'tiny'" in capsys.readouterr().err
+    assert jobs.main(["--notebooks", "repair/3_collapse"]) == 2
+    assert "the nearest is 'repair/03_variance_collapse'" in capsys.readouterr().err
+
+
+def test_the_batch_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
+    copy_tree(tmp_path)
+    runs = '["digits/mlp1-bn-w4/smoke/s1"]'
+    write_notebook(tmp_path, runs)
+    write_notebook(tmp_path, runs, name="00_quickstart")  # at the same time, so the kernels must not collide
+    write_notebook(tmp_path, "[undefined]", name="broken")
+    write_notebook(tmp_path, end="1 / 0  # fails", name="failing")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("REPAIRLIB_FIGURES", str(tmp_path / "figures"))
+
+    def make(status=0):
+        command = [sys.executable, "workflow/jobs.py", "--scale", "smoke", "--cores", "2"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert result.returncode == status, result.stdout + result.stderr
+        return result.stdout, result.stderr
+
+    out, error = make(status=1)
+    assert all(f"{name} [smoke]: fig2-left, sec3-theory in" in out for name in (NAME, "00_quickstart"))
+    assert "broken.py: the cell tagged `runs` fails: NameError: name 'undefined' is not defined" in error
+    assert "1 / 0  # fails" in error and "failed: see build/smoke/failing.partial.ipynb" in out
+    assert "networks 0/1, notebooks 0/3, about " in out
+    weights = Path(os.environ["REPAIRLIB_RUNS"]) / "digits/mlp1-bn-w4/smoke/s1/model.safetensors"
+    trained = weights.stat().st_mtime_ns
+
+    write_notebook(tmp_path, name="broken")
+    (tmp_path / "notebooks" / "failing.py").unlink()
+    path = tmp_path / "companion" / "figures" / "report.py"  # which all import
+    path.touch()
+    out, _ = make()
+    assert "broken [smoke]" in out and f"{NAME} [smoke]" not in out  # nothing else has changed
+
+    quickstart = tmp_path / "notebooks" / "00_quickstart.py"
+    quickstart.write_text(quickstart.read_text() + "\n# edited\n")
+    claims = tmp_path / "companion" / "figures" / "claims" / "repair.py"
+    claims.write_text(claims.read_text() + "\n# edited\n")
+    out, _ = make()
+    assert "00_quickstart [smoke]" in out and f"{NAME} [smoke]" not in out and "broken [smoke]" not in out
+    assert weights.stat().st_mtime_ns == trained and not list((tmp_path / "build" / "jobs").iterdir())

@@ -1,0 +1,411 @@
+"""Make all figures of a scale: what is missing, in which order, and how far it is.
+
+    python workflow/jobs.py --scale quick [--notebooks "repair/04_repair"] [--items "repair/fig3-left"] [--cores 4]
+
+This plans the jobs, lets Snakemake run them (see the Snakefile), and meanwhile says in one line what is being made, how
+much is done and about how long is left. The notebook that is soonest there comes first, with its trainings, then the
+next; so the first picture is there after a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import queue
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import batch
+import needs
+
+from companion.experiments.scales import SCALES
+from companion.figures import gallery, report
+from companion.runs import costs, train
+from companion.runs.data import project_root
+from companion.runs.store import Store
+
+START = 4.0  # seconds that a job takes to import PyTorch
+TOGETHER = 15.0  # seconds: trainings of a network's seeds share a job up to here, because starting a job takes longer
+PASSES = 20  # passes over test and calibration images in a notebook that was never executed: the median at quick
+
+
+@dataclass
+class Job:
+    """A job of the batch: the training of some runs, or the execution of a notebook.
+
+    Attributes:
+        name: a notebook's name; of a training its first run.
+        seconds: what it takes, roughly; NaN if nothing is known.
+        runs: names of the runs it trains; empty for a notebook.
+        after: names of the jobs before it, as in the batch: trainings begin with "train/", notebooks with "notebook/".
+        priority: what is higher comes first.
+    """
+
+    name: str
+    seconds: float
+    runs: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    priority: int = 0
+
+    @property
+    def key(self) -> str:
+        """What its stamp is called."""
+        return f"{'train' if self.runs else 'notebook'}/{self.name}"
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+def due(scale: str, items: list[str], wanted: Mapping[str, dict[str, Any]]) -> set[str]:
+    """Names of the notebooks that have to be executed: those not up to date, and those that read what these make.
+
+    wanted: by notebook, see needs.find_needs.
+    """
+    found = {name for name, need in wanted.items() if not needs.is_up_to_date(name, scale, items, need)}
+    while more := {name for name, need in wanted.items() if name not in found and found & {*need["after"]}}:
+        found |= more
+    return found
+
+
+def plan_jobs(
+    scale: str, items: list[str], wanted: Mapping[str, dict[str, Any]], device: str, speed: costs.Speed | None = None
+) -> list[Job]:
+    """The jobs that make what is missing, in the order in which they should begin.
+
+    Args:
+        scale, items, wanted: see needs.find_needs.
+        device: where networks are trained.
+        speed: see costs.train_seconds.
+    """
+    todo = {name for name in due(scale, items, wanted) if not wanted[name]["error"]}
+    lineages = {name: costs.with_parents(wanted[name]["runs"]) for name in todo}
+    stored = set(Store().names())
+    runs = {
+        run: costs.describe(run, stored) for run in dict.fromkeys(run for each in lineages.values() for run in each)
+    }
+    seconds = costs.train_seconds(runs.values(), device, speed=speed)
+    missing = {name: seconds[name] for name, run in runs.items() if not run.stored}
+    here = report.device_name(device)
+    executing = {}
+    for name in todo:
+        executing[name], _ = notebook_seconds(name, scale, wanted[name]["runs"], here, costs.describe)
+        if math.isnan(executing[name]):
+            executing[name] = START + sum(_looking(runs[run], seconds[run]) for run in lineages[name])
+
+    def chain(name: str) -> list[str]:
+        """A notebook after those that it reads from."""
+        before = [other for other in wanted[name]["after"] if other in todo]
+        return list(dict.fromkeys([each for other in before for each in chain(other)] + [name]))
+
+    def cost(name: str) -> float:
+        """Seconds until a notebook is there, beyond the jobs planned so far."""
+        new = [each for each in chain(name) if each not in planned]
+        trainings = {run for each in new for run in lineages[each] if run in missing and run not in job_of}
+        total = sum(executing[each] for each in new) + sum(missing[run] for run in trainings)
+        return math.inf if math.isnan(total) else total
+
+    jobs: list[Job] = []
+    job_of: dict[str, Job] = {}
+    planned: list[str] = []
+    while left := sorted(todo - {*planned}):
+        for name in chain(min(left, key=cost)):
+            if name in planned:
+                continue
+            planned.append(name)
+            new = [run for run in lineages[name] if run in missing and run not in job_of]
+            for group in _groups(new, runs, missing):
+                job = Job(group[0], START + sum(missing[run] for run in group), group)
+                parents = {parent for run in group for parent in costs.with_parents([run])[:-1]} - {*group}
+                job.after = list(dict.fromkeys(job_of[parent].key for parent in sorted(parents) if parent in job_of))
+                job_of |= dict.fromkeys(group, job)
+                jobs.append(job)
+            trainings = [job_of[run].key for run in lineages[name] if run in job_of]
+            notebooks = [f"notebook/{other}" for other in wanted[name]["after"] if other in todo]
+            jobs.append(Job(name, executing[name], [], list(dict.fromkeys(trainings + notebooks))))
+    for number, job in enumerate(jobs):
+        job.priority = len(jobs) - number
+    return jobs
+
+
+def _groups(names: list[str], runs: Mapping[str, costs.Run], seconds: Mapping[str, float]) -> Iterable[list[str]]:
+    """Runs of the same network, as many as take up to `TOGETHER` seconds."""
+    group: list[str] = []
+    for name in names:
+        same = group and runs[name].network == runs[group[0]].network
+        if same and sum(seconds[each] for each in [*group, name]) <= TOGETHER:
+            group.append(name)
+        else:
+            if group:
+                yield group
+            group = [name]
+    if group:
+        yield group
+
+
+def _looking(run: costs.Run, seconds: float) -> float:
+    """Seconds that a notebook may spend on a run: at the speed of its training, which takes `seconds`."""
+    return seconds * PASSES * run.evaluation_flops / run.train_flops if run.train_flops else 0.0
+
+
+def notebook_seconds(
+    name: str, scale: str, needed: Iterable[str], device: str, find: Callable[[str], costs.Run]
+) -> tuple[float, str]:
+    """Seconds to execute a notebook, scaled from its last execution on a device, and a note on how; NaN if never.
+
+    Args:
+        name: of the notebook.
+        scale: smoke, quick, fast or paper.
+        needed: the runs that it needs there.
+        device: its model, as in report.device_name.
+        find: gives the costs.Run of a name.
+    """
+    work = sum(find(run).evaluation_flops for run in needed)
+    at = SCALES.index(scale)
+    for other in sorted(SCALES, key=lambda each: abs(SCALES.index(each) - at)):
+        done = needs.read_done(name, other)
+        if not done or done["device"] != device:
+            continue
+        # The runs it used then; it may need others by now. One that saves no items tells only what it needs now.
+        saved = [report.figures_root() / other / file for file in done["files"] if file.endswith(".json")]
+        used = {run for path in saved for run in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+        used = used or needs.notebook_needs(needs.path_of(name), other)["runs"]
+        then = sum(find(run).evaluation_flops for run in used)
+        ratio = 1.0 if work == then else work / then if then else math.nan
+        if math.isnan(ratio):
+            return math.nan, "unknown data"
+        # What a kernel takes to start does not grow with the work.
+        seconds = min(done["seconds"], START) + max(done["seconds"] - START, 0) * ratio
+        times = "" if f"{ratio:.2g}" == "1" else f"{ratio:,.0f} x " if ratio >= 10 else f"{ratio:.2g} x "
+        return seconds, f"{times}the work of {costs.rough(done['seconds'])} at {other}"
+    return math.nan, "never run on this device: run it at quick first"
+
+
+# ---------------------------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """How far the jobs are, by the stamps in a folder: `<key>.started`, `.done`, `.failed`.
+
+    Args:
+        jobs: all of them.
+        folder: of the stamps.
+        workers: how many jobs run at the same time.
+    """
+
+    def __init__(self, jobs: Iterable[Job], folder: Path, workers: int):
+        self.jobs, self.folder, self.workers = {job.key: job for job in jobs}, folder, workers
+        self.store = Store().root
+        self.stamps: dict[str, dict[str, float]] = {key: {} for key in self.jobs}
+
+    def look(self) -> list[str]:
+        """Read the stamps; returns the keys of the jobs that are newly done."""
+        new = []
+        for key, stamps in self.stamps.items():
+            for kind in ("started", "failed", "done"):
+                if kind not in stamps and "done" not in stamps and (path := self.folder / f"{key}.{kind}").exists():
+                    stamps[kind] = path.stat().st_mtime
+                    new += [key] * (kind == "done")
+        return new
+
+    def left(self, now: float) -> float:
+        """Seconds until everything is there: what is estimated, corrected by how long jobs have really taken."""
+        done = [key for key, stamps in self.stamps.items() if {"started", "done"} <= stamps.keys()]
+        took = sum(self.stamps[key]["done"] - self.stamps[key]["started"] for key in done)
+        thought = sum(self.jobs[key].seconds for key in done)
+        factor = (took + 30) / (thought + 30)  # 30 s of trust in the estimate
+        remaining = []
+        for key, stamps in self.stamps.items():
+            if "done" not in stamps and "failed" not in stamps:
+                seconds = self.jobs[key].seconds * factor
+                remaining.append(max(seconds - (now - stamps.get("started", now)), 0.1 * seconds))
+        return max(sum(remaining) / self.workers, max(remaining, default=0.0))
+
+    def line(self, now: float) -> str:
+        """What is being made, how much is done and about how long is left."""
+        runs = [run for job in self.jobs.values() for run in job.runs]
+        trained = sum((self.store / run).is_dir() for run in runs)
+        notebooks = [key for key, job in self.jobs.items() if not job.runs]
+        made = sum("done" in self.stamps[key] for key in notebooks)
+        active = [key for key, s in self.stamps.items() if "started" in s and not s.keys() & {"done", "failed"}]
+        names = [key.partition("/")[2] for key in active]
+        parts = [f"networks {trained}/{len(runs)}"] * bool(runs)
+        left = costs.rough(self.left(now))
+        parts += [f"notebooks {made}/{len(notebooks)}", "time left unknown" if left == "?" else f"about {left} left"]
+        return ", ".join(parts) + (f"; now {', '.join(names)}" if names else "")
+
+
+class Screen:
+    """Prints lines, and below them one that is rewritten in place; where nobody is looking, now and then a line."""
+
+    def __init__(self, out: TextIO, every: float = 60.0):
+        self.out, self.every, self.shown, self.last = out, every, "", -math.inf
+
+    def say(self, text: str, out: TextIO | None = None) -> None:
+        """Print lines for good."""
+        self._clear()
+        print(text, file=out or self.out, flush=True)
+        self._write(self.shown)
+
+    def status(self, text: str) -> None:
+        """Replace the last line."""
+        if self.out.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            text = text if len(text) <= width else text[: width - 1] + "…"
+            if text != self.shown:
+                self._clear()
+                self.shown = text
+                self._write(text)
+        elif text != self.shown and time.monotonic() - self.last >= self.every:
+            self.shown, self.last = text, time.monotonic()
+            print(text, file=self.out, flush=True)
+
+    def end(self) -> None:
+        """Remove the last line."""
+        self._clear()
+        self.shown = ""
+
+    def _clear(self) -> None:
+        if self.out.isatty() and self.shown:
+            print("\r\033[K", end="", file=self.out, flush=True)
+
+    def _write(self, text: str) -> None:
+        if self.out.isatty():
+            print(text, end="", file=self.out, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- execute
+
+
+def make(
+    scale: str,
+    notebooks: str = "",
+    items: str = "",
+    *,
+    cores: str = "all",
+    gpu_jobs: int = 1,
+    quiet: str = "all",
+    options: str = "",
+) -> int:
+    """Make what is missing; returns 0 if everything is there, 1 if something failed.
+
+    Args:
+        scale, notebooks, items: what to make, as of `make figures`.
+        cores: jobs at the same time, "all" for one on each core.
+        gpu_jobs: how many of them may share the GPU.
+        quiet: what Snakemake leaves unsaid: "all", or "progress" for its own messages.
+        options: more options for Snakemake, such as those of a cluster.
+
+    Raises:
+        ValueError: unknown scale, notebook or item.
+    """
+    began = time.time()
+    wanted, need = needs.find_needs(scale, notebooks, items)
+    errors = {name: each["error"] for name, each in need.items() if each["error"]}
+    screen = Screen(sys.stdout)
+    for error in errors.values():
+        screen.say(error, sys.stderr)
+    screen.status(f"{scale}: looking what is missing")
+    device = train.default_device()
+    jobs = plan_jobs(scale, wanted, need, device)
+    workers = (os.cpu_count() or 1) if cores == "all" else int(cores)
+    workers = min(workers, gpu_jobs) if device.startswith("cuda") else workers
+    status = 0
+    if jobs:
+        folder = project_root() / "build" / "jobs"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{scale}-", dir=folder) as stamps:
+            plan = Path(stamps) / "plan.json"
+            described = {job.key: {"runs": job.runs, "after": job.after, "priority": job.priority} for job in jobs}
+            gpu = int(shutil.which("nvidia-smi") is not None)
+            plan.write_text(json.dumps({"scale": scale, "items": wanted, "gpu": gpu, "jobs": described}))
+            command = [sys.executable, "-m", "snakemake", "--cores", cores, "--resources", f"gpu={gpu_jobs}"]
+            command += ["--keep-going", "--nolock", "--drop-metadata", "--rerun-triggers", "mtime"]
+            command += ["--scheduler", "greedy", "--quiet", quiet, "--config", f"plan={plan}", *shlex.split(options)]
+            progress = Progress(jobs, Path(stamps), workers)
+            screen.say(f"{scale}: {progress.line(began)}")
+            status = _follow(command, progress, screen, show=quiet != "all")
+    screen.end()
+    gallery.write_gallery()
+    print(batch.summarize(scale, began, errors))
+    made = [needs.read_done(job.name, scale) for job in jobs if not job.runs]
+    failed = bool(status or errors or any(done and done.get("checks") for done in made))
+    if status and not errors:
+        print("Not everything could be made; if nothing above says why, try: make figures QUIET=progress")
+    return int(failed)
+
+
+def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) -> int:
+    """Run Snakemake, pass on what the jobs say, and show how far it is; returns its exit status."""
+    process = subprocess.Popen(
+        command, cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    lines: queue.Queue[tuple[str, TextIO]] = queue.Queue()
+    readers = [
+        threading.Thread(target=_read, args=(process.stdout, sys.stdout, lines), daemon=True),
+        threading.Thread(target=_read, args=(process.stderr, sys.stderr, lines), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        while any(reader.is_alive() for reader in readers) or not lines.empty():
+            try:
+                text, out = lines.get(timeout=1.0)
+                # A trained network is counted in the status line.
+                if show or not re.match(r"\S+/s\d+: test accuracy ", text):
+                    screen.say(text, out)
+            except queue.Empty:
+                pass
+            if any(key.startswith("notebook/") for key in progress.look()):
+                gallery.write_gallery()  # so that whoever has it open sees more and more
+            screen.status(progress.line(time.time()))
+        return process.wait()
+    except KeyboardInterrupt:
+        screen.end()
+        process.wait()  # Ctrl-C has reached it too
+        raise
+
+
+def _read(pipe: Any, out: TextIO, lines: queue.Queue[tuple[str, TextIO]]) -> None:
+    """Put the lines of a pipe in a queue."""
+    for line in pipe:
+        lines.put((line.rstrip("\n"), out))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code is 1 if something failed and 2 if the question was wrong."""
+    parser = argparse.ArgumentParser(prog="python workflow/jobs.py", description="Make what is missing.")
+    parser.add_argument("--scale", default="quick", help="smoke, quick (default), fast or paper")
+    parser.add_argument("--notebooks", default="", help="names of notebooks, by default all")
+    parser.add_argument("--items", default="", help="names of items, by default all")
+    parser.add_argument("--cores", default="all", help="jobs at the same time")
+    parser.add_argument("--gpu-jobs", default=1, type=int, help="how many of them may share the GPU")
+    parser.add_argument("--quiet", default="all", help="what Snakemake leaves unsaid; `progress` shows its messages")
+    parser.add_argument("--snakemake", default="", help="more options for Snakemake, such as those of a cluster")
+    options = parser.parse_args(arguments)
+    try:
+        return make(
+            options.scale, options.notebooks, options.items, cores=options.cores, gpu_jobs=options.gpu_jobs,
+            quiet=options.quiet, options=options.snakemake,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. What is made stays; the same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
