@@ -16,17 +16,28 @@ def rows(**columns) -> list[dict]:
     return pd.DataFrame(columns).to_dict("records")
 
 
-BARRIERS = rows(
-    series=["bn"] * 4 + ["ln"] * 4,
-    width=[1, 1, 2, 2] * 2,
-    loss_before=[2.0, 3.0, 1.0, 1.0, 0.5, 0.5, 0.4, 0.2],
-    loss_after=[0.4, 0.6, 0.1, 0.1] * 2,
-    accuracy_before=[0.5] * 8,
-    accuracy_after=[0.1] * 8,
-)
+def long(series: str, width: int, losses: dict[str, float], pair: str = "1-2") -> list[dict]:
+    """Two paths of a pair, before and after REPAIR, with these loss barriers, and accuracy barriers of 0.5 and 0.1."""
+    barriers = {"none": (losses["none"], 0.5), "REPAIR": (losses["REPAIR"], 0.1)}
+    return [
+        {"series": series, "width": width, "pair": pair, "matching": "AM", "renorm": renorm, "alpha": alpha,
+         "split": "test", "loss": 0.25 + (alpha == 0.5) * loss, "accuracy": 0.75 - (alpha == 0.5) * accuracy}
+        for renorm, (loss, accuracy) in barriers.items() for alpha in (0, 0.5, 1)
+    ]  # fmt: skip
+
+
+BEFORE = {"bn": {1: (2.0, 3.0), 2: (1.0, 1.0)}, "ln": {1: (0.5, 0.5), 2: (0.4, 0.2)}}
+AFTER = {1: (0.4, 0.6), 2: (0.1, 0.1)}
+BARRIERS = [
+    row
+    for series, widths in BEFORE.items()
+    for width, before in widths.items()
+    for i, pair in enumerate(("1-2", "1-3"))
+    for row in long(series, width, {"none": before[i], "REPAIR": AFTER[width][i]}, pair)
+]
 FIGURES = {
     "variance_profile": lambda: plots.variance_profile(
-        rows(network=["direct", "direct"], layer=[1, 2], ratio=[0.5, 0.1])
+        rows(network=["not aligned", "not aligned"], layer=[1, 2], ratio=[0.5, 0.1])
     ),
     "path": lambda: plots.path(
         rows(network=["aligned"] * 3, alpha=[0, 0.5, 1], accuracy=[0.9, 0.5, 0.9], loss=[1, 2, 1])
@@ -35,18 +46,20 @@ FIGURES = {
     "channels": lambda: plots.channels(rows(network=["aligned"] * 2, channel=[0, 1], variance=[0.3, 0.4])),
     "depth": lambda: plots.depth(
         rows(
-            network=["endpoint a", "endpoint b", "aligned"] * 2, depth=[2] * 3 + [4] * 3, accuracy=[0.9, 0.8, 0.7] * 2
+            network=["endpoint A", "endpoint B", "aligned"] * 2, depth=[2] * 3 + [4] * 3, accuracy=[0.9, 0.8, 0.7] * 2
         ),
         threshold=0.9,
     ),
     "samples": lambda: plots.samples(
-        rows(network=["sequential"] * 4, examples=[10, 10, 100, 100], draw=[0, 1] * 2, barrier=[0.2, 0.3, 0.1, 0.1]),
+        rows(
+            network=["aligned + REPAIR"] * 4, examples=[10, 10, 100, 100], draw=[0, 1] * 2, barrier=[0.2, 0.3, 0.1, 0.1]
+        ),
         before=0.5,
     ),
     "variance_scatter": lambda: plots.variance_scatter(
         rows(
             series=["MLP", "MLP", "VGG"],
-            network=["aligned", "repaired", "aligned"],
+            network=["aligned", "aligned + REPAIR", "aligned"],
             layer=[1, 1, 2],
             ratio=[0.1, 1, 0.01],
         )
@@ -92,24 +105,38 @@ def test_the_style_does_not_leak():
 
 
 def test_same_network_same_look_everywhere():
-    colours = [
-        look["color"]
-        for name, look in plots.LOOKS.items()
-        if name not in ("sequential", "conv", "endpoint a", "endpoint b")
-    ]
+    colours = [look["color"] for look in plots.LOOKS.values()]
     assert len(set(colours)) == len(colours)  # told apart by colour; line and marker tell apart again without it
-    assert plots.LOOKS["repaired"]["color"] == plots.LOOKS["sequential"]["color"]
+    lines = [
+        (look["linestyle"], look["marker"]) for name, look in plots.LOOKS.items() if not name.startswith("endpoint")
+    ]
+    assert len(set(lines)) == len(lines)
+    for name in ("aligned", "aligned + REPAIR"):
+        assert plots.BASELINES[name] == plots.LOOKS[name]
+    for end in ("endpoint A", "endpoint B"):
+        assert plots.BASELINES[end]["color"] == plots.LOOKS[end]["color"]
+
+
+def test_a_network_is_called_what_its_columns_say():
+    table = pd.DataFrame(long("", 1, {"none": 1.0, "REPAIR": 0.1})).drop(columns="series")
+    table = pd.concat([table, table[table["renorm"] == "none"].assign(matching="none")])
+    (ax,) = plots.path(table).axes
+    assert [line.get_label() for line in ax.lines] == ["aligned", "aligned + REPAIR", "not aligned"]
+    looks = [plots.LOOKS[line.get_label()] for line in ax.lines]
+    assert [line.get_color() for line in ax.lines] == [look["color"] for look in looks]
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([75, 25, 75])
 
 
 def test_barriers_before_are_open_and_after_filled():
-    (ax,) = plots.barriers(BARRIERS, "width", show={"ln": ("after",)}).axes
+    (ax,) = plots.barriers(BARRIERS, "width", show={"ln": ("REPAIR",)}).axes
     lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
     assert list(lines) == ["BatchNorm, before REPAIR", "BatchNorm, after REPAIR", "LayerNorm, after REPAIR"]
     before, after, other = lines.values()
-    assert before.get_ydata().tolist() == [2.5, 1.0]
+    assert before.get_ydata().tolist() == pytest.approx([2.5, 1.0])
     assert before.get_markerfacecolor() == "white" != after.get_markerfacecolor()
     assert before.get_color() == after.get_color() != other.get_color()
-    assert ax.containers[0].lines[2][0].get_segments()[0][:, 1].tolist() == [2.0, 3.0]  # the bar, least to greatest
+    (bar,) = ax.containers[0].lines[2]
+    assert bar.get_segments()[0][:, 1].tolist() == pytest.approx([2.0, 3.0])  # from the least to the greatest
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "2"]
 
 
@@ -121,8 +148,7 @@ def test_barriers_in_points_of_accuracy():
 
 
 def test_a_series_looks_the_same_in_barriers_and_paths_alone_or_not():
-    table = rows(series=["ln"] * 4, network=["aligned", "repaired"] * 2, alpha=[0, 0, 1, 1], accuracy=[0.9] * 4)
-    (ax,) = plots.path(table).axes
+    (ax,) = plots.path(long("ln", 1, {"none": 1.0, "REPAIR": 0.1})).axes
     drawn = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in ax.lines}
     for some in (BARRIERS, [row for row in BARRIERS if row["series"] == "ln"]):
         (ax,) = plots.barriers(some, "width").axes
@@ -131,7 +157,7 @@ def test_a_series_looks_the_same_in_barriers_and_paths_alone_or_not():
 
 
 def test_merging_draws_levels_across_both_panels():
-    table = rows(network=["repaired"] * 4, alpha=[0, 1] * 2, loss=[1.0, 2.0, 3.0, 2.0], accuracy=[0.5, 0.6] * 2)
+    table = rows(network=["aligned + REPAIR"] * 4, alpha=[0, 1] * 2, loss=[1.0, 2.0, 3.0, 2.0], accuracy=[0.5, 0.6] * 2)
     levels = rows(network=["full data"] * 2, alpha=[None] * 2, loss=[0.5, 0.7], accuracy=[0.8, 1.0])
     figure = plots.merging([row | {"series": "a title"} for row in table + levels])
     loss, accuracy = figure.axes
@@ -142,7 +168,7 @@ def test_merging_draws_levels_across_both_panels():
     assert (band.get_y(), band.get_height()) == (pytest.approx(80), pytest.approx(20))
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["after REPAIR", "trained on all data"]
+    assert [text.get_text() for text in legend.get_texts()] == ["aligned + REPAIR", "trained on all data"]
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
     assert all(ax.get_ylabel() for ax in figure.axes) and accuracy.get_xlabel()
     assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH)
