@@ -62,6 +62,8 @@ uniform = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
 plots_combine.plane({f"$s$ = {s:g}": box(s, center=0)(uniform).tolist() for s in (0.125, 0.25, 0.5)})
 
 # %% [markdown]
+# A lies in the middle of every box. Even the largest reaches only half of the way to B.
+#
 # ## One pair, step by step
 #
 # B's units are put into A's order. They are matched by their weights, as in the paper's App. C. Then one network is
@@ -88,7 +90,7 @@ pair.compare(A=pair.a, B=pair.b, halfway_beyond_B=halfway_beyond, box_about_A=wi
 # %%
 POINTS = {"extrapolation": grid.alphas, "centred": grid.half_edges}
 SPLITS = {"extrapolation": ("test", "train"), "centred": ("test",)}
-MATCHED = {"matching": "WM", "restarts": grid.restarts}
+WM = {"matching": "WM", "restarts": grid.restarts}
 
 
 def beyond_rows(pair, *schemes: str) -> list[dict]:
@@ -136,7 +138,7 @@ def box_summary(table: pd.DataFrame) -> dict[str, float]:
 
 # %%
 if fig := section.item("combine/fig9"):
-    table = fig.measure(beyond_rows, "extrapolation", **MATCHED)
+    table = fig.measure(beyond_rows, "extrapolation", **WM)
     fig.save(table, draw(table), line_summary(table))
 
 # %% [markdown]
@@ -154,7 +156,7 @@ if fig := section.item("combine/fig9"):
 
 # %%
 if fig := section.item("combine/fig10"):
-    table = fig.measure(beyond_rows, "centred", **MATCHED)
+    table = fig.measure(beyond_rows, "centred", **WM)
     fig.save(table, draw(table), box_summary(table))
 
 # %% [markdown]
@@ -165,7 +167,7 @@ if fig := section.item("combine/fig10"):
 
 # %%
 if fig := section.item("combine/figB23-B24"):
-    table = fig.measure(beyond_rows, "extrapolation", "centred", **MATCHED)
+    table = fig.measure(beyond_rows, "extrapolation", "centred", **WM)
     summaries = {"line": line_summary(table), "box": box_summary(table)}
     named = {f"{part}_{name}": value for part, found in summaries.items() for name, value in found.items()}
     fig.save(table, draw(table), named)

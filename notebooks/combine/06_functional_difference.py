@@ -66,6 +66,9 @@ grid = section.grid
 plots_combine.coefficients(coefficient_samples(RANDOM))
 
 # %% [markdown]
+# At 0.5 *subcube* and *hyperplane* draw from the whole hypercube, and so does *uniform*. *bernoulli* draws 0 and 1
+# only.
+#
 # ## One pair, step by step
 #
 # B's units are put into A's order. They are matched by their weights, as in the paper's App. C. Then the labels of four
@@ -85,6 +88,9 @@ counts = label_agreement(pair.a, networks.values(), (a, b), pair.test)
 pd.DataFrame(counts, networks.keys())
 
 # %% [markdown]
+# A itself gives A's labels, of course. Halfway, most labels are still those of both A and B. A Bernoulli combination
+# has more labels of its own. Without alignment, halfway, most labels are neither's.
+#
 # Now the edges of one layer, in units of the root mean square of its weights. Between networks that have nothing to do
 # with each other the square of an edge is 2 on average.
 
@@ -107,14 +113,14 @@ pd.DataFrame({"mean square": (edges**2).mean(), "median": edges.median(), "short
 # %%
 LINEAR = [("linear", "WM"), ("linear", "none")]
 ALL = [*LINEAR, *((scheme, "WM") for scheme in RANDOM)]
-MATCHED = {"matching": "WM", "restarts": grid.restarts}
+WM = {"matching": "WM", "restarts": grid.restarts}
 
 
 def count_labels(network: dict, panels: list[tuple[str, str]]) -> pd.DataFrame:
     """Counts of labels: a row for each combination of every pair of a network, panel by panel."""
     found = []
     for scheme, matching in panels:
-        for name, pair in section.pairs(network["run"], **MATCHED):
+        for name, pair in section.pairs(network["run"], **WM):
             rows = label_rows(pair, scheme, SCHEMES[scheme].grid(grid.points), grid.samples, matching)
             found += [{**network, "pair": name, **row} for row in rows]
     return pd.DataFrame(found)
@@ -175,7 +181,7 @@ def edge_summary(table: pd.DataFrame) -> dict[str, float]:
 
 # %%
 if fig := section.item("combine/fig13"):
-    table = fig.measure(lambda pair: [row for each in COMPARED for row in edge_rows(pair, each)], **MATCHED)
+    table = fig.measure(lambda pair: [row for each in COMPARED for row in edge_rows(pair, each)], **WM)
     fig.save(table, plots_combine.edges(table, title=title_of(grid.tiny)), edge_summary(table))
 
 # %% [markdown]

@@ -163,7 +163,7 @@ def edges(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
             ax.set_title(layer)
         for ax in axes.flat[len(layers) :]:
             ax.set_axis_off()
-        panels.supxlabel("edge length (root mean square weights)", fontsize=STYLE["font.size"])
+        panels.supxlabel("edge length (multiples of the layer's RMS weight)", fontsize=STYLE["font.size"])
         panels.supylabel("weights (%)", fontsize=STYLE["font.size"])
         panels.suptitle(title, fontsize=STYLE["axes.titlesize"])
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
