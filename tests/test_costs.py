@@ -33,8 +33,8 @@ def test_facts_are_those_of_the_data(name):
 
 
 def test_facts_of_names(tmp_path):
-    assert set(data.ARCHIVES) < set(costs.FACTS)
-    assert costs.find_facts("imagenet@224", tmp_path) == costs.Facts(1_281_167, 50_000, (3, 224, 224), 1000)
+    assert all(source.facts for source in data.DATASETS.values())
+    assert costs.find_facts("imagenet@224", tmp_path) == data.Facts(1_281_167, 50_000, (3, 224, 224), 1000)
     assert costs.find_facts("imagenet@64", tmp_path).shape == (3, 64, 64)
     assert costs.find_facts("cifar100-last80", tmp_path).train == 25_000
     assert costs.find_facts("cifar100", tmp_path).train == 50_000
@@ -51,10 +51,10 @@ def test_an_image_folder_is_counted(tmp_path):
             for i in range(n):
                 Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(folder / f"{i}.png")
     loaded, facts = data.load("pets", tmp_path), costs.find_facts("pets", tmp_path)
-    assert facts == costs.Facts(6, 2, (3, 5, 7), 2)
+    assert facts == data.Facts(6, 2, (3, 5, 7), 2)
     assert (len(loaded.train), len(loaded.test), loaded.shape, loaded.classes) == (6, 2, (3, 5, 7), 2)
     assert costs.find_facts("pets-first80", tmp_path).train == 3
-    assert costs.find_facts("pets@32", tmp_path) == costs.Facts(6, 2, (3, 32, 32), 2)
+    assert costs.find_facts("pets@32", tmp_path) == data.Facts(6, 2, (3, 32, 32), 2)
 
 
 def test_flops_and_bytes_of_an_mlp():

@@ -1,6 +1,7 @@
 import math
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from companion.runs import data
-from companion.runs.data import DataMissing, augment, iterate, load
+from companion.runs import data, files
+from companion.runs.data import DataMissing, augment, iterate, load, loading
+from companion.runs.data.augmentation import warp
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,12 @@ def mnist_bytes(array):
     return header + array.tobytes()
 
 
+def shrink(monkeypatch, name, train, test):
+    """Let an archive be as large as a test can write it."""
+    source = data.DATASETS[name]
+    monkeypatch.setitem(data.DATASETS, name, replace(source, facts=source.facts._replace(train=train, test=test)))
+
+
 def write_mnist(root, monkeypatch, train=30, test=20):
     """A small MNIST in torchvision's layout, and the sizes to match."""
     raw = root / "MNIST" / "raw"
@@ -52,7 +60,7 @@ def write_mnist(root, monkeypatch, train=30, test=20):
         images = random.randint(0, 256, (n, 28, 28)).astype(np.uint8)
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(mnist_bytes(images))
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(mnist_bytes((np.arange(n) % 10).astype(np.uint8)))
-    monkeypatch.setitem(data.ARCHIVES, "mnist", ("MNIST", (train, test), data.ARCHIVES["mnist"][2]))
+    shrink(monkeypatch, "mnist", train, test)
     return raw
 
 
@@ -157,7 +165,7 @@ def test_colour_statistics_are_per_channel_and_a_constant_channel_stays_finite(t
     assert torch.allclose(torch.tensor(pets.mean).double(), pixels.mean((0, 2, 3)))
     assert torch.allclose(torch.tensor(pets.std).double(), pixels.std((0, 2, 3), correction=0))
     flat = data.Split(torch.full((4, 1, 8, 8), 7, dtype=torch.uint8), torch.arange(4))
-    mean, std = data._pixel_statistics(flat.images)
+    mean, std = loading._pixel_statistics(flat.images)
     ((x, _),) = iterate(data.Dataset("flat", flat, flat, 4, mean, std))
     assert x.abs().max() < 1e-6
 
@@ -310,10 +318,10 @@ def test_resized_crop_shows_a_window_inside_the_image():
 
 def test_looking_straight_changes_nothing_and_integers_are_rounded():
     images = torch.randint(256, (5, 3, 9, 7), generator=generator(), dtype=torch.uint8)
-    assert torch.equal(data._look(images), images)
-    turned = data._look(images, angle=torch.tensor(math.pi).expand(5))
+    assert torch.equal(warp(images), images)
+    turned = warp(images, angle=torch.tensor(math.pi).expand(5))
     assert torch.equal(turned, images.flip(2, 3)) and turned.dtype == torch.uint8
-    half = data._look(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2), x=1.0)
+    half = warp(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2), x=1.0)
     assert half.tolist() == [[[[255, 0]]]]  # a half side to the right, zeros beyond
 
 
@@ -438,13 +446,13 @@ def offline(monkeypatch):
     return attempts
 
 
-@pytest.mark.parametrize("name", list(data.ARCHIVES))
+@pytest.mark.parametrize("name", list(data.archives.CLASSES))
 def test_offline_and_missing_says_what_to_put_where(tmp_path, offline, name, capsys):
     with pytest.raises(DataMissing) as caught:
         load(name, tmp_path)
     message = str(caught.value)
     assert offline and f"{tmp_path}/{name}/{{train,test}}/<class>" in message and "REPAIRLIB_DATA" in message
-    assert str(tmp_path / data.ARCHIVES[name][2]) in message and "downloading it failed" in message
+    assert str(tmp_path / data.archives.FILES[name]) in message and "downloading it failed" in message
     assert [p.name for p in tmp_path.iterdir() if p.name != ".download.lock"] == []
 
 
@@ -502,7 +510,7 @@ def test_cifar_archive_keeps_pixels_in_place(tmp_path, monkeypatch):
             self.targets = list(range(n))
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", ("CIFAR10", (4, 2), "cifar-10-batches-py/*"))
+    shrink(monkeypatch, "cifar10", 4, 2)
     cifar = load("cifar10", tmp_path)
     assert cifar.shape == (3, 32, 32) and cifar.train.labels.tolist() == [0, 1, 2, 3]
     assert torch.equal(cifar.test.images, torch.tensor(Fake(None, False).data).permute(0, 3, 1, 2))
@@ -530,7 +538,7 @@ def test_root_by_option_and_by_environment(tmp_path, monkeypatch):
 
 
 def test_installed_elsewhere_the_working_folder_is_the_project(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages" / "repairlib" / "data.py"))
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "site-packages" / "companion" / "runs" / "files.py"))
     monkeypatch.chdir(tmp_path)
     assert data.project_root() == tmp_path
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as vision
 
-from companion.runs import folders, store
+from companion.runs import store
 from companion.runs import train as training
-from companion.runs.data import DataMissing, iterate, load
+from companion.runs.data import DataMissing, folders, iterate, load
 from companion.runs.models import build
 from companion.runs.train import find_recipe, fit, parse_run
 

@@ -21,8 +21,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from companion.runs import models, train
-from companion.runs.data import ARCHIVES, DIGITS_TEST, Dataset, Split, base_name, data_root
-from companion.runs.folders import halves_of, stream_folder
+from companion.runs.data import DATASETS, Dataset, Facts, Split, base_name, data_root
+from companion.runs.data.folders import halves_of, stream_folder
 from companion.runs.names import lineage, parse_run, recipe_of
 from companion.runs.recipes import Recipe
 from companion.runs.store import Store
@@ -30,27 +30,6 @@ from companion.runs.store import Store
 CALIBRATION = 5000  # images of the training set that notebooks match and measure statistics on
 STEP = {"cpu": 4e9, "cuda": 5e12}  # FLOPs of a step that is timed: about 0.1 s or less
 Speed = Mapping[str, list[tuple[int, float]]]  # by kind of network: (FLOPs of one image's forward pass, FLOP/s)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Size of a data set: images for training and testing, shape (c, h, w) of one, classes."""
-
-    train: int
-    test: int
-    shape: tuple[int, int, int]
-    classes: int
-
-
-_SHAPES = {"svhn": (3, 32, 32), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
-FACTS = {
-    **dict.fromkeys(("digits", "digits-hard"), Facts(1797 - DIGITS_TEST, DIGITS_TEST, (1, 16, 16), 10)),
-    **{
-        name: Facts(*sizes, _SHAPES.get(name, (1, 28, 28)), 100 if name == "cifar100" else 10)
-        for name, (_, sizes, _) in ARCHIVES.items()
-    },
-    "imagenet": Facts(1_281_167, 50_000, (3, 224, 224), 1000),
-}
 
 
 @dataclass(frozen=True)
@@ -96,12 +75,12 @@ def find_facts(name: str, root: str | Path | None = None) -> Facts | None:
     root = data_root(root)
     if name != base_name(name) and not halves_of(root / name):
         whole = find_facts(base_name(name), root)
-        return whole and replace(whole, train=whole.train // 2)
+        return whole and whole._replace(train=whole.train // 2)
     known, _, side = name.partition("@")
-    facts = _count(root / known) if halves_of(root / known) else FACTS.get(known)
+    facts = _count(root / known) if halves_of(root / known) else known in DATASETS and DATASETS[known].facts
     if facts and side:
-        return replace(facts, shape=(3, int(side), int(side))) if side.isdecimal() else None
-    return facts
+        return facts._replace(shape=(3, int(side), int(side))) if side.isdecimal() else None
+    return facts or None
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from companion.runs.data import AUGMENTATIONS, base_name
+from companion.runs.data import AUGMENTATIONS, DATASETS, base_name
 from companion.runs.models import FAMILIES, INITS
 from repairlib.names import nearest
 
@@ -167,8 +167,6 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
     "imported": dict.fromkeys(("mlp", "vgg", "resnet", "tiny", "torchvision"), Recipe("imported", 0, 1, 0.0, "linear")),
 }
-# Digits must not be mirrored, nor a part of their strokes cut out or off.
-UPRIGHT = ("digits", "digits-hard", "mnist", "svhn")
 
 
 def _number(text: str) -> float:
@@ -239,7 +237,7 @@ CHANGES = {
 def find_recipe(name: str, kind: str, data: str, parent: Recipe | None = None) -> Recipe:
     """Find a recipe by name, for a kind of model and a data set, and make the changes that the name carries.
 
-    Digits stay upright and whole: without a change that says otherwise, they are neither mirrored nor cut.
+    Images of upright data sets (see data.Source) stay so: unless a change says otherwise, they are not mirrored or cut.
 
     Args:
         name: of `RECIPES`, then any changes: `qu~lr0.03~wd5e-4~init=uniform`. Or `retrain`, which is the parent's.
@@ -284,7 +282,8 @@ def _find_entry(name: str, kind: str, data: str) -> Recipe:
             raise ValueError(f"recipe {name!r} is for {', '.join(RECIPES[name])}, not for {kind}; "
                              f"the nearest that is: {nearest(name, known)!r}")  # fmt: skip
     found = RECIPES[name][key]
-    if base_name(data).partition("@")[0] in UPRIGHT:
+    source = DATASETS.get(base_name(data).partition("@")[0])
+    if source and source.upright:
         found = replace(found, augment=tuple(a for a in found.augment if a not in ("flip", "cutout", "resized-crop")))
     return found
 

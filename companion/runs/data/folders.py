@@ -45,7 +45,7 @@ class Stream:
     side: int
     keep: bool = False  # whether all images stay in memory once they are decoded for evaluation
 
-    own = ("resized-crop",)  # augmentations made while decoding, where there is more of an image to see
+    decode_time_augmentations = ("resized-crop",)  # made while decoding, where there is more of an image to see
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,11 +61,11 @@ class Stream:
         return self.labels.device
 
     def to(self, device: str | torch.device) -> "Stream":
-        """Return the same images, with batches on another device."""
+        """The same images, with batches on another device."""
         return replace(self, labels=self.labels.to(device))
 
     def take(self, chosen: Tensor) -> "Stream":
-        """Return the images of these indices, int64 [m], in this order; a sample small enough is decoded once."""
+        """The images of these indices, int64 [m], in this order; a sample that is small enough is decoded once."""
         paths = tuple(self.paths[i] for i in chosen.tolist())
         keep = len(paths) * math.prod(self.shape) <= KEPT
         return replace(self, paths=paths, labels=self.labels[chosen.to(self.device)], keep=keep)
@@ -109,7 +109,7 @@ class Stream:
             pool.shutdown(cancel_futures=True)
 
     def _see(self, i: int, crop: int | None) -> np.ndarray:
-        """Return image i as uint8 [side, side, 3]."""
+        """Image i as uint8 [side, side, 3]."""
         image, side = _open(self.paths[i]), self.side
         if crop is None:
             width, height = (round(side * 256 / 224) * n // min(image.size) for n in image.size)
@@ -122,7 +122,7 @@ class Stream:
 
 
 def halves_of(folder: Path) -> tuple[Path, Path] | None:
-    """Return the folders of the training and of the test images, None if `folder` is no image folder."""
+    """The folders of the training and of the test images; None if `folder` is no image folder."""
     tests = [folder / half for half in ("test", "val") if (folder / half).is_dir()]
     if not tests or not (folder / "train").is_dir():
         return None
@@ -132,13 +132,13 @@ def halves_of(folder: Path) -> tuple[Path, Path] | None:
 
 
 def stream_folder(folder: Path, side: int) -> tuple[Stream, Stream]:
-    """Return both halves of a folder, without reading an image yet; DataMissing if one or a class of it is empty."""
+    """Both halves of a folder, without reading an image yet; DataMissing if one or a class of it is empty."""
     train, test = (Stream(paths, labels, side) for paths, labels in _list_images(folder))
     return train, test
 
 
 def read_folder(folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """Return (images uint8 [n, c, h, w], labels int64 [n]) of both halves of a folder; c is 1 if all images are grey.
+    """Read images uint8 [n, c, h, w] and labels int64 [n] of both halves of a folder; c is 1 if all images are grey.
 
     Raises:
         DataMissing: an image (named) cannot be read or is of another size than the first; a half or class is empty.
@@ -169,7 +169,7 @@ def read_folder(folder: Path) -> list[tuple[Tensor, Tensor]]:
 
 
 def _list_images(folder: Path) -> list[tuple[tuple[str, ...], Tensor]]:
-    """Return paths and labels of both halves; classes and files in alphabetical order."""
+    """Paths and labels of both halves; classes and files in alphabetical order."""
     halves = halves_of(folder)
     classes = [_subfolders(half) for half in halves]
     if odd := set(classes[0]) ^ set(classes[1]):
@@ -217,6 +217,6 @@ def _window(width: int, height: int, draws: random.Random) -> tuple[int, int, in
 
 
 def _workers() -> int:
-    """Number of threads that decode: one a core, of which torchrun's processes on this machine share."""
+    """Number of threads that decode: one a core; processes of torchrun on this machine share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

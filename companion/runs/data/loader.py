@@ -1,0 +1,98 @@
+"""Batches of a data set."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from companion.runs.data.augmentation import AUGMENTATIONS, augment
+from companion.runs.data.folders import Stream
+from companion.runs.data.registry import Dataset, Split
+from repairlib.names import nearest
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A pass over images, which can be repeated: every iteration gives the same batches (see `iterate`)."""
+
+    split: Split | Stream
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch_size: int
+    augment: tuple[str, ...]
+    shuffle: bool
+    drop_last: bool
+    seed: int
+    part: tuple[int, int]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.split.device
+        mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        gain, shift = 1 / (255 * std), -mean / std
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.split), generator=generator).to(device) if self.shuffle else None
+        # Each batch whole as (start, stop), and the part of it that is drawn.
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        whole = [(start, min(start + self.batch_size, len(self.split))) for start in starts]
+        parts = [slice(*(a + (b - a) * (self.part[0] + i) // self.part[1] for i in (0, 1))) for a, b in whole]
+        drawn = self.split.draw(
+            parts if order is None else (order[part] for part in parts),
+            self.seed if set(self.augment) & set(self.split.decode_time_augmentations) else None,
+        )
+        names = [name for name in self.augment if name not in self.split.decode_time_augmentations]
+        for (start, stop), part, (images, labels) in zip(whole, parts, drawn, strict=True):
+            x = augment(images, names, generator, (part.start - start, stop - start))
+            yield torch.addcmul(shift, x.float(), gain), labels
+
+
+def iterate(
+    dataset: Dataset,
+    split: str = "train",
+    batch_size: int = 500,
+    augment: Sequence[str] = (),
+    generator: torch.Generator | None = None,
+    shuffle: bool = False,
+    limit: int | None = None,
+    drop_last: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> Loader:
+    """Draw batches (x, y): x float32 [b, c, h, w] normalised per channel, y int64 [b].
+
+    Args:
+        dataset: of `load`.
+        split: "train" or "test".
+        batch_size: images in a batch; the last may have fewer.
+        augment: names, see `augment`.
+        generator: on the CPU; one number is drawn from it, the seed of this pass (0 without it), so calling again with
+            the same generator gives another pass, while iterating twice over one result gives the same pass twice.
+        shuffle: draw a random order.
+        limit: use only so many images, drawn by a fixed seed: a fair sample, always the same one. A sample of a
+            streamed folder stays in memory once it is decoded, up to 1 GiB of pixels.
+        drop_last: leave out a last batch that is not full.
+        part: (i, n) draws only the i-th of n equal parts of each batch, from 0, as one of n processes must.
+
+    Raises:
+        ValueError: unknown split or augmentation, or a size below 1.
+
+    >>> from companion.runs.data import load
+    >>> digits = load("digits")
+    >>> [len(y) for x, y in iterate(digits, "test", batch_size=150)]
+    [150, 150, 100]
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}; the nearest is {nearest(split, ('train', 'test'))!r}")
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size and limit are at least 1, not {batch_size} and {limit}")
+    if unknown := set(augment) - set(AUGMENTATIONS):
+        raise ValueError(f"unknown augmentation {(bad := min(unknown))!r}; nearest: {nearest(bad, AUGMENTATIONS)!r}")
+    half = getattr(dataset, split)
+    if limit is not None and limit < len(half):
+        sample = torch.randperm(len(half), generator=torch.Generator().manual_seed(0))[:limit]
+        half = half.take(sample)
+    seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
+    return Loader(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed, part)
