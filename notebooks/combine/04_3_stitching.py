@@ -52,12 +52,14 @@ cuts = {f"{n} layers of A": combine.stitch(a, b, n, {name: (name,) for name in a
 plots_combine.schematic(weight_rows(cuts, a, b), columns=4)
 
 # %% [markdown]
+# From left to right, one layer after the other is A's, beginning with the first.
+#
 # ## One pair, step by step
 #
-# B's units are put into A's order. `layers` lists convolutions and linear layers in the order in which they are
-# executed, each with the normalisation that reads its output. The convolution on a shortcut is a layer of its own. In
-# a residual network the two parts also meet in the additions: a block that is cut adds what B's layers make of it to
-# the stream that A's layers have left.
+# B's units are put into A's order. Weight matching starts `restarts` times, and the best matching counts. `layers`
+# lists convolutions and linear layers in the order in which they are executed, each with the normalisation that reads
+# its output. The convolution on a shortcut is a layer of its own. A residual block that is cut adds the output of B's
+# layers to the stream that comes from A's layers.
 
 # %%
 pair = load_pair([f"{grid.resnet}/s1", f"{grid.resnet}/s2"])
@@ -102,8 +104,8 @@ if fig := section.item("combine/fig6"):
     display(means("combine/fig6"))
 
 # %% [markdown]
-# At `quick` every cut between aligned networks works, after a fashion. All but the last one cost at most 11 points on
-# average. The last, between A's layers and B's classifier, costs 21. Without alignment all cuts are near chance.
+# At `quick` all cuts but the last cost aligned networks at most 11 points on average. The last one, between A's layers
+# and B's classifier, costs 21 points. Without alignment all cuts are near chance.
 #
 # ## Tiny-10 (Fig. B.19)
 
@@ -113,8 +115,7 @@ if fig := section.item("combine/figB19"):
     display(means("combine/figB19"))
 
 # %% [markdown]
-# Tiny-10s can be cut at less cost: at most 5 points, and 9 before the classifier. Without alignment cuts are near
-# chance, too.
+# Cuts of Tiny-10s cost less: at most 5 points, and 9 before the classifier. Without alignment each costs 71 or more.
 #
 # ## Check
 #

@@ -46,7 +46,8 @@ grid = section.grid
 # %% [markdown]
 # ## One pair, step by step
 #
-# B's units are put into A's order. Then every weight is chosen by its magnitude, those of LayerNorms too.
+# B's units are put into A's order. Weight matching starts `restarts` times, and the best matching counts. Then every
+# weight is chosen by its magnitude, those of LayerNorms too.
 
 # %%
 pair = load_pair([f"{grid.resnet}/s1", f"{grid.resnet}/s2"])
@@ -101,8 +102,8 @@ if fig := section.item("combine/fig8"):
     make(fig, grid.resnet)
 
 # %% [markdown]
-# At `quick` the Max model is 2 points worse than A and B, the Min model 44. The best networks of the path lie in
-# between. Without alignment the Max model is at 45 %, the Min model at chance.
+# At `quick` the Max model is 2 points worse than A and B, the Min model 44 points. The best networks lie between the
+# two. Without alignment the Max model is at 45 %, the Min model at chance.
 #
 # ## Tiny-10 (Fig. B.22)
 #
@@ -114,7 +115,7 @@ if fig := section.item("combine/figB22"):
     make(fig, grid.tiny)
 
 # %% [markdown]
-# The Min model of Tiny-10s is 27 points worse than the Max model at `quick`.
+# At `quick` the Min model of Tiny-10s is 27 points worse than their Max model.
 #
 # ## Check
 #
