@@ -43,7 +43,9 @@ plan: $(INSTALLED)  ## list what figures would make at SCALE, and roughly how lo
 	    --cores "$(CORES)" --gpu-jobs "$(GPU_JOBS)"
 
 test: $(INSTALLED)  ## lint, types, unit tests, doctests, and every notebook at smoke scale
-	@status=0; $(RUN) ruff check --quiet . || status=1; $(RUN) ruff format --check --quiet . || status=1; \
+	@status=0; $(RUN) ruff check --quiet . || status=1; \
+	$(RUN) ruff format --check --quiet . || { echo "Not formatted: run $(RUN) ruff format ."; status=1; }; \
+	! grep -q '^\[tool.mypy\]' pyproject.toml || $(RUN) mypy || status=1; \
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT; \
 	$(VENV)/bin/python workflow/batch.py copy --to "$$scratch/notebooks" || status=1; \
 	REPAIRLIB_RUNS="$$scratch/runs" REPAIRLIB_FIGURES="$$scratch/figures" REPAIRLIB_SCALE=smoke OMP_NUM_THREADS=1 \

@@ -42,8 +42,10 @@ def test_execute_publishes_what_a_notebook_saves(project, capsys):
     assert "the end" in (root / f"{NAME}.html").read_text()
     assert not list((report.figures_root() / ".staging" / "smoke").rglob("*.*"))
     text = batch.summarize("smoke", since=2**40)
-    assert text.startswith(f"smoke: 2 of {len(report.read_index())} items")
-    assert "fig2-left, sec3-theory  (up to date)" in text and "not made: " in text and "repair/samples" in text
+    assert text.startswith("smoke: 2 of 4 items")  # of this notebook
+    assert "fig2-left, sec3-theory  (up to date)" in text and "not made: repair/fig2-middle\n" in text
+    assert batch.summarize("smoke", items=["repair/sec3-theory"]).startswith("smoke: 1 of 1 items\n")
+    assert batch.summarize("smoke", notebooks=["other"], errors={"other": "no"}).startswith("smoke\n  other")
     (root / "repair" / "fig2_left.png").unlink()
     assert needs.read_done(NAME, "smoke") is None  # so that the batch makes it again
 

@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -275,15 +275,27 @@ def describe(done: dict[str, Any]) -> str:
     return "\n".join([f"{name}: {made} in {duration(done['seconds'])}", *failed])
 
 
-def summarize(scale: str, since: float = 0.0, errors: dict[str, str] | None = None) -> str:
+def summarize(
+    scale: str,
+    since: float = 0.0,
+    notebooks: Iterable[str] | None = None,
+    items: Iterable[str] = (),
+    errors: Mapping[str, str] | None = None,
+) -> str:
     """A few lines for the end of `make figures`: what there is at `scale`, how long it took, where to look.
 
-    since: when this call of `make figures` began (seconds since the epoch), to tell new results from earlier ones.
-    errors: by notebook, why it could not be made.
+    Args:
+        scale: smoke, quick, fast or paper.
+        since: when this call of `make figures` began (seconds since the epoch), to tell new results from earlier ones.
+        notebooks: what it was asked for; default all.
+        items: what it was asked for; all of these notebooks if empty.
+        errors: by notebook, why it could not be made.
     """
     root, index, errors = report.figures_root(), report.read_index(), errors or {}
+    notebooks = needs.find_notebooks() if notebooks is None else sorted(notebooks)
+    asked = [*items] or [item for item, entry in index.items() if entry["notebook"] in notebooks]
     lines, made = [], set()
-    for name in needs.find_notebooks():
+    for name in notebooks:
         done = needs.read_done(name, scale)
         partial = project_root() / "build" / scale / f"{name}.partial.ipynb"
         notes = []
@@ -299,9 +311,9 @@ def summarize(scale: str, since: float = 0.0, errors: dict[str, str] | None = No
             notes.append(f"failed: see {relative(partial, Path.cwd())}")
         if notes:
             lines.append(f"  {name:30} {duration(done['seconds']) if done else '':>12}  {'  '.join(notes)}".rstrip())
-    head = f"{scale}: {len(made & index.keys())} of {len(index)} items"
+    head = f"{scale}: {len(made & {*asked})} of {len(asked)} items" if asked else scale
     head += f", in {duration(time.time() - since)}" if since else ""
-    missing = [item for item in index if item not in made]
+    missing = [item for item in asked if item not in made]
     if missing:
         lines.append(f"  not made: {', '.join(missing)}")
     where = relative(root, Path.cwd())

@@ -338,7 +338,7 @@ def make(
             status = _follow(command, progress, screen, show=quiet != "all")
     screen.end()
     gallery.write_gallery()
-    print(batch.summarize(scale, began, errors))
+    print(batch.summarize(scale, began, need, wanted, errors))
     made = [needs.read_done(job.name, scale) for job in jobs if not job.runs]
     failed = bool(status or errors or any(done and done.get("checks") for done in made))
     if status and not errors:
