@@ -61,7 +61,7 @@ def test_one_form_of_changes(changes, canonical):
 
 @pytest.mark.parametrize("recipe,words", [
     ("qu~rl0.03", "unknown change 'rl0.03'; the nearest is 'lr0.03'"), ("qu~lr0.1", "'lr0.1' is what 'qu' does anyway"),
-    ("qu~init=unifrm", "nearest is 'uniform'"), ("qu~augment=flp", "'flp' is unknown; the nearest is 'flip'"),
+    ("qu~init=unifrm", "nearest is 'uniform'"), ("qu~augment=flp", "augmentation 'flp'; the nearest is 'flip'"),
     ("qu~lr0.03~lr0.05", "the second of lr"), ("qu~lr1,5", "'1,5' is not a number like"), ("qu~", "unknown change ''"),
     ("qu~epochs1.5", "not a whole number"), ("qu~stop160", "must lie in order within 160 epochs"),
     ("qu~schedule=constant~milestones=0.5", "step needs them, and only it"), ("qu~nobias1", "takes no value"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from companion.runs.data import AUGMENTATIONS, DATASETS, base_name
 from companion.runs.models import FAMILIES, INITS
-from repairlib.names import nearest
+from repairlib.names import check, nearest
 
 SCHEDULES = ("linear", "cosine", "step", "constant")
 
@@ -41,10 +41,10 @@ class Recipe:
     nobias: bool = False  # take all biases out of the parent's network first
 
     def __post_init__(self):
-        for kind, value, known in (("schedule", self.schedule, SCHEDULES), ("init", self.init, tuple(INITS))):
-            if value not in known:
-                raise ValueError(f"unknown {kind} {value!r}; the nearest is {nearest(value, known)!r} "
-                                 f"(known: {', '.join(known)})")  # fmt: skip
+        check(self.schedule, SCHEDULES, "schedule")
+        check(self.init, INITS, "init")
+        for each in self.augment:
+            check(each, AUGMENTATIONS, "augmentation")
         if bool(self.milestones) != (self.schedule == "step"):
             raise ValueError(
                 f"schedule {self.schedule!r} with milestones {self.milestones}: step needs them, and only it"
@@ -181,24 +181,8 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _words(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        words = () if text == "none" else tuple(text.split("+"))
-        for word in words:
-            if word not in known:
-                raise ValueError(f"{word!r} is unknown; the nearest is {nearest(word, known)!r}")
-        return words
-
-    return parse
-
-
-def _one_of(known: Sequence[str]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in known:
-            raise ValueError(f"{text!r} is unknown; the nearest is {nearest(text, known)!r}")
-        return text
-
-    return parse
+def _words(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split("+"))
 
 
 def _flag(text: str) -> bool:
@@ -223,10 +207,10 @@ CHANGES = {
     "warmup": Change("warmup_epochs", _number),
     "momentum": Change("momentum", _number),
     "smoothing": Change("label_smoothing", _number),
-    "schedule": Change("schedule", _one_of(SCHEDULES)),
-    "milestones": Change("milestones", lambda text: tuple(map(_number, text.split("+")))),
-    "augment": Change("augment", _words(AUGMENTATIONS)),
-    "init": Change("init", _one_of(tuple(INITS))),
+    "schedule": Change("schedule", str),
+    "milestones": Change("milestones", lambda text: tuple(map(_number, _words(text)))),
+    "augment": Change("augment", _words),
+    "init": Change("init", str),
     "until": Change("until", _number),
     "start": Change("start", _whole),
     "stop": Change("stop", _whole),
@@ -268,19 +252,17 @@ def find_recipe(name: str, kind: str, data: str, parent: Recipe | None = None) -
 
 
 def _find_entry(name: str, kind: str, data: str) -> Recipe:
-    if name not in RECIPES:
-        known = [*RECIPES, "retrain"]
-        raise ValueError(
-            f"unknown recipe {name!r}; the nearest is {nearest(name, known)!r} (known: {', '.join(known)})"
-        )
+    check(name, [*RECIPES, "retrain"], "recipe")
     family, _, rest = kind.partition("-")
     key = "-".join(filter(None, [FAMILIES[family].recipes or family, rest])) if family not in RECIPES[name] else kind
     while key not in RECIPES[name]:
         key = key.rpartition("-")[0]
         if not key:
             known = [other for other in RECIPES if {family, FAMILIES[family].recipes} & set(RECIPES[other])]
-            raise ValueError(f"recipe {name!r} is for {', '.join(RECIPES[name])}, not for {kind}; "
-                             f"the nearest that is: {nearest(name, known)!r}")  # fmt: skip
+            hint = f"the nearest that is: {nearest(name, known)!r}" if known else (
+                "register the family with recipes='vgg' to train it like those, or add it to companion.runs.recipes"
+            )  # fmt: skip
+            raise ValueError(f"recipe {name!r} is for {', '.join(RECIPES[name])}, not for {kind}; {hint}")
     found = RECIPES[name][key]
     source = DATASETS.get(base_name(data).partition("@")[0])
     if source and source.upright:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repairlib.names import nearest
+from repairlib.names import check
 
 AUGMENTATIONS = ("translate", "flip", "cutout", "resize", "rotate", "resized-crop")
 
@@ -65,7 +65,7 @@ def augment(
             across, down = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
             images = warp(images, across, down, (1 - across) * uniform(-1, 1), (1 - down) * uniform(-1, 1))
         else:
-            raise ValueError(f"unknown augmentation {name!r}; the nearest is {nearest(name, AUGMENTATIONS)!r}")
+            check(name, AUGMENTATIONS, "augmentation")
     return images
 
 

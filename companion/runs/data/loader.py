@@ -9,7 +9,7 @@ from torch import Tensor
 from companion.runs.data.augmentation import AUGMENTATIONS, augment
 from companion.runs.data.folders import Stream
 from companion.runs.data.registry import Dataset, Split
-from repairlib.names import nearest
+from repairlib.names import check
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,11 @@ def iterate(
     >>> [len(y) for x, y in iterate(digits, "test", batch_size=150)]
     [150, 150, 100]
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}; the nearest is {nearest(split, ('train', 'test'))!r}")
+    check(split, ("train", "test"), "split")
+    for name in augment:
+        check(name, AUGMENTATIONS, "augmentation")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit are at least 1, not {batch_size} and {limit}")
-    if unknown := set(augment) - set(AUGMENTATIONS):
-        raise ValueError(f"unknown augmentation {(bad := min(unknown))!r}; nearest: {nearest(bad, AUGMENTATIONS)!r}")
     half = getattr(dataset, split)
     if limit is not None and limit < len(half):
         sample = torch.randperm(len(half), generator=torch.Generator().manual_seed(0))[:limit]

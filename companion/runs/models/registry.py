@@ -80,7 +80,7 @@ class Family:
     variant: Callable[[ModelName], str] = lambda name: ""  # more that recipes may depend on
     adjust: Callable[[nn.Module, ModelName], None] = lambda model, name: None  # changes initial weights
     own_init: bool = False  # keeps the initial weights that `build` gives, unless a recipe says other than the default
-    recipes: str = ""  # the family whose recipes it is trained by, where no recipe is for this one
+    recipes: str = ""  # the family whose recipes it is trained by, where RECIPES has none for this one
 
     @property
     def grammar(self) -> str:
@@ -106,7 +106,8 @@ def register(family: Family) -> None:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", family.name) or family.name in FAMILIES:
         raise ValueError(
-            f"{family.name!r} cannot name a family: small letters, digits and _; taken: {', '.join(FAMILIES)}"
+            f"{family.name!r} cannot name a family, for which small letters, digits and _ will do; "
+            f"taken are {', '.join(FAMILIES)}"
         )
     FAMILIES[family.name] = family
 
