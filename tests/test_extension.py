@@ -1,5 +1,5 @@
-"""What somebody adds is known everywhere by its name, and takes one entry each: here a family of networks, a data set,
-a recipe and an augmentation-free change of it."""
+"""What somebody adds is known everywhere by its name, and takes one entry each: a family of networks, a data set, a
+recipe, a matching, a renormalisation and a figure."""
 
 from dataclasses import replace
 
@@ -8,6 +8,11 @@ import torch
 from torch import nn
 
 import repairlib
+from companion.experiments.grids import Grid
+from companion.experiments.methods import MATCHINGS, RENORMS, MatchingMethod, Renormalisation
+from companion.experiments.tables import barriers
+from companion.figures import gallery, plots, report
+from companion.figures.section import Section
 from companion.runs import costs, data, models
 from companion.runs.data import DATASETS, Facts, Source, Split
 from companion.runs.models import FAMILIES, Family
@@ -116,3 +121,56 @@ def test_names_are_taken_once(added):
             models.register(Family(bad, build_pyramid))
     with pytest.raises(ValueError, match="'a/b' cannot name a data set"):
         data.register(Source("a/b", read_stripes))
+
+
+def match_nothing(model_a, model_b, data):
+    """A matching that leaves every unit where it is."""
+    spec = repairlib.permutation_spec(model_a, next(iter(data))[0])
+    return repairlib.Matching(spec, {group.name: torch.arange(group.size) for group in spec.groups})
+
+
+def halved(model_a, model_b, data):
+    """A renormalisation that halves all weights."""
+
+    def path(alpha):
+        model = repairlib.interpolate_models(model_a, model_b, alpha)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.5)
+        return model
+
+    return path
+
+
+@pytest.fixture
+def figure(monkeypatch, tmp_path):
+    """A matching, a renormalisation and an item of the index; forgotten after the test."""
+    monkeypatch.setenv("REPAIRLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("REPAIRLIB_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setitem(MATCHINGS, "stay", MatchingMethod("left where they are", match_nothing))
+    monkeypatch.setitem(RENORMS, "halved", Renormalisation("halved", halved, moves_ends=True))
+    index = report.read_index() | {
+        "repair/mine": {
+            "notebook": "repair/04_repair", "output": "repair/mine", "kind": "figure", "what": "A path of my own.",
+            "paper": {"section": "0", "figure": "none"}, "published": {"midpoint_mine": 50.0},
+        }
+    }  # fmt: skip
+    for module in (report, gallery):
+        monkeypatch.setattr(module, "read_index", lambda: index, raising=False)
+    monkeypatch.setattr("companion.figures.section.read_index", lambda: index)
+    return tmp_path / "figures"
+
+
+def test_a_matching_a_renormalisation_and_a_figure_of_ones_own(figure):
+    def grid(scale):
+        return Grid(needs={"repair/mine": [{"run": "digits/mlp2-plain-w8/smoke"}]}, seeds=(1, 2))
+
+    fig = Section(grid, "smoke").item("repair/mine")
+    table = fig.rows(matchings=["none", "stay"], renorms=["none", "halved"], calibration=200)
+    assert set(table["matching"]) == {"none", "stay"} and set(table["renorm"]) == {"none", "halved"}
+    paths = barriers(table).set_index(["matching", "renorm"])["loss_barrier"]
+    assert paths["none", "none"] == paths["stay", "none"] != paths["stay", "halved"]
+    fig.save(table, plots.path(table), {"midpoint_mine": 100 * table["accuracy"].mean()})
+    assert (figure / "smoke/repair/mine.png").exists()
+    page = gallery.write_gallery().read_text()
+    assert "repair/mine" in page and "A path of my own." in page and "smoke/repair/mine.png" in page
