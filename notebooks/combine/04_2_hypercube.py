@@ -1,90 +1,172 @@
 # %% [markdown]
 # # Mode Combinability, Section 4.2: samples from the unit hypercube
 #
-# Every weight of a combined network lies between those of two models, each with a coefficient of its own
-# (Csiszarik et al. 2023, Def. 3.2):
+# Linear interpolation mixes all weights of two networks in the same proportion. Does every weight need the same one?
+# (Csiszárik et al. 2023, Figs. 1 to 5 and B.15 to B.18.)
+#
+# The paper gives every weight a coefficient of its own (Def. 3.2):
 #
 # $$\theta_i = (1-c_i)\,a_i + c_i\,b_i, \qquad c \in [0, 1]^d .$$
 #
-# Linear interpolation has all $c_i = \alpha$. Section 4.2 draws them at random, from four families of distributions
-# with one parameter each. $b$ are the weights of model B after its units have been put in A's order by weight matching
-# (Appendix C, *aligned*), or as they were trained (*not aligned*).
+# $a$ are the weights of model A. $b$ are those of model B, with B's units in A's order ("aligned") or as trained
+# ("not aligned"). The coefficients are drawn at random, from four families of distributions. The paper finds:
 #
-# The paper's networks are 32 times as wide as a ResNet-20 or Tiny-10 whose first layer has 16 channels, "if not noted
-# otherwise"; of Tiny-10 it notes one width, 16 (Fig. 13), which is taken for all of Tiny-10's figures here.
+# * Between wide aligned networks, whatever is drawn works.
+# * Between networks that are not aligned, combinations fail.
+# * The vertices of the hypercube, where every weight is A's or B's, are the hardest.
 #
-# As everywhere here, coefficient 0 is A, as in the paper's text; its Eq. 1, $v \odot A + (1-v) \odot B$, has A and B
-# the other way round, and figures drawn from it have their axes flipped. The paper does not say how many networks it
-# drew at each value of the parameter: here it is `samples` networks for each pair, aligned and not.
+# Coefficient 0 is model A everywhere here, as in the paper's text. Its Eq. 1, $v \odot A + (1-v) \odot B$, has A and B
+# the other way round.
 
 # %% tags=["parameters"]
-scale: str = "smoke"  # smoke, quick, fast or paper
+import os
+
+scale: str = os.environ.get("REPAIRLIB_SCALE", "quick")  # smoke, quick, fast or paper
 items: str = ""  # comma-separated items to make, for instance "combine/fig2,combine/tableA1"; empty: all
-samples: int = 0  # networks drawn at each point; 0: as many as the scale has
 
 # %% tags=["runs"]
-from companion.experiments.grids.combine import combined, overview
-from companion.experiments.scales import by_scale, wanted
+from companion.experiments.grids.combine import hypercube
+from companion.figures.section import Section
 
-resnet, tiny, SEEDS, restarts = combined(scale)  # see the table below; every two seeds are a pair
-points = by_scale(scale, smoke=3, quick=5, fast=25, paper=25)  # of the parameter, ends included
-samples = samples or by_scale(scale, smoke=1, quick=2, fast=5, paper=10)
-FIGURES = {
-    "combine/fig2": "uniform",
-    "combine/fig3": "subcube",
-    "combine/fig4": "hyperplane",
-    "combine/fig5": "bernoulli",
-}
-schemes = {  # by network
-    resnet: [scheme for item, scheme in FIGURES.items() if wanted(item, items)],
-    tiny: list(FIGURES.values()) if wanted("combine/figB15-B18", items) else [],
-}
-networks = [run for run in schemes if schemes[run] or wanted("combine/algorithm1", items)]
-runs_of = {run: [f"{run}/s{seed}" for seed in SEEDS] for run in networks}
-runs = [run for used in runs_of.values() for run in used]
+section = Section(hypercube, scale, items)
+section.overview()
+
+# %% [markdown]
+# `samples` networks are drawn at each of `points` values of a distribution's parameter. The paper does not print how
+# many it draws. Its networks are 32 times as wide as a ResNet-20 or a Tiny-10 whose first layer has 16 channels, "if
+# not noted otherwise". For Tiny-10 it notes one width, 16 (Fig. 13), which is taken for all of its figures here.
+#
+# At `quick`, networks are narrower and shallower, and the data are scikit-learn's digits made harder. More weight decay
+# than the paper's makes the initial weights fade (recipe `quick-csiszarik`): small networks can be combined only then.
 
 # %%
-import time
-
 import pandas as pd
 import torch
+from IPython.display import display
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from companion.experiments.mixtures import SCHEMES, coefficient_samples, combination_rows, mean_barriers, weight_rows
-from companion.experiments.pairs import match_rows, pairs_of, title_of
+import repairlib
+from companion.experiments.architectures import layer_rows, recipe_rows
+from companion.experiments.mixtures import RANDOM, SCHEMES, coefficient_samples, combination_rows, weight_rows
+from companion.experiments.pairs import load_pair, title_of
+from companion.experiments.rows import match_rows
+from companion.experiments.tables import name_barriers
 from companion.figures.plots import combine as plots_combine
-from companion.figures.report import save_item
-from companion.runs import models
-from companion.runs.train import find_recipe, parse_run
-from repairlib.combine import elementwise, extreme, stitch
-
-overview()
+from companion.runs import models, recipes
+from repairlib import combine
+from repairlib.interpolate import with_state
 
 # %% [markdown]
 # ## Kinds of combinations (Fig. 1)
 #
-# Two made-up networks of three small layers, their weights uniform in $[0, 1]$, combined by the functions that combine
-# trained ones below. A cell is a weight: its hue is the coefficient, its brightness how large it is. The distributions
-# of the coefficients are those of the next section; *stitching* takes whole layers, *Max* and *Min* take of every two
-# weights the one of larger or smaller magnitude.
+# Two made-up networks of three small layers have weights that are uniform in $[0, 1]$. They are combined by the same
+# functions as trained ones below. A cell is a weight. Its hue is the coefficient, its brightness is the weight's size.
 
 # %%
+grid = section.grid
 torch.manual_seed(0)
 a, b = ({f"layer {i}": torch.rand(4, 5, dtype=torch.float64) for i in (1, 2, 3)} for _ in "ab")
-drawn = {"linear": 0.5, "uniform": 0.5, "subcube": 0.2, "hyperplane": 0.2, "bernoulli": 0.5}
 toys = {"model A": a, "model B": b}
-toys |= {f"{scheme} {x}": elementwise(a, b, SCHEMES[scheme].make(x), seed=1) for scheme, x in drawn.items()}
-toys |= {"stitching 1 layer": stitch(a, b, 1, {name: (name,) for name in a})}
-toys |= {f"{which.title()} model": extreme([a, b], which) for which in ("max", "min")}
-cells = weight_rows(toys, a, b)
+for scheme, x in {"linear": 0.5, "uniform": 0.5, "subcube": 0.2, "hyperplane": 0.2, "bernoulli": 0.5}.items():
+    toys[f"{scheme} {x}"] = combine.elementwise(a, b, SCHEMES[scheme].make(x), seed=1)
+toys["stitching 1 layer"] = combine.stitch(a, b, 1, {name: (name,) for name in a})
+toys |= {f"{which.title()} model": combine.extreme([a, b], which) for which in ("max", "min")}
+cells = pd.DataFrame(weight_rows(toys, a, b))
 
 # %%
-coefficient = pd.DataFrame(cells).groupby("network", sort=False)["coefficient"]
-if wanted("combine/fig1", items):
-    fig1 = {f"mean_coefficient_{name.replace(' ', '_')}": mean for name, mean in coefficient.mean().items()}
-    figure = plots_combine.schematic(cells)
-    save_item("combine/fig1", scale, cells, fig1, figure)
-    print(pd.Series(fig1).round(3).to_string())
+if fig := section.item("combine/fig1"):
+    mean = cells.groupby("network", sort=False)["coefficient"].mean()
+    summary = {f"mean_coefficient_{name.replace(' ', '_')}": value for name, value in mean.items()}
+    fig.save(cells, plots_combine.schematic(cells), summary)
+
+# %% [markdown]
+# *Uniform*, *subcube* and *hyperplane* mix every weight in another proportion. *Bernoulli* takes each weight from A or
+# from B, *stitching* whole layers (Section 4.3). Of every two weights, *Max* takes the larger and *Min* the smaller
+# (Section 4.5).
+#
+# ## Weight matching by hand (Algorithm 1, App. C)
+#
+# B's units are put into A's order by their weights. Layer by layer, in random order, the best permutation of one layer
+# is found while all others stay as they are. It is a linear assignment problem:
+#
+# $$P_\ell \leftarrow \arg\max_P \Big\langle P,\; W^{(A)}_\ell P_{\ell-1}^\top \big(W^{(B)}_\ell\big)^\top
+#   + b^{(A)}_\ell \big(b^{(B)}_\ell\big)^\top
+#   + \big(W^{(A)}_{\ell+1}\big)^\top P_{\ell+1} W^{(B)}_{\ell+1} \Big\rangle .$$
+#
+# The algorithm ends when no layer changes any more. Here it is for an MLP.
+
+
+# %%
+def match_by_hand(a: list[nn.Linear], b: list[nn.Linear], seed: int = 0) -> list[torch.Tensor]:
+    """Orders of B's inputs, hidden units and outputs: unit i of A's layer l goes with unit order[l][i] of B's."""
+    order = [torch.arange(a[0].in_features), *(torch.arange(layer.out_features) for layer in b)]
+    generator, changed = torch.Generator().manual_seed(seed), True
+    while changed:
+        changed = False
+        for hidden in (1 + torch.randperm(len(a) - 1, generator=generator)).tolist():
+            into, out_of = (a[hidden - 1], b[hidden - 1]), (a[hidden], b[hidden])
+            gain = into[0].weight @ into[1].weight[:, order[hidden - 1]].T + torch.outer(into[0].bias, into[1].bias)
+            gain += out_of[0].weight.T @ out_of[1].weight[order[hidden + 1]]
+            best = torch.as_tensor(linear_sum_assignment(gain.numpy(), maximize=True)[1])
+            changed |= not torch.equal(best, order[hidden])
+            order[hidden] = best
+    return order
+
+
+# %% [markdown]
+# `repairlib.match_weights` does the same for any network whose units it can trace. In double precision, rounding does
+# not decide between two orders, so both find the same one.
+
+# %%
+mlp = load_pair([f"{grid.mlp}/s1", f"{grid.mlp}/s2"], device="cpu")
+a, b = ([layer for layer in model.double().modules() if isinstance(layer, nn.Linear)] for model in (mlp.a, mlp.b))
+with torch.no_grad():
+    order = match_by_hand(a, b)
+matching = repairlib.match_weights(mlp.a, mlp.b, mlp.calibration)
+assert all(map(torch.equal, order[1:-1], matching.permutation.values()))
+print(matching)
+
+# %% [markdown]
+# ## How alike the weights become
+#
+# The same for all pairs of ResNets and Tiny-10s. The paper runs the algorithm once, from the order as trained. Narrow
+# networks may end in a poor optimum. So at `quick` and `fast` it is also run from random orders, `restarts` times in
+# all, and the best matching counts. (`docs/combining.md` measures what this changes.)
+
+# %%
+WM = {"matching": "WM", "restarts": grid.restarts}
+if fig := section.item("combine/algorithm1"):
+    table = fig.measure(match_rows, **WM)
+    found = {"similarity_before": ("as_trained", "first"), "similarity_after": ("similarity", "last")}
+    ends = table.groupby(["model", "pair"], sort=False).agg(**found, sweeps=("sweep", "last"))
+    mean = ends.groupby(level="model", sort=False).mean().set_axis(["resnet", "tiny"])
+    summary = {f"{column}_{name}": row[column] for name, row in mean.iterrows() for column in mean}
+    fig.save(table, plots_combine.descents(table), summary)
+
+# %% [markdown]
+# A line is a pair. The similarity is $\langle\theta_A, P(\theta_B)\rangle / (|\theta_A|\,|\theta_B|)$, over all weights
+# that a permutation moves. The short line at the left is that of the order as trained. Within a few sweeps matching
+# more than doubles it at `quick`, from 0.2 to 0.5. It never falls.
+#
+# ## One combination by hand
+#
+# Now one pair of ResNets. Every weight gets a coefficient that is uniform in $[0, 2\alpha]$, the *sub-cube* of
+# Section 4.2.2. At $\alpha = \frac12$ that is the whole hypercube. All three combinations have the same coefficients.
+
+# %%
+pair = load_pair([f"{grid.resnet}/s1", f"{grid.resnet}/s2"])
+matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+theta_a, theta_b = pair.a.state_dict(), matching.apply(pair.b).state_dict()
+alpha, theta, generator = 0.5, {}, torch.Generator().manual_seed(0)
+for name in sorted(theta_a):  # the library draws in this order, too
+    c = 2 * alpha * torch.rand(theta_a[name].shape, generator=generator).to(theta_a[name])
+    theta[name] = (1 - c) * theta_a[name] + c * theta_b[name]
+drawn = combine.elementwise(theta_a, theta_b, combine.subcube(alpha), seed=0)
+not_aligned = combine.elementwise(theta_a, pair.b.state_dict(), combine.subcube(alpha), seed=0)
+torch.testing.assert_close(theta, drawn)
+states = {"by_hand": theta, "by_the_library": drawn, "not_aligned": not_aligned}
+pair.compare(A=pair.a, B=pair.b, **{name: with_state(pair.a, state) for name, state in states.items()})
 
 # %% [markdown]
 # ## What is drawn
@@ -92,222 +174,134 @@ if wanted("combine/fig1", items):
 # All $c_i$ are independent, with the same distribution:
 #
 # * **uniform** on the cube about the midpoint (Sec. 4.2.1): $c_i \sim U[\frac12-s, \frac12+s]$, $s \in [0, \frac12]$.
-#   At $s = 0$ it is the midpoint, at $s = \frac12$ the whole hypercube;
-# * **sub-cube** (Sec. 4.2.2): $c_i \sim U[0, 2\alpha]$ if $\alpha \le \frac12$, else $U[2\alpha-1, 1]$;
+#   At $s = 0$ it is the midpoint, at $s = \frac12$ the whole hypercube.
+# * **sub-cube** (Sec. 4.2.2): $c_i \sim U[0, 2\alpha]$ if $\alpha \le \frac12$, else $U[2\alpha-1, 1]$.
 # * **hyperplane** (Sec. 4.2.3): nearly uniform on $\{c \in [0, 1]^d : \frac1d \sum_i c_i = \alpha\}$, by the density
 #   $$f(c) = \frac{r\,e^{-rc}}{1-e^{-r}} \text{ on } [0, 1], \quad\text{with $r$ such that}\quad
 #   \frac1r - \frac1{e^r-1} = \alpha,$$
-#   which is the same for all $c$ of one mean. The mean misses $\alpha$ by $O(1/\sqrt d)$;
-# * **Bernoulli** (Sec. 4.2.4): $c_i = 1$ with probability $p$, else 0: every weight is A's or B's.
+#   which is the same for all $c$ of one mean. The mean misses $\alpha$ by $O(1/\sqrt d)$.
+# * **Bernoulli** (Sec. 4.2.4): $c_i = 1$ with probability $p$, else 0. Every weight is A's or B's.
 #
-# The last three begin at A and end at B. Histograms of 100,000 coefficients, as the functions above draw them between
-# $a = 0$ and $b = 1$; beyond a half, the last three are mirror images.
+# The last three begin at A and end at B. These are 100,000 coefficients of each. Beyond a half, the last three are
+# mirror images.
 
 # %%
-figure = plots_combine.coefficients(coefficient_samples(FIGURES.values()))
+plots_combine.coefficients(coefficient_samples(RANDOM))
 
 # %% [markdown]
-# ## Measure
+# ## Every pair of seeds
 #
-# All networks of a pair are evaluated together, on the test set.
+# The empirical barrier of a pair is that of the worst of all networks drawn, at any value of the parameter, against the
+# mean of the two endpoints (Def. 3.3). Numbers below are means over pairs, in nats and in points of test accuracy.
+# Bands go from the best to the worst network of all pairs.
 
 
 # %%
-def hypercube_rows(pair, schemes: list[str]) -> list[dict]:
-    """Rows of networks drawn from some schemes, at every point of their grids, aligned and not."""
-    seeds = {scheme: seed for seed, scheme in enumerate(FIGURES.values())}  # at a half, three are one distribution
-    drawn = [combination_rows(pair, {scheme: SCHEMES[scheme].grid(points)}, samples, seed=seeds[scheme])
-             for scheme in schemes]  # fmt: skip
-    return [row for table in drawn for row in table]
+def draw(pair, *schemes: str) -> list[dict]:
+    """Networks at every point of some schemes, aligned and not. Each scheme has uniform numbers of its own."""
+    points = {scheme: SCHEMES[scheme].grid(grid.points) for scheme in schemes}
+    return [row for scheme in schemes for row in
+            combination_rows(pair, {scheme: points[scheme]}, grid.samples, seed=RANDOM.index(scheme))]  # fmt: skip
 
 
-rows, sweeps, seconds = {run: [] for run in networks}, [], {}
-for run in networks:
-    start = time.perf_counter()
-    for name, pair in pairs_of(run, SEEDS, match="weights", restarts=restarts):
-        of = {"model": str(parse_run(pair.runs[0]).model), "pair": name}
-        rows[run] += [of | row for row in hypercube_rows(pair, schemes[run])]
-        sweeps += [of | row for row in match_rows(pair)]
-    seconds[run] = time.perf_counter() - start
-
-
-# %% [markdown]
-# The empirical barrier of a pair is the worst of all networks drawn from a scheme, at any value of its parameter,
-# against the mean of the endpoints (Def. 3.3); what is saved are means over pairs, in nats and, as the paper prints
-# them, as fractions of the test set (0.01 is a point). Bands go from the best to the worst network of all pairs.
-#
-# At `quick` (seeds 1 to 3) networks are narrower and shallower than the paper's and tell digits in disorder apart; they
-# are trained with more weight decay (recipe `quick-csiszarik`). Aligned ones lose 4 to 6 points at worst
-# in the first three kinds of combinations, which are hardest at a half, where all three are the whole hypercube;
-# Bernoulli coefficients cost ResNets 19 points and Tiny-10s 9. Networks that are not aligned lose 70 points and more.
-
-
-# %%
-def save_scheme(item: str) -> None:
-    """Draw and save the figure of one scheme between ResNets."""
-    scheme = FIGURES[item]
-    table = [row for row in rows[resnet] if row["scheme"] == scheme]
-    mean = mean_barriers(table, ["scheme", "kind"]).loc[scheme]
-    summary = {**mean.loc["permuted"], **mean.loc["naive"].add_suffix("_naive")}
+def make(fig, scheme: str) -> None:
+    """Measure, draw and save the figure of one scheme."""
+    table = fig.measure(draw, scheme, **WM)
     marks = {} if scheme == "uniform" else {0: "model A", 1: "model B"}
-    figure = plots_combine.performance(table, xlabel=SCHEMES[scheme].xlabel, title=title_of(resnet), marks=marks)
-    save_item(item, scale, table, summary, figure, runs=runs_of[resnet], seconds=seconds[resnet])
-    print(mean.round(3).to_string())
+    names = {"xlabel": SCHEMES[scheme].xlabel, "title": title_of(grid.resnet), "marks": marks}
+    fig.save(table, plots_combine.performance(table, **names), name_barriers(table))
 
 
 # %% [markdown]
 # ## Uniform about the midpoint (Fig. 2)
-#
-# The paper: loss barrier 0.044, accuracy barrier 0.012.
 
 # %%
-if wanted("combine/fig2", items):
-    save_scheme("combine/fig2")
+if fig := section.item("combine/fig2"):
+    make(fig, "uniform")
 
 # %% [markdown]
+# Aligned networks lose 6 points at worst at `quick`, others 86. The larger the cube, the worse the aligned ones become.
+# Those that are not aligned have lost most of their accuracy in the midpoint already.
+#
 # ## Sub-cubes (Fig. 3)
-#
-# The paper: 0.041 and 0.011.
 
 # %%
-if wanted("combine/fig3", items):
-    save_scheme("combine/fig3")
+if fig := section.item("combine/fig3"):
+    make(fig, "subcube")
 
 # %% [markdown]
+# The hardest sub-cube is the whole hypercube, at a half. It costs aligned networks 4 points at `quick`, others 77.
+#
 # ## The hyperplane (Fig. 4)
-#
-# The paper: 0.037 and 0.012.
 
 # %%
-if wanted("combine/fig4", items):
-    save_scheme("combine/fig4")
+if fig := section.item("combine/fig4"):
+    make(fig, "hyperplane")
 
 # %% [markdown]
+# At a half this is the whole hypercube once more: 6 and 78 points at `quick`.
+#
 # ## Vertices (Fig. 5)
-#
-# The paper: 0.168 and 0.042.
 
 # %%
-if wanted("combine/fig5", items):
-    save_scheme("combine/fig5")
+if fig := section.item("combine/fig5"):
+    make(fig, "bernoulli")
 
 # %% [markdown]
+# Vertices are the hardest, as in the paper. At `quick` they cost aligned networks 19 points. The paper's networks are
+# wider: theirs lose 4 points.
+#
 # ## Tiny-10 (Figs. B.15 to B.18)
-#
-# The same four families. The paper's barriers are 0.332, 0.32, 0.332 and, of Bernoulli coefficients, 0.767 nats; 0.07,
-# 0.07, 0.071 and 0.194 in accuracy.
 
 # %%
-if wanted("combine/figB15-B18", items):
-    mean = mean_barriers(rows[tiny], ["scheme", "kind"])
-    figB15 = {
-        f"{scheme}_{column.removesuffix('_barrier')}{'' if kind == 'permuted' else '_naive'}": value
-        for (scheme, kind), row in mean.iterrows()
-        for column, value in row.items()
-    }
-    xlabels = {scheme: SCHEMES[scheme].xlabel for scheme in FIGURES.values()}
-    figure = plots_combine.performances(rows[tiny], xlabels, title=title_of(tiny))
-    save_item("combine/figB15-B18", scale, rows[tiny], figB15, figure, runs=runs_of[tiny], seconds=seconds[tiny])
-    print(mean.round(3).to_string())
+if fig := section.item("combine/figB15-B18"):
+    table, summary = fig.measure(draw, *RANDOM, **WM), {}
+    for scheme, rows in table.groupby("scheme", sort=False):
+        barriers = name_barriers(rows).items()
+        summary |= {f"{scheme}_{name.replace('_barrier', '')}": value for name, value in barriers}
+    xlabels = {scheme: SCHEMES[scheme].xlabel for scheme in RANDOM}
+    fig.save(table, plots_combine.performances(table, xlabels, title=title_of(grid.tiny)), summary)
 
 # %% [markdown]
+# The same four families. Aligned Tiny-10s lose 5 or 6 points at `quick`, at vertices 9. Others lose more than 80. The
+# paper's Tiny-10s lose more at vertices, too.
+#
 # ## Architecture and training (Table A.1, App. A)
 #
-# Tiny-10's layers, read off the network; the paper prints its channels at width 1, and neither strides nor padding:
+# Tiny-10's layers are read off the network. The paper prints its channels at width 1, and neither strides nor padding:
 # here the first convolution of each new width halves the map, and padding keeps its size. Both recipes are `csiszarik`,
-# as in `cifar10/tiny10-ln-w16/csiszarik/s1`: a resize by 0.8 to 1.2 with a random crop of the original size, flips,
-# rotations by up to 30 degrees. The warm-up of the ResNet begins at its first step and not at $10^{-6}$.
-
-
-# %%
-def layer_rows(net: nn.Sequential, here: nn.Sequential) -> list[dict]:
-    """A row for each layer, its channels at width 1 and here, and what follows it."""
-    rows = []
-    for (name, layer), other in zip(net.named_children(), here.children(), strict=True):
-        if isinstance(layer, nn.Conv2d):
-            what = {"kernel": layer.kernel_size[0], "stride": layer.stride[0], "channels": layer.out_channels}
-            rows.append({"part": "layer", "name": name, **what, "channels_here": other.out_channels, "then": ""})
-        elif isinstance(layer, nn.AdaptiveAvgPool2d | nn.Linear):
-            rows.append({"part": "layer", "name": "average pooling" if name == "pool" else "linear"})
-        elif not isinstance(layer, nn.Flatten):
-            rows[-1]["then"] += "LN-" if name.startswith("ln") else type(layer).__name__
-    return rows
-
-
-if wanted("combine/tableA1", items):
-    nets = [models.build(name, (3, 32, 32), 10) for name in ("tiny10-ln", parse_run(f"{tiny}/s1").model)]
-    tableA1_rows = layer_rows(*nets)
-    columns = ("epochs", "batch_size", "lr", "schedule", "warmup_epochs", "momentum", "weight_decay")
-    recipes = {name: find_recipe("csiszarik", f"{name}-ln", "cifar10") for name in ("tiny", "resnet")}
-    tableA1_rows += [
-        {"part": "recipe", "name": name, **{column: getattr(recipe, column) for column in columns}}
-        | {"lr_divided_at": ", ".join(f"{at:.2f}" for at in recipe.milestones), "augment": "+".join(recipe.augment)}
-        for name, recipe in recipes.items()
-    ]
-    tableA1 = {f"{column}_{name}": getattr(recipe, column) for name, recipe in recipes.items()
-               for column in ("epochs", "lr", "batch_size", "weight_decay")}  # fmt: skip
-    tableA1 |= {"convolutions": sum("kernel" in row for row in tableA1_rows)}
-    save_item("combine/tableA1", scale, tableA1_rows, tableA1)
-    print(pd.DataFrame(tableA1_rows).fillna("").to_string(index=False))
-
-# %% [markdown]
-# ## Weight matching (Algorithm 1, App. C)
-#
-# Every sweep solves one linear assignment for each layer, in random order, with all others held fixed:
-#
-# $$P_\ell \leftarrow \arg\max_P \Big\langle P,\; W^{(A)}_\ell P_{\ell-1} \big(W^{(B)}_\ell\big)^\top
-#   + \big(W^{(A)}_{\ell+1}\big)^\top P_{\ell+1} W^{(B)}_{\ell+1} \Big\rangle ,$$
-#
-# until a sweep changes nothing. The algorithm is run once, from the order as trained; at `quick` and `fast` it is also
-# run from random permutations, and what ends with the highest objective counts, as narrow networks may end in a poor
-# optimum (`docs/combining.md` measures what it changes). A line for each pair: the objective relative to what it is
-# between equal networks, $\langle\theta_A, P(\theta_B)\rangle / (|\theta_A|\,|\theta_B|)$, over all weights that a
-# permutation moves; the short line at its left is without any permutation.
+# as in `cifar10/tiny10-ln-w16/csiszarik/s1`. Images are resized by 0.8 to 1.2 and cropped to their size, flipped, and
+# turned by up to 30 degrees. The warm-up of the ResNet begins at its first step and not at $10^{-6}$.
 
 # %%
-if wanted("combine/algorithm1", items):
-    groups = pd.DataFrame(sweeps).groupby(["model", "pair"], sort=False)
-    ends = groups.agg(as_trained=("as_trained", "first"), matched=("similarity", "last"), sweeps=("sweep", "last"))
-    mean = ends.groupby(level="model", sort=False).mean()
-    names = {"as_trained": "similarity_before", "matched": "similarity_after", "sweeps": "sweeps"}
-    algorithm1 = {f"{names[column]}_{name}": value
-                  for name, (_, row) in zip(("resnet", "tiny"), mean.iterrows(), strict=True)
-                  for column, value in row.items()}  # fmt: skip
-    figure, of = plots_combine.descents(sweeps), {"runs": runs, "seconds": sum(seconds.values())}
-    save_item("combine/algorithm1", scale, sweeps, algorithm1, figure, **of)
-    print(ends.round(3).to_string())
+if fig := section.item("combine/tableA1"):
+    layers = layer_rows(*(models.build(name, (3, 32, 32), 10) for name in ("tiny10-ln", grid.tiny.split("/")[1])))
+    kinds = {"tiny": "tiny-ln", "resnet": "resnet-ln"}
+    trained = recipe_rows({name: recipes.find_recipe("csiszarik", kind, "cifar10") for name, kind in kinds.items()})
+    columns = ("epochs", "lr", "batch_size", "weight_decay")
+    summary = {f"{column}_{row['name']}": row[column] for row in trained for column in columns}
+    fig.save([*layers, *trained], summary=summary | {"convolutions": sum("kernel" in row for row in layers)})
+    display(pd.DataFrame(layers).convert_dtypes().astype(object).fillna(""), pd.DataFrame(trained).T)
 
 # %% [markdown]
 # ## Check
 #
-# Of arithmetic: the made-up networks are what they are called; whatever the scheme, the network at 0 is A and at 1 it
-# is B; matching never lowers its objective, and ends with a sweep that changes nothing; the table is the paper's.
-#
-# Of trained networks of digits, as means over pairs: aligned networks have less than half of the loss barrier of
-# others, and Bernoulli coefficients the highest of the aligned.
+# First arithmetic: whatever the scheme, the network at 0 is A and the one at 1 is B, in whichever order B's units are.
+# Matching never lowers its objective, and its last sweep changes nothing. The coefficients of the made-up networks are
+# those of their schemes. Then what the paper claims of these figures, and what ours show.
 
 # %%
-hues = coefficient.unique()
-for name in ("model A", "model B", "bernoulli 0.5", "stitching 1 layer", "Max model", "Min model"):
-    assert set(hues[name]) <= {0, 1}, (name, hues[name])
-assert abs(hues["linear 0.5"] - 0.5).max() < 1e-12, hues["linear 0.5"]
-for table in filter(None, rows.values()):
-    ends = pd.DataFrame(table).query("scheme != 'uniform' and x in (0, 1)").groupby(["pair", "x"])["loss"]
+tables = {item: section.tables[item] for item in section.tables if "x" in section.tables[item]}
+for table in tables.values():
+    ends = table[(table["scheme"] != "uniform") & table["x"].isin([0, 1])].groupby(["pair", "x"])["loss"]
     assert (ends.max() - ends.min() < 1e-4).all(), ends.describe()
-for _, path in pd.DataFrame(sweeps, columns=["model", "pair", "similarity"]).groupby(["model", "pair"])["similarity"]:
-    converged = path.iloc[-1] == path.iloc[-2] or len(path) > 100
-    assert path.is_monotonic_increasing and converged, path
-if wanted("combine/tableA1", items):
-    PRINTED = [(3, 16), (3, 16), (3, 32), (3, 32), (3, 32), (3, 64), (3, 64), (1, 64)]
-    assert [(row["kernel"], row["channels"]) for row in tableA1_rows if "kernel" in row] == PRINTED
-    keys = ("epochs", "batch_size", "lr", "schedule", "warmup_epochs", "momentum", "weight_decay", "lr_divided_at")
-    assert [tuple(row[key] for key in keys) for row in tableA1_rows if row["part"] == "recipe"] == [
-        (300, 100, 0.01, "step", 0.0, 0.9, 1e-4, "0.33, 0.67"), (250, 100, 0.1, "cosine", 1, 0.9, 1e-4, ""),
-    ]  # fmt: skip
+if "combine/algorithm1" in section.tables:
+    for _, path in section.tables["combine/algorithm1"].groupby(["model", "pair"])["similarity"]:
+        assert path.is_monotonic_increasing and (path.iloc[-1] == path.iloc[-2] or len(path) > 100), path
+hues = cells.groupby("network")["coefficient"].agg(set)
+for name in ("model A", "model B", "bernoulli 0.5", "stitching 1 layer", "Max model", "Min model"):
+    assert hues[name] <= {0, 1}, (name, hues[name])
+assert max(abs(hue - 0.5) for hue in hues["linear 0.5"]) < 1e-12
 
 # %%
-if scale == "quick":
-    for run in filter(rows.get, networks):
-        barrier = mean_barriers(rows[run], ["scheme", "kind"])["loss_barrier"].unstack("kind")
-        assert (barrier["permuted"] < barrier["naive"] / 2).all(), (run, barrier)
-        assert barrier["permuted"].idxmax() == "bernoulli" or set(schemes[run]) < set(FIGURES.values()), (run, barrier)
+section.check()
