@@ -1,47 +1,70 @@
 # %% [markdown]
 # # Explore: what becomes of the path between two networks
 #
-# Take two trained networks, align the second with the first or not, renormalise the networks between them or not,
+# Take two trained networks. Align the second with the first, or not. Renormalise the networks between them, or not.
+# What accuracy and loss does
 #
-# $$\theta_\alpha = (1-\alpha)\,\theta_1 + \alpha\,P(\theta_2),$$
+# $$\theta_\alpha = (1-\alpha)\,\theta_1 + \alpha\,P(\theta_2)$$
 #
-# and see what accuracy or loss this has along $\alpha$, and how much each layer still varies, relative to the endpoints
-# (Jordan et al. 2022, Secs. 3 and 4; RESCALE and RESHIFT: Qu & Horvath 2024, Sec. 4.1). The pairs to choose from are
-# all runs that are stored and differ in the seed only: each notebook adds its own.
+# have along $\alpha$? How much does each layer still vary, relative to the endpoints? (Jordan et al. 2022, Secs. 3 and
+# 4; RESCALE and RESHIFT: Qu & Horvath 2024, Sec. 4.1.) You can choose from all stored runs that differ in the seed
+# only. Every notebook adds its own.
 
 # %% tags=["parameters"]
-scale: str = "smoke"  # smoke: a few steps, to test; quick: trained on digits; also fast, paper
+import os
+
+scale: str = os.environ.get("REPAIRLIB_SCALE", "quick")  # smoke, quick, fast or paper
 items: str = ""  # not used here
 
 # %% tags=["runs"]
-from companion.experiments.scales import by_scale
+from companion.experiments.grids.explore import explore
+from companion.figures.section import Section
 
-run = by_scale(
-    scale,
-    smoke="digits/resnet8-bn-w0.25/smoke",
-    quick="digits/resnet18-bn-w0.25/quick",
-    fast="mnist/mlp6-fused-w128/fast",
-    paper="cifar10/resnet18-bn-w1/jordan",
-)
-runs = [f"{run}/s{seed}" for seed in (1, 2)]
+section = Section(explore, scale)
+section.overview()
+
+# %% [markdown]
+# ## Names
+#
+# Tables, figures and the panel below have one name for each way to match units, and for each way to renormalise.
+# `needs` is what the networks must have.
 
 # %%
+import pandas as pd
+
+from companion.experiments.methods import MATCHINGS, RENORMS
 from companion.figures.explore import Choice, Explorer, panel
 
-explorer = Explorer(calibration=500)  # images; 5,000 as in the paper give the figures' numbers, and take longer
-choice = Choice(tuple(runs), matching="activations", renormalisation="REPAIR")
+how = {("matching", name): (method.label, "") for name, method in MATCHINGS.items()}
+how |= {("renorm", name): (method.label, method.needs) for name, method in RENORMS.items()}
+pd.DataFrame(how, ["in words", "needs"]).T
 
 # %% [markdown]
-# One choice as a picture, for a reader without a running kernel. Trains the two runs if they are not there yet.
+# ## One choice
+#
+# This cell trains the two runs if they are not there yet. Then it makes and tests 42 networks along the path.
 
 # %%
-figure, text = explorer.view(choice, alpha=0.5, metric="accuracy")
-print(text)
+explorer = Explorer(calibration=500)  # images; 5,000 as in the paper give the figures' numbers, and take longer
+choice = Choice(tuple(section.runs), matching="AM", renorm="REPAIR")
+view = explorer.view(choice, alpha=0.5, metric="accuracy")
+view.figure
 
 # %% [markdown]
-# The same with widgets. Another pair, matching or renormalisation takes some seconds, on a large network more; once
-# its path is complete, alpha moves at once. RESET is for networks with BatchNorm, and changes the ends of the path a
-# little: their statistics are measured again as well.
+# On the left, the accuracy along the path; the vertical line is the network whose layers are on the right. As
+# interpolated, layers vary less and less. REPAIR gives each about the variance that it has in the endpoints.
+
+# %%
+print(view.source)
+view.table
+
+# %% [markdown]
+# ## Any choice
+#
+# Type words into `filter` to find a pair. Another pair, matching or renormalisation takes some seconds, on a large
+# network more. The line above the picture says what is being computed. Once a path is complete, alpha moves at once.
+# RESET is offered for networks with BatchNorm. It changes the ends of the path a little: their statistics are measured
+# again as well.
 
 # %%
 panel(explorer, choice)
@@ -49,11 +72,11 @@ panel(explorer, choice)
 # %% [markdown]
 # ## Check
 #
-# Interpolation ends at the endpoints, whose variances average to a ratio of 1, and REPAIR leaves them alone.
+# Interpolation ends at the endpoints, whose variances average to a ratio of 1. REPAIR leaves them alone.
 
 # %%
-bare, repaired = (explorer.path(line) for line in choice.lines.values())
-for end in (0, -1):
-    assert bare.loss[end] == repaired.loss[end] and bare.accuracy[end] == repaired.accuracy[end]
+rows = explorer.rows(choice)
+ends = rows[rows["alpha"].isin([0, 1])].groupby("alpha")[["loss", "accuracy"]]
+assert (ends.max() == ends.min()).all(axis=None), ends.agg(["min", "max"])
 profiles = [explorer.profile(choice, alpha) for alpha in (0.0, 1.0)]
 assert all(abs(a["ratio"] + b["ratio"] - 2) < 1e-9 for a, b in zip(*profiles, strict=True))

@@ -48,7 +48,7 @@ def test_a_renormalisation_says_whether_it_moves_the_ends(name, pairs):
         assert close(logits(path(alpha), pair), logits(end, pair)) != how.moves_ends
     middle = interpolate_models(pair.a, pair.aligned, 0.5)
     assert close(logits(path(0.5), pair), logits(middle, pair)) == (name == "none")
-    assert how.label and how.needs in ("", "BatchNorm")
+    assert how.label and how.needs in ("", "BatchNorm", "Conv")
 
 
 def test_names_stand_for_options(pairs):

@@ -72,7 +72,7 @@ RENORMS: dict[str, Renormalisation] = {
     "REPAIR": Renormalisation("REPAIR", _repaired()),
     "REPAIR closed form": Renormalisation("REPAIR, closed form", _repaired(method="closed-form")),
     "REPAIR simultaneous": Renormalisation("REPAIR, simultaneous", _repaired(method="simultaneous")),
-    "REPAIR conv": Renormalisation("REPAIR of convolutions only", _repaired(targets="conv")),
+    "REPAIR conv": Renormalisation("REPAIR of convolutions only", _repaired(targets="conv"), needs="Conv"),
     "REPAIR bn reset": Renormalisation(
         "REPAIR, BatchNorms reset", _repaired(bn="reset"), moves_ends=True, needs="BatchNorm"
     ),

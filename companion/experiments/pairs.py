@@ -51,6 +51,10 @@ class Pair:
             self._matched[method] = found, found.apply(self.b)
         return self._matched[method]
 
+    def has_matched(self, method: str) -> bool:
+        """Whether units have been matched by a method already."""
+        return method in self._matched
+
     def matching_by(self, method: str | None = None) -> Matching | SoftMatching:
         """Units of B matched with units of A; made once for each method."""
         return self._match(method)[0]

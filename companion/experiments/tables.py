@@ -87,16 +87,13 @@ def restore_ends(table: pd.DataFrame) -> pd.DataFrame:
     Barriers of RESET are measured so, like those of the networks that it is compared with.
 
     Args:
-        table: long, see `barriers`, with the aligned networks as interpolated (`renorm` "none") among its rows.
+        table: long, see `barriers`, with networks as interpolated (`renorm` "none") among its rows. Their ends are the
+            same whether they are aligned or not.
     """
-    plain = (table["renorm"] == "none") & (table["matching"] != "none")
     names = [column for column in table if column not in ("matching", "renorm", "network", *MEASURES)]
-    trained = table[plain & table["alpha"].isin([0, 1])].set_index(names)[MEASURES]
-    place = pd.MultiIndex.from_frame(table[names])
-    at_end = place.isin(trained.index)
-    table = table.copy()
-    table.loc[at_end, MEASURES] = trained.loc[place[at_end]].to_numpy()
-    return table
+    trained = table[(table["renorm"] == "none") & table["alpha"].isin([0, 1])].drop_duplicates(names)
+    ends = table[names].merge(trained[names + MEASURES], how="left", on=names).set_index(table.index)
+    return table.assign(**{measure: ends[measure].fillna(table[measure]) for measure in MEASURES})
 
 
 def barrier_means(table: Table, by: Sequence[str], metric: str = "loss") -> pd.DataFrame:
