@@ -1,15 +1,18 @@
 """Run names: changes of the recipe, and runs that continue others."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion.runs.data import AUGMENTATIONS
-from companion.runs.models import INITS
+from companion.runs.data import AUGMENTATIONS, DATASETS
+from companion.runs.models import FAMILIES, INITS
 from companion.runs.names import lineage, parse_run, recipe_of
 from companion.runs.recipes import CHANGES, RECIPES, SCHEDULES, Recipe, find_recipe
+from companion.runs.store import Store
 
 QU = "cifar10/vgg16-plain-w1/qu/s1"
 
@@ -121,3 +124,37 @@ def test_every_field_that_changes_is_one_of_a_recipe():
 def test_constant_schedule_has_its_warmup():
     how = Recipe("test", 4, 1, 0.3, "constant", warmup_epochs=1)
     assert [round(how.lr_at(step, 2), 9) for step in range(8)] == [0.15] + [0.3] * 7
+
+
+# docs/runs.md
+
+PAGE = Path(__file__).parents[1] / "docs" / "runs.md"
+
+
+def test_the_page_of_names_is_complete():
+    text = PAGE.read_text()
+    assert re.findall(r"^\| `~([a-z]+)", text, re.M) == list(CHANGES)
+    recipes = text.partition("## Recipes")[2].partition("###")[0]
+    assert set(re.findall(r"`([a-z0-9-]+)`", "".join(re.findall(r"^\|(.*?)\|", recipes, re.M)))) == {
+        *RECIPES,
+        "retrain",
+    }
+    for word in (*INITS, *AUGMENTATIONS, *SCHEDULES, *(name for name in DATASETS if name != "imagenet")):
+        assert f"`{word}`" in text, word
+    for name in re.findall(r"`\.\.\.(/[^`]*)`", text):
+        assert str(parse_run(f"cifar10/vgg16-plain-w1{name}", check_data=False)).endswith(name)
+
+
+def test_code_of_the_page_of_names_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("REPAIRLIB_RUNS", str(tmp_path))
+    known = [dict(registry) for registry in (FAMILIES, RECIPES)]
+    names = {}
+    try:
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S):
+            exec(block.replace("resnet20-bn-w1/quick", "mlp2-plain-w8/smoke"), names)
+    finally:
+        for registry, before in zip((FAMILIES, RECIPES), known, strict=True):
+            for key in set(registry) - set(before):
+                del registry[key]
+    assert Store().names() == ["digits/mlp2-plain-w8/smoke/s1", "digits/mynet-w2/gentle~epochs5/s1"]
+    assert names["run"].model.flags == ("nobias",) and 0 < len(names["losses"]) <= 4 * 13
