@@ -164,7 +164,7 @@ def test_mean_barriers_are_means_of_each_pairs_worst():
     )
 
 
-def test_the_best_combination_is_the_most_accurate_and_of_several_the_one_of_the_lowest_loss():
+def test_the_best_combination_is_the_most_accurate_and_the_lowest_loss_breaks_ties():
     rows = [{"triple": t, "accuracy": a, "loss": x} for t in "ab" for a, x in ((0.9, 0.1), (0.95, 0.3), (0.95, 0.2))]
     best = best_combinations(rows[:3] + rows[3:5], "triple")
     assert best["loss"].to_dict() == {"a": 0.2, "b": 0.3}

@@ -80,8 +80,8 @@ def edge_rows(pair: Pair, matching: str = "WM", bins: Sequence[float] = tuple(i 
         bins: edges of the histogram; what is longer counts in the last bin.
 
     Returns:
-        Rows {matching, layer, rms: of its weights, median: length, bin_low, bin_high, share: of the weights, in
-        [0, 1]}.
+        Rows {matching, layer, rms of its weights, median length, bin_low, bin_high, share of the weights in the bin (in
+        [0, 1])}.
     """
     ends, rows = states_of(pair, matching), []
     for name in [name for name, weight in ends[0].items() if weight.ndim > 1]:
@@ -103,11 +103,11 @@ def group_correlations(pair: Pair) -> dict[str, Tensor]:
 
 
 def derangements(pair: Pair, steps: int, draws: int) -> list[tuple[dict, Permutation]]:
-    """Matchings of which the k least correlated pairs of one layer are deranged, see `permutations.derange`.
+    """Matchings with the k least correlated pairs of one layer deranged, see `permutations.derange`.
 
     Args:
-        steps: k is 0, 2 and 1/steps, 2/steps... of the layer's units.
-        draws: derangements for each k; there is only one of two pairs.
+        steps: k is 0, 2, and 1/steps, 2/steps, ..., 1 times the layer's units.
+        draws: derangements for each k; for k = 2 there is only one.
 
     Returns:
         Columns {layer, k, units, draw} and the matching.

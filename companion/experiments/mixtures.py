@@ -1,7 +1,7 @@
 """Samples of combined networks, scheme by scheme (Csiszarik et al. 2023, Secs. 4 and 5).
 
-A scheme is a family of distributions of coefficients with one real parameter x; `combine.elementwise` draws a network
-from it. Alpha = 0 is model A throughout, see `combine`.
+A scheme is a family of distributions of coefficients with one parameter x. Networks are drawn by `combine.elementwise`.
+Coefficient 0 is model A everywhere.
 """
 
 import itertools
@@ -29,7 +29,7 @@ class Scheme:
     Attributes:
         make: from x to the quantile function of one coefficient.
         low, high: the range of x.
-        xlabel: what x is called.
+        xlabel: the name of x in figures.
     """
 
     make: Callable[[float], combine.Quantile]
@@ -60,19 +60,19 @@ SCHEMES = {
     "bernoulli": Scheme(combine.bernoulli, 0, 1, r"probability $p$ of model B's entry"),
     "centred": Scheme(lambda s: combine.box(s, center=0.0), 0, 0.5, r"half edge $s$ of the box about model A"),
 }
-COMPARED = ("WM", "none")  # of `MATCHINGS`: with B's units in A's order, matched by weights, and as trained
+COMPARED = ("WM", "none")  # names of `MATCHINGS`: B's units in A's order by weights, and as trained
 
 
 def maker(ends: tuple[State, State], scheme: str, x: float, sample: int, seed: int = 0) -> Callable[[], State]:
-    """What draws one network of a scheme when it is called.
+    """Function that draws one network of a scheme when it is called.
 
     Args:
         ends: state dicts of A and B.
         scheme: one of `SCHEMES`.
         x: its parameter.
-        sample: number of the draw. Its uniform numbers are the same for every scheme, x and device, so that a sample is
-            followed along x, and samples differ.
-        seed: of all draws.
+        sample: number of the draw. A sample has the same uniform numbers for every scheme, x and device, so that it can
+            be followed along x.
+        seed: another seed gives all samples other numbers.
     """
     quantile = SCHEMES[check(scheme, SCHEMES, "scheme")].make(x)
     return lambda: combine.elementwise(*ends, quantile, seed * 1_000_003 + sample)
@@ -81,10 +81,7 @@ def maker(ends: tuple[State, State], scheme: str, x: float, sample: int, seed: i
 def coefficient_samples(
     schemes: Iterable[str], grid: Sequence[float] = (0.1, 0.25, 0.5), number: int = 100_000
 ) -> dict[str, dict[float, np.ndarray]]:
-    """Coefficients that schemes draw, by scheme and x, for `plots_combine.coefficients`.
-
-    They are the weights of combinations of a network of zeros with one of ones.
-    """
+    """Coefficients that schemes draw, by scheme and x: the weights between a network of zeros and one of ones."""
     zero, one = {"w": torch.zeros(number)}, {"w": torch.ones(number)}
     return {scheme: {x: maker((zero, one), scheme, x, sample=0)()["w"].numpy() for x in grid} for scheme in schemes}
 
@@ -100,16 +97,17 @@ def evaluate_rows(
     splits: Sequence[str] = ("test",),
     train_images: int | None = None,
 ) -> list[dict]:
-    """Evaluate combinations of a pair together; a row each, in order.
+    """Evaluate many combinations of a pair together.
 
     Args:
-        pair: of the endpoints.
-        named: columns that name a combination, and what makes its state dict.
+        pair: the endpoints.
+        named: for each combination, columns that name it and a function that makes its state dict.
         splits: "test", "train" (without augmentation) or both.
-        train_images: how many of the latter, see `data.iterate`; default all.
+        train_images: number of training images; default all.
 
     Returns:
-        Rows {**columns, split, loss (nats), accuracy (in [0, 1]), end_loss, end_accuracy: means of the endpoints}.
+        Rows in order {**columns, split, loss (nats), accuracy (in [0, 1]), end_loss, end_accuracy}; the last two are
+        means of the endpoints.
     """
     named, rows = list(named), []
     for split in splits:
@@ -136,7 +134,7 @@ def draw_networks(
     """Networks drawn from a scheme at every point of a grid, each made when it is called; see `combination_rows`.
 
     Returns:
-        Columns {scheme, matching, x, sample} and what makes the state dict.
+        For each network, columns {scheme, matching, x, sample} and a function that makes its state dict.
     """
     check(scheme, SCHEMES, "scheme")
     grid = list(grid)
@@ -163,9 +161,9 @@ def combination_rows(
     """Networks drawn from some schemes at every point of their grids, evaluated together.
 
     Args:
-        pair: of the endpoints.
+        pair: the endpoints.
         grids: scheme -> values of x, for instance ``{"subcube": SCHEMES["subcube"].grid(25)}``.
-        samples: networks at each point, but one where nothing is left to chance.
+        samples: networks at each point; one where nothing is random.
         matchings: with B's units in A's order ("WM"), as trained ("none") or both.
         splits, train_images: see `evaluate_rows`.
         seed: see `maker`.
@@ -199,7 +197,7 @@ def stitching_rows(pair: Pair, *, matchings: Sequence[str] = COMPARED) -> list[d
 
 
 def extreme_rows(pair: Pair, points: int, *, matchings: Sequence[str] = COMPARED) -> list[dict]:
-    """Networks from the Max model, of the larger of every two weights, to the Min model (Csiszarik et al. 2023, 4.5).
+    """Networks on the path from the Max to the Min model (Csiszarik et al. 2023, Sec. 4.5), see `combine.extreme`.
 
     Args:
         points: equidistant values of alpha, from 0 (Max) to 1 (Min).
@@ -253,7 +251,7 @@ def weight_rows(networks: Mapping[str, State], a: State, b: State) -> list[dict]
 
 
 class Lazy:
-    """State dicts that are made when they are asked for, and not kept; its length serves the progress bar."""
+    """State dicts, each made when it is asked for and not kept; the length is for the progress bar."""
 
     def __init__(self, makers: Sequence[Callable[[], State]]):
         self._makers = makers

@@ -139,7 +139,7 @@ def sample_barriers(table: Table, by: Sequence[str] = ("scheme", "matching")) ->
 
     Args:
         table: rows of `mixtures.evaluate_rows`.
-        by: columns; each combination of their values is a sample of its own. Name the pair among them.
+        by: columns. Each combination of their values is a sample of its own, so the pair should be among them.
 
     Returns:
         Rows {**by, loss_barrier (nats), accuracy_barrier (a fraction: 0.01 is a point), end_loss, end_accuracy,
@@ -161,7 +161,7 @@ def mean_barriers(table: Table, by: Sequence[str] = ("matching",), each: str = "
 
     Args:
         table: rows of `mixtures.evaluate_rows`.
-        by: columns of which each combination of values is a sample of its own.
+        by: columns. Each combination of their values is a sample of its own.
         each: what to average over, the pair or another column.
 
     Returns:
@@ -187,7 +187,7 @@ def name_barriers(table: Table, each: str = "pair") -> dict[str, float]:
 
 
 def best_combinations(table: Table, by: str) -> pd.DataFrame:
-    """The row of the highest accuracy for each value of a column, of several the one of the lowest loss."""
+    """The row of the highest accuracy for each value of a column; the lowest loss breaks ties."""
     frame = pd.DataFrame(table).sort_values(["accuracy", "loss"], ascending=[False, True])
     return frame.drop_duplicates(by).set_index(by).sort_index()
 

@@ -2,19 +2,17 @@
 
 from typing import NamedTuple
 
-import pandas as pd
-
 from companion.experiments.grids import Grid, Network
-from companion.experiments.scales import SCALES, by_scale
+from companion.experiments.scales import by_scale
 
 
 class Combined(NamedTuple):
     """What is combined at one scale.
 
     Attributes:
-        resnet, tiny: run names without their seed, of a ResNet with LayerNorm and of Tiny-10.
-        seeds: which; every two of them are a pair.
-        restarts: descents of weight matching, of which the one with the best objective counts; the paper makes one.
+        resnet, tiny: run names of a ResNet with LayerNorm and of a Tiny-10, without their seed.
+        seeds: every two of them are a pair.
+        restarts: how often weight matching descends; the matching with the best objective counts. The paper makes one.
     """
 
     resnet: str
@@ -26,7 +24,7 @@ class Combined(NamedTuple):
 def combined(scale: str, width: float | None = None) -> Combined:
     """The networks of a scale; both of another width, if one is given.
 
-    The paper's widths are 32 "if not noted otherwise"; of Tiny-10 it notes one, 16 (Fig. 13), taken for all of them.
+    The paper's widths are 32 "if not noted otherwise". For Tiny-10 it notes 16 once (Fig. 13), which is taken for all.
 
     >>> combined("paper").tiny, combined("fast", width=1).resnet
     ('cifar10/tiny10-ln-w16/csiszarik', 'cifar10/resnet20-ln-w1/fast-csiszarik')
@@ -43,11 +41,6 @@ def combined(scale: str, width: float | None = None) -> Combined:
     restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)
     widths = widths if width is None else (width, width)
     return Combined(resnet.format(widths[0]), tiny.format(widths[1]), seeds, restarts)
-
-
-def overview() -> pd.DataFrame:
-    """What is combined at every scale, side by side."""
-    return pd.DataFrame({scale: combined(scale)._asdict() for scale in SCALES})
 
 
 def _networks(scale: str, width: float | None = None) -> tuple[Network, Network]:

@@ -174,7 +174,7 @@ def robustness(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figu
     """Barriers against the share of a layer's pairs that are deranged, layer by layer (Csiszarik et al. 2023, Fig. 14).
 
     Loss (nats) at the left, accuracy (points) at the right. Lines are means over draws and pairs, bands go from the
-    least to the greatest of them; dashed is the mean barrier of networks of which no unit is matched.
+    least to the greatest of them; dashed is the mean barrier of networks that are not aligned.
 
     Args:
         table: rows of `comparisons.derangement_rows`.
@@ -442,9 +442,9 @@ CORNERS = {"a": (0.0, 0.0, "A"), "b": (1.0, 0.0, r"$\pi_B$(B)"), "c": (0.5, 0.75
 def triangle(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
     """Test accuracy (%) of combinations of three models as an equilateral triangle (Csiszarik et al. 2023, Fig. 11b).
 
-    A cell is a combination: a corner is one model, an edge lies between two. Each triple has a panel of its own, in
-    which the best combination is marked; of several with its accuracy, that of the lowest loss. Aligned models stand
-    above, others below, each with a scale of their own.
+    A cell is a combination: a corner is one model, an edge lies between two. Each triple has a panel. A star marks its
+    combination of the highest accuracy; the lowest loss breaks ties. Aligned models stand above, others below, each with
+    a colour scale of their own.
 
     Args:
         table: rows {matching: "WM" or "none", triple: seeds of the three such as "1-2-3", w_a, w_b, w_c: weights of
