@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def project_root() -> Path:
-    """Return the source checkout that holds this package, or the working folder if it is installed elsewhere."""
+    """The source checkout that holds this package, or the working folder if it is installed elsewhere."""
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
@@ -78,7 +78,7 @@ def _sync(folder: Path) -> None:
 
 
 def _is_dead(writer: str) -> bool:
-    """Say whether `<host>-<pid>` is a process of this machine that no longer runs."""
+    """Whether `<host>-<pid>` is a process of this machine that no longer runs."""
     host, _, pid = writer.rpartition("-")
     if host != socket.gethostname() or not pid.isdecimal():
         return False

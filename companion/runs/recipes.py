@@ -88,8 +88,7 @@ _COSINE = replace(_STEP, schedule="cosine", milestones=(), warmup_epochs=1)
 _FAST = Recipe("fast", 30, 128, 0.1, "cosine", 1e-4, ("flip", "translate"), warmup_epochs=1)
 _QUICK = Recipe("quick", 20, 50, 0.02, "cosine", 1e-4, ("translate",), warmup_epochs=4)
 
-# By recipe and by family (mlp, vgg, resnet, tiny, torchvision), family and norm, or family and `plain-nobias`; the
-# closest key counts (see models.ModelName.kind).
+# By recipe, and by kind of network (see models.ModelName.kind): the longest key counts that the kind begins with.
 #
 # Jordan et al. 2022, Table 1 (momentum 0.9 throughout):
 #
@@ -100,14 +99,18 @@ _QUICK = Recipe("quick", 20, 50, 0.02, "cosine", 1e-4, ("translate",), warmup_ep
 #   weight decay   0            0.0005           0.0001                  0.0001
 #   augmentation   translate    flip+translate   flip+translate+cutout   flip+RandomResizedCrop
 #
-# `jordan-released` is what the authors' code does instead where it differs (the length of VGG's warm-up is ours).
-# `qu`, and `qu-cifar100` and `qu-mnist` where they did otherwise there: Qu and Horvath 2024, App. C, which does not say
-# how MLPs were trained. Warm-ups that they name for single widths and weight decays are for the whole family here.
-# `csiszarik`: Csiszarik et al. 2023, App. A. Where these two begin a warm-up at 1e-6, ours begins at its first step.
-# `fast` is for the papers' data sets within minutes, `quick` for digits; `fast-csiszarik` and `quick-csiszarik` have
-# the augmentation of `csiszarik` and so much weight decay that the initial weights fade to about a tenth, the product
-# of 1 - lr wd / (1 - momentum) over all steps: matching by weights and combining element by element need that. `smoke`
-# takes a few steps, for tests. Networks trained elsewhere are `imported` (see store.Store.add) and not trained here.
+# jordan-released   what the authors' code does where it differs; the length of VGG's warm-up is ours
+# qu                Qu and Horvath 2024, App. C, with qu-cifar100 and qu-mnist for what differs there. The paper does
+#                   not say how MLPs were trained. Where it prints a warm-up for one width or weight decay only, we use
+#                   it for the whole family.
+# csiszarik         Csiszarik et al. 2023, App. A. These two papers begin a warm-up at 1e-6; ours begins at lr / steps.
+# fast, quick       ours: for the papers' data within minutes, and for digits
+# fast-csiszarik, quick-csiszarik
+#                   The augmentation of csiszarik, and so much weight decay that the initial weights fade to about a
+#                   tenth: the product of 1 - lr wd / (1 - momentum) over all steps. Matching by weights and combining
+#                   element by element need that.
+# smoke             a few steps, for tests
+# imported          trained elsewhere (see store.Store.add), and not here
 RECIPES: dict[str, dict[str, Recipe]] = {
     "jordan": {
         "mlp": Recipe("jordan", 100, 2000, 0.2, "linear", augment=("translate",)),
