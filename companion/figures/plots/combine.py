@@ -442,9 +442,9 @@ CORNERS = {"a": (0.0, 0.0, "A"), "b": (1.0, 0.0, r"$\pi_B$(B)"), "c": (0.5, 0.75
 def triangle(table: Sequence[dict] | pd.DataFrame, *, title: str = "") -> Figure:
     """Test accuracy (%) of combinations of three models as an equilateral triangle (Csiszarik et al. 2023, Fig. 11b).
 
-    A cell is a combination: a corner is one model, an edge lies between two. Each triple has a panel. A star marks its
-    combination of the highest accuracy; the lowest loss breaks ties. Aligned models stand above, others below, each with
-    a colour scale of their own.
+    A cell is a combination: a corner is one model, an edge lies between two. Each triple has a panel. A star marks the
+    combination with the highest accuracy; the lowest loss breaks ties. Aligned models stand above, others below, each
+    with a colour scale of their own.
 
     Args:
         table: rows {matching: "WM" or "none", triple: seeds of the three such as "1-2-3", w_a, w_b, w_c: weights of
