@@ -47,6 +47,11 @@ def test_what_is_soonest_there_comes_first(project):
     assert priorities == sorted(priorities, reverse=True) and min(priorities) > 0
 
 
+def test_after_the_soonest_come_the_longest(project, monkeypatch):
+    wanted = {str(count): need(map(LARGE.format, range(10 * count, 11 * count))) for count in range(1, 6)}
+    assert [job.name for job in plan(wanted) if not job.runs] == ["1", "2", "3", "5", "4"]
+
+
 def test_a_run_that_is_continued_is_trained_first(project):
     child = f"{SMALL.format(1)}/retrain/s2"
     found = plan({"one": need([child])})

@@ -127,6 +127,7 @@ def test_a_failing_runs_cell_is_named(tmp_path):
 
 def test_a_section_says_it_for_the_notebook(tmp_path):
     cell = "class Section: runs, reads = ['digits/mlp2-bn-w8/smoke/s1'], ['repair/fig2-left']\nsection = Section()\n"
+    cell += "section.overview()  # shows something, and is left out\n"
     (tmp_path / "a.py").write_text(f'# %% tags=["runs"]\n{cell}')
     assert needs.notebook_needs(tmp_path / "a.py", "smoke") == {
         "runs": ["digits/mlp2-bn-w8/smoke/s1"],

@@ -3,8 +3,8 @@
     python workflow/jobs.py --scale quick [--notebooks "repair/04_repair"] [--items "repair/fig3-left"] [--cores 4]
 
 This plans the jobs, lets Snakemake run them (see the Snakefile), and meanwhile says in one line what is being made, how
-much is done and about how long is left. The notebook that is soonest there comes first, with its trainings, then the
-next; so the first picture is there after a minute or two.
+much is done and about how long is left. The notebooks that are soonest there come first, each with its trainings, so
+that the first picture is there after a minute or two.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from companion.runs.store import Store
 
 START = 4.0  # seconds that a job takes to import PyTorch
 TOGETHER = 15.0  # seconds: trainings of a network's seeds share a job up to here, because starting a job takes longer
+SOON = 3  # notebooks that come before all others, because they are soonest there
 PASSES = 20  # passes over test and calibration images in a notebook that was never executed: the median at quick
 
 
@@ -109,10 +110,10 @@ def plan_jobs(
         before = [other for other in wanted[name]["after"] if other in todo]
         return list(dict.fromkeys([each for other in before for each in chain(other)] + [name]))
 
-    def cost(name: str) -> float:
-        """Seconds until a notebook is there, beyond the jobs planned so far."""
-        new = [each for each in chain(name) if each not in planned]
-        trainings = {run for each in new for run in lineages[each] if run in missing and run not in job_of}
+    def cost(names: Iterable[str]) -> float:
+        """Seconds that some notebooks take, with the trainings that are not planned yet."""
+        new = [name for name in names if name not in planned]
+        trainings = {run for name in new for run in lineages[name] if run in missing and run not in job_of}
         total = sum(executing[each] for each in new) + sum(missing[run] for run in trainings)
         return math.inf if math.isnan(total) else total
 
@@ -120,7 +121,10 @@ def plan_jobs(
     job_of: dict[str, Job] = {}
     planned: list[str] = []
     while left := sorted(todo - {*planned}):
-        for name in chain(min(left, key=cost)):
+        # Pictures soon; after that the longest, so that no long notebook is left for a single core at the end.
+        soon = len(planned) < SOON
+        following = min(left, key=lambda name: cost(chain(name))) if soon else max(left, key=lambda name: cost([name]))
+        for name in chain(following):
             if name in planned:
                 continue
             planned.append(name)

@@ -3,8 +3,9 @@
 The batch finds out what a notebook needs by executing two of its cells, here and in this process: the cell tagged
 `parameters`, then, with `scale` and `items` set, the cell tagged `runs`. That cell defines `section` (see
 companion/figures/section.py), or lists called `runs` (names of training runs) and `reads` (items of other notebooks).
-It must be quick and must not train anything. No other cell is executed. If one of the two fails, that notebook cannot
-be made and the message says why; the other notebooks can.
+It must be quick and must not train anything. Lines of it that only show something, such as `section.overview()`, are
+left out, and no other cell is executed. If one of the two fails, that notebook cannot be made and the message says why;
+the other notebooks can.
 
 A notebook is up to date if its last execution saw what is there now: the same text of the notebook, of every module
 that it imports from repairlib and companion, and that these import, the same weights of the runs, and the same numbers
@@ -109,7 +110,9 @@ def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, l
             head, _, code = cell.partition("\n")
             if re.search(rf'tags=\[[^\]]*"{tag}"', head):
                 try:
-                    exec(compile(code, f"{path} ({tag})", "exec", dont_inherit=True), namespace)
+                    tree = ast.parse(code)
+                    tree.body = [statement for statement in tree.body if not isinstance(statement, ast.Expr)]
+                    exec(compile(tree, f"{path} ({tag})", "exec", dont_inherit=True), namespace)
                 except (Exception, SystemExit) as error:
                     why = f"{type(error).__name__}: {error}"
                     raise ValueError(f"{path}: the cell tagged `{tag}` fails: {why}") from error
