@@ -176,10 +176,10 @@ pair.compare(A=pair.a, B=pair.b, **{name: with_state(pair.a, state) for name, st
 # * **uniform** on the cube about the midpoint (Sec. 4.2.1): $c_i \sim U[\frac12-s, \frac12+s]$, $s \in [0, \frac12]$.
 #   At $s = 0$ it is the midpoint, at $s = \frac12$ the whole hypercube.
 # * **sub-cube** (Sec. 4.2.2): $c_i \sim U[0, 2\alpha]$ if $\alpha \le \frac12$, else $U[2\alpha-1, 1]$.
-# * **hyperplane** (Sec. 4.2.3): nearly uniform on $\{c \in [0, 1]^d : \frac1d \sum_i c_i = \alpha\}$, by the density
-#   $$f(c) = \frac{r\,e^{-rc}}{1-e^{-r}} \text{ on } [0, 1], \quad\text{with $r$ such that}\quad
-#   \frac1r - \frac1{e^r-1} = \alpha,$$
-#   which is the same for all $c$ of one mean. The mean misses $\alpha$ by $O(1/\sqrt d)$.
+# * **hyperplane** (Sec. 4.2.3): nearly uniform on $\{c \in [0, 1]^d : \frac1d \sum_i c_i = \alpha\}$. Each coefficient
+#   has the density $f(c) = r\,e^{-rc} / (1-e^{-r})$ on $[0, 1]$. The rate $r$ solves
+#   $\frac1r - \frac1{e^r-1} = \alpha$, which makes $\alpha$ the mean of $f$. All vectors $c$ of one sum are equally
+#   likely. The mean of a vector misses $\alpha$ by $O(1/\sqrt d)$.
 # * **Bernoulli** (Sec. 4.2.4): $c_i = 1$ with probability $p$, else 0. Every weight is A's or B's.
 #
 # The last three begin at A and end at B. These are 100,000 coefficients of each. Beyond a half, the last three are
@@ -189,6 +189,8 @@ pair.compare(A=pair.a, B=pair.b, **{name: with_state(pair.a, state) for name, st
 plots_combine.coefficients(coefficient_samples(RANDOM))
 
 # %% [markdown]
+# At a half, *subcube* and *hyperplane* are the whole hypercube, and so is *uniform*. *bernoulli* draws 0 and 1 only.
+#
 # ## Every pair of seeds
 #
 # The empirical barrier of a pair is that of the worst of all networks drawn, at any value of the parameter, against the
@@ -239,7 +241,7 @@ if fig := section.item("combine/fig4"):
     make(fig, "hyperplane")
 
 # %% [markdown]
-# At a half this is the whole hypercube once more: 6 and 78 points at `quick`.
+# At a half this is the whole hypercube once more. It costs aligned networks 6 points at `quick`, others 78.
 #
 # ## Vertices (Fig. 5)
 
@@ -248,8 +250,8 @@ if fig := section.item("combine/fig5"):
     make(fig, "bernoulli")
 
 # %% [markdown]
-# Vertices are the hardest, as in the paper. At `quick` they cost aligned networks 19 points. The paper's networks are
-# wider: theirs lose 4 points.
+# Vertices are the hardest, as in the paper. At `quick` they cost aligned networks 19 points, others 85. The paper's
+# networks are wider: theirs lose 4 points.
 #
 # ## Tiny-10 (Figs. B.15 to B.18)
 
@@ -263,8 +265,8 @@ if fig := section.item("combine/figB15-B18"):
     fig.save(table, plots_combine.performances(table, xlabels, title=title_of(grid.tiny)), summary)
 
 # %% [markdown]
-# The same four families. Aligned Tiny-10s lose 5 or 6 points at `quick`, at vertices 9. Others lose more than 80. The
-# paper's Tiny-10s lose more at vertices, too.
+# Tiny-10s are drawn from the same four families. At `quick` aligned ones lose 5 or 6 points, and 9 at vertices. Others
+# lose more than 80. The paper's Tiny-10s, too, lose the most at vertices.
 #
 # ## Architecture and training (Table A.1, App. A)
 #

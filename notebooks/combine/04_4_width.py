@@ -63,9 +63,12 @@ grid = section.grid
 plots_combine.coefficients(coefficient_samples(RANDOM))
 
 # %% [markdown]
+# At $x = \frac12$ *uniform*, *subcube* and *hyperplane* are the whole hypercube. *bernoulli* draws 0 and 1 only.
+#
 # ## One pair of each width, step by step
 #
-# B's units are put into A's order. One network is drawn from the middle of the hypercube, and one from its vertices.
+# B's units are put into A's order. Weight matching starts `restarts` times, and the best matching counts. One network
+# is drawn from the whole hypercube, and one from its vertices.
 
 # %%
 DRAWN = {"hypercube": combine.subcube(0.5), "vertex": combine.bernoulli(0.5)}
@@ -79,6 +82,8 @@ for network in grid.needs["combine/figB21"]:
 pd.DataFrame(found).rename_axis(columns="accuracy (%) at width")
 
 # %% [markdown]
+# The wider the networks, the less both lose. A vertex is harder at every width.
+#
 # ## Every pair of seeds, every scheme
 #
 # Now all schemes between aligned networks. The straight line between networks as trained stands beside them. (`04_2`
