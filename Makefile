@@ -65,9 +65,7 @@ docs: $(INSTALLED)  ## write the API reference of repairlib, from its docstrings
 sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer wins) and strip outputs
 	@$(VENV)/bin/python workflow/batch.py sync
 
-readme: figures  ## write docs/gallery.md, and copy the pictures and the scorecard that the documents show
-	@mkdir -p figures/readme && cp figures/quick/repair/fig2_left.png figures/quick/repair/fig3_middle.png \
-	    figures/quick/combine/fig3.png figures/quick/combine/figB21.png figures/readme/
+readme: figures  ## write the committed pages of quick: docs/gallery.md with its pictures, and docs/scorecard.md
 	@cp figures/scorecard.md docs/ && $(VENV)/bin/python workflow/batch.py docs
 
 clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper
