@@ -4,8 +4,7 @@ import torch
 from common import arguments, images, network, save, timed
 
 from repairlib.groups import permutation_spec
-from repairlib.matching import match_moments, solve_assignment
-from repairlib.moments import gather
+from repairlib.matching import match_activations, solve_assignment
 from repairlib.tracing import TracedNet, eval_mode, trace
 
 
@@ -37,8 +36,8 @@ def main() -> None:
         spec = permutation_spec(nets[0].model, batches[0][:2])
         taps = [group.taps["post"] for group in spec.groups]
 
-        def one_pass(nets=nets, spec=spec, taps=taps):
-            return match_moments(gather(nets, batches, taps, cross="full"), spec)
+        def one_pass(nets=nets, spec=spec):
+            return match_activations(nets[0].model, nets[1].model, batches, spec=spec)
 
         def layer_by_layer(nets=nets, taps=taps):
             corrs = [float64_correlation(*nets, batches, tap) for tap in taps]

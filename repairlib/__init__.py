@@ -1,9 +1,10 @@
-"""repairlib: align, merge, repair, renormalise and diagnose neural networks; a reproducible companion to three papers.
+"""Align, merge, repair, renormalise and diagnose neural networks.
 
-Jordan et al. 2022 (REPAIR), Qu & Horvath 2024 (Rethink Model Re-Basin), Csiszarik et al. 2023 (Mode Combinability).
+The algorithms of Jordan et al. 2022 (REPAIR), Qu & Horvath 2024 (Rethink Model Re-Basin) and Csiszarik et al. 2023
+(Mode Combinability).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -23,7 +24,7 @@ from repairlib.other_matchings import match_straight_through, match_transport
 from repairlib.permutations import permute
 from repairlib.renorm import Goals, Repair, renormalize, reset
 from repairlib.several import match_several
-from repairlib.tracing import trace
+from repairlib.tracing import as_batches, trace
 from repairlib.weight_matching import match_weights
 
 __version__ = "0.1.0"
@@ -33,22 +34,21 @@ __all__ = [
     "match_transport", "match_weights", "merge", "permutation_spec", "permute", "renormalize", "repair", "reset",
     "trace", "walk_path",
 ]  # fmt: skip
-MATCH = {
+MATCH: dict[str, Callable] = {
     "activations": match_activations, "weights": match_weights,
     "straight-through": match_straight_through, "transport": match_transport,
 }  # fmt: skip
 
 
 def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, method: str = "activations", **options) -> nn.Module:
-    """Copy of B with its hidden units reordered to match A's; it computes the same function as B.
+    """Copy of B with its hidden units in A's order; it computes the same function as B.
 
     Args:
         model_a, model_b: two networks of one architecture. Untouched.
         data: any iterable of batches x or (x, y); "straight-through" needs labels, "weights" only one batch's shape.
-        method: "activations", "weights", "straight-through", or "transport", whose result is a permuted B only where
-            no regularisation mixes units.
-        **options: of `match_activations`, `match_weights`, `match_straight_through` or `match_transport`, whose result
-            holds the permutation and how good it is.
+        method: "activations", "weights", "straight-through" or "transport".
+        **options: see `match_activations`, `match_weights`, `match_straight_through` and `match_transport`, which also
+            return the permutation and how good it is.
 
     Raises:
         ValueError: unknown method, or networks that do not fit together.
@@ -69,21 +69,21 @@ def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float 
         model_a, model_b: aligned endpoints. Untouched.
         data: any iterable of batches x or (x, y); about 5,000 examples.
         alpha: 0 is A, 1 is B.
-        **options: of `Repair`, which makes many alphas from one pass and takes more than two networks.
+        **options: see `Repair`, which makes many alphas from one pass and takes more than two networks.
     """
     return Repair(model_a, model_b, data, **options)(alpha)
 
 
 def merge(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> Repaired:
-    """Align B to A, interpolate, REPAIR: two networks into one.
+    """Merge two networks into one: align B to A, interpolate, REPAIR.
 
     Args:
         model_a, model_b: two networks of one architecture, trained separately. Untouched.
         data: any iterable of batches x or (x, y) of training data; about 5,000 examples.
         alpha: 0 is A, 1 is (the aligned) B.
-        **options: of `Repair`.
+        **options: see `Repair`.
     """
-    data = list(data) if iter(data) is data else data
+    data = as_batches(data)
     return repair(model_a, align(model_a, model_b, data), data, alpha, **options)
 
 
@@ -97,17 +97,22 @@ def barrier(
     baseline: str = "linear",
     repaired: Repair | None = None,
 ) -> float:
-    """Largest rise of the test loss (nats), or error in [0, 1], along the straight path (Jordan et al. 2022, Eq. 1).
+    """Barrier of the straight path: largest rise of the test loss, or error, over its ends (Jordan et al. 2022, Eq. 1).
 
     Args:
         model_a, model_b: endpoints.
         test: any iterable of batches (x, y) with class labels y.
-        points: equally spaced alphas, both ends included.
-        metric: "loss" or "accuracy".
+        points: number of equally spaced alphas, both ends included; at least 2.
+        metric: "loss" (nats) or "accuracy", whose error is in [0, 1].
         baseline: "linear" (Eq. 1) or "mean" of the endpoints.
-        repaired: REPAIR of the same endpoints: measure the repaired path instead.
+        repaired: `Repair` of the same endpoints, to measure the repaired path instead.
+
+    Raises:
+        ValueError: fewer than two points, no batches, an unknown metric or baseline.
     """
-    test = list(test) if iter(test) is test else test
+    if points < 2:
+        raise ValueError(f"a path has two points or more, not {points}")
+    test = as_batches(test)
     make = (lambda a: repaired(a).model) if repaired else (lambda a: interpolate_models(model_a, model_b, a))
     alphas = [i / (points - 1) for i in range(points)]
     return walk_path(make, alphas, lambda net: evaluate(net, test)).barrier(metric, baseline)

@@ -1,13 +1,12 @@
 """Combinations of networks beyond the straight line, element by element and layer by layer (Csiszarik et al. 2023).
 
-Convention: coefficient 0 is model A and 1 is model B. The paper's text has it so too (Sec. 4.2.2, 4.3), but its Eq. 1
-multiplies A by v: figures drawn from Eq. 1 have their axis flipped. Every entry of a state dict is combined, running
-statistics of BatchNorm included (the paper's networks have LayerNorm and so none); integer buffers are A's.
+Coefficient 0 is model A and 1 is model B, as in the paper's text (Sec. 4.2.2, 4.3). Its Eq. 1 multiplies A by v, so
+figures drawn from it have their axis flipped. Every entry of a state dict is combined, running statistics of
+BatchNorm included; integer buffers are A's.
 """
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -31,8 +30,7 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
         state_a, state_b: state dicts of one architecture.
         quantile: distribution of the coefficients: `box`, `subcube`, `hyperplane`, `bernoulli`, or any function of a
             float32 tensor of uniform numbers.
-        seed: gives the same uniform numbers to every distribution, precision and device, in whatever order the
-            entries come. They are drawn entry by entry, so that no more than one tensor of them is alive.
+        seed: gives the same uniform numbers for every distribution, precision, device and order of entries.
 
     >>> a, b = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
     >>> elementwise(a, b, bernoulli(0.5), seed=0)["w"]
@@ -76,8 +74,8 @@ def subcube(alpha: float) -> Quantile:
 def hyperplane(alpha: float) -> Quantile:
     """Nearly uniform on the part of the unit cube where ``mean_i c_i = alpha`` (Sec. 4.2.3).
 
-    Independent, with density ``r exp(-r c) / (1 - exp(-r))`` on [0, 1] and the rate r that gives it the mean alpha:
-    r > 0 for alpha < 0.5, uniform at 0.5, r < 0 above. The mean of d coefficients is alpha up to O(1 / sqrt(d)).
+    Coefficients are independent with density ``r exp(-r c) / (1 - exp(-r))`` on [0, 1], whose rate r gives the mean
+    alpha: the mean of d coefficients is alpha up to O(1 / sqrt(d)).
 
     Args:
         alpha: mean of the coefficients, in [0, 1]; 0 gives A and 1 gives B.
@@ -109,7 +107,7 @@ def _rate(mean: float) -> float:
 
 
 def bernoulli(p: float) -> Quantile:
-    """Every entry is B's with probability p, else A's: vertices of the hypercube (Sec. 4.2.4)."""
+    """Vertices of the hypercube: every entry is B's with probability p, else A's (Sec. 4.2.4)."""
     _check_unit("p", p)
     return lambda u: (u < p).to(u)
 
@@ -120,7 +118,7 @@ def _check_unit(name: str, value: float) -> None:
 
 
 def simplex_grid(models: int, steps: int) -> list[tuple[float, ...]]:
-    """All weights (w_1, ..., w_models) that are multiples of 1 / steps and sum to 1, for `mix_states` (Sec. 5.4).
+    """Weights (w_1, ..., w_models) for `mix_states`: all multiples of 1 / steps that sum to 1 (Sec. 5.4).
 
     >>> simplex_grid(2, 2)
     [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
@@ -170,9 +168,8 @@ _WEIGHTED = ("conv", "linear", "conv-transpose", "embedding", "attention", "func
 def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
     """Weight layers in order of execution, each with the state-dict entries that `stitch` moves with it.
 
-    A normalisation, or a scalar, belongs to the weight layer whose output it reads; of several (after an addition), to
-    the one executed last. What precedes all layers, or is never read, belongs to the first. The convolution on a
-    shortcut is a layer of its own.
+    A normalisation or scalar belongs to the weight layer whose output it reads; after an addition, to the one that runs
+    last. What precedes all layers, or is never read, belongs to the first. A shortcut's convolution is its own layer.
 
     Args:
         model: any module that torch.fx can trace.
@@ -190,15 +187,15 @@ def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
         owner[node] = max((owner[source] for source in node.all_input_nodes), default=0)
         if node.op == "get_attr":  # a parameter without a module goes with the node that reads it
             continue
-        read = [operator.attrgetter(source.target)(model) for source in node.all_input_nodes if source.op == "get_attr"]
+        read = [net.compute(source, {}) for source in node.all_input_nodes if source.op == "get_attr"]
         if node.op == "call_module":
             read += net.modules[node.target].state_dict(keep_vars=True).values()
-        found = [name for tensor in read for name in names.pop(id(tensor), [])]
-        if found and net.kinds[node.name] in _WEIGHTED and any(tensor.ndim > 1 for tensor in read):
-            titles.append(node.target if node.op == "call_module" else node.name)
+        entries_read = [name for tensor in read for name in names.pop(id(tensor), [])]
+        if entries_read and net.kinds[node.name] in _WEIGHTED and any(tensor.ndim > 1 for tensor in read):
+            titles.append(str(node.target) if node.op == "call_module" else node.name)
             entries.append([])
             owner[node] = len(titles)
-        entries[owner[node]] += found
+        entries[owner[node]] += entries_read
     if not titles:
         raise ValueError(f"{type(model).__name__} has no weight layer to stitch at")
     entries[1] = entries[0] + entries[1] + [name for left in names.values() for name in left]
@@ -206,12 +203,15 @@ def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
 
 
 def stitch(state_a: State, state_b: State, layer: int, parts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
-    """The first `layer` layers of A under the rest of B, with the identity between them (Sec. 4.3).
+    """Stitched state dict: the first `layer` layers of A, then those of B, with the identity between them (Sec. 4.3).
 
     Args:
         state_a, state_b: state dicts of one architecture.
         layer: from 0, which gives `state_b`, to the number of layers, which gives `state_a`, bit for bit.
-        parts: of `layers`.
+        parts: entries of every layer, from `layers`.
+
+    Raises:
+        ValueError: no such layer, or parts of another architecture.
     """
     check_compatible(state_a, state_b)
     if not 0 <= layer <= len(parts):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float64, Shaped
@@ -73,11 +74,10 @@ class Repaired:
 
     Attributes:
         model: the network with corrections folded into its weights where that is possible.
-        corrections: by node, whether folded or not; none with ``method="batch"``, which corrects every batch anew, and
-            none of `reset`, which measures BatchNorm statistics only.
-        visible: nodes whose correction no weight can take up (block outputs); `model` then is a torch.fx.GraphModule
-            with a `ChannelAffine` after each of them, and functional dropout in it stays as in evaluation. Empty:
-            `model` is of the original class and architecture.
+        corrections: by node, folded or not; none with ``method="batch"`` or from `reset`.
+        visible: nodes whose correction no weight can take up, such as block outputs. If there are any, `model` is a
+            torch.fx.GraphModule with a `ChannelAffine` after each of them (functional dropout in it stays as in
+            evaluation); otherwise it has the original class and architecture.
         new_biases: layers that had no bias and received one.
     """
 
@@ -105,15 +105,14 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
 
     Args:
         net: the traced network.
-        targets: roles, or names of nodes; a name that equals a role means the role:
+        targets: names of nodes, or roles; a name that equals a role means the role:
 
             * "conv", "linear": outputs of every convolution, of every hidden linear layer;
             * "block": outputs of residual blocks, after their final activation;
-            * "classifier": the convolution or linear layer that runs last, which is neither "conv" nor "linear";
-            * "stem": the one that runs first;
+            * "classifier", "stem": the last and the first convolution or linear layer; the last has no other role;
             * "shortcut": convolutions on the branch of a residual block that has fewer of them;
-            * "inner": those on the other branch, which are what Qu & Horvath's released code repairs in a ResNet;
-            * "norm": outputs of normalisation layers, with channels on axis 1 again where these were moved.
+            * "inner": convolutions on the other branch, which Qu & Horvath's released code repairs in a ResNet;
+            * "norm": outputs of normalisation layers, once their channels are on axis 1 again.
 
     If an earlier REPAIR left a `ChannelAffine` after a node, its output is measured and corrected instead.
 
@@ -146,7 +145,9 @@ def _roles(net: TracedNet) -> dict[str, set[str]]:
             roles.setdefault(node.name, set()).add(role)
 
     before: dict[fx.Node, set[fx.Node]] = {}  # all that a node's value depends on, itself included
-    layers, inner, shortcuts = [], set(), set()
+    layers: list[tuple[fx.Node, str]] = []
+    inner: set[fx.Node] = set()
+    shortcuts: set[fx.Node] = set()
     for node in net.nodes:
         kind, users = net.kinds[node.name].removeprefix("functional-"), list(node.users)
         before[node] = {node}.union(*(before[source] for source in node.all_input_nodes))
@@ -233,7 +234,7 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) 
     norms, names = batchnorms(net), aliases(out)
     read = {node.target for node in net.nodes if node.op == "get_attr"}
 
-    def is_own(layer: nn.Module) -> bool:
+    def is_own(layer: Any) -> bool:
         """Whether nobody else reads a layer's weight and bias, and nothing overwrites them before its forward."""
         tensors = [p for p in (layer._parameters.get("weight"), layer._parameters.get("bias")) if p is not None]
         mine = [name for tensor in tensors for name in names.get(id(tensor), [])]
@@ -257,7 +258,7 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) 
                     net.modules[users[0].target].running_mean.sub_(fix.shift)
                     shift = None
                 elif fix.shift.any():
-                    new_biases.append(node.target)
+                    new_biases.append(str(node.target))
                 else:
                     shift = None
             _scale(layer, fix.gain.to(layer.weight.device), shift)
@@ -266,7 +267,7 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) 
     return Repaired(out, corrections, tuple(visible), tuple(new_biases))
 
 
-def _scale(layer: nn.Module, gain: Units, shift: Units | None, center: Units | float = 0.0) -> None:
+def _scale(layer: Any, gain: Units, shift: Units | None, center: Units | float = 0.0) -> None:
     """Let a layer compute ``gain (layer(x) - center) + shift``, in float64; no shift leaves the bias as it is."""
     with torch.no_grad():
         layer.weight.copy_(layer.weight.double() * along(gain, layer.weight.ndim, 0))

@@ -6,6 +6,7 @@ Data-independent RESET and REPAIR (Qu & Horvath 2024, App. F.2).
 import copy
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,9 +16,7 @@ from repairlib.tracing import ChannelAffine, trace
 
 
 def batch_statistics(model: nn.Module) -> nn.Module:
-    """Copy of a model whose BatchNorms use the statistics of every batch, also in evaluation mode.
-
-    Data-independent RESET (Qu & Horvath 2024, App. F.2); evaluate it on batches of some size (theirs: 256).
+    """Copy of a model whose BatchNorms use the statistics of every batch, also in evaluation mode (RESET without data).
 
     Args:
         model: any network with BatchNorm layers. Untouched.
@@ -36,14 +35,11 @@ def batch_statistics(model: nn.Module) -> nn.Module:
 
 
 class BatchNormTo(ChannelAffine):
-    """Give each batch's channels the goal statistics, from their own: REPAIR that measures nothing beforehand.
-
-    ``y_c = (x_c - mean(x_c)) / std(x_c) * goal_std_c + goal_mean_c``, or a part of it, see `correction` (Qu & Horvath
-    2024, App. F.2).
+    """Renormalisation of each batch by its own statistics: ``y = (x - mean(x)) / std(x) * goal_std + goal_mean``.
 
     Args:
         goal_mean, goal_std: (units,).
-        correct, eps: see `Options`.
+        correct, eps: see `renorm.Options`.
     """
 
     def __init__(self, goal_mean: Tensor, goal_std: Tensor, correct: str = "repair", eps: float = 0.0):
@@ -59,7 +55,7 @@ class Recorder:
     """Running mean and std of a network's targets while it trains: goals that need no data afterwards.
 
     ``running = (1 - momentum) running + momentum batch`` for mean and variance, as BatchNorm keeps them, in train mode
-    only (Qu & Horvath 2024, App. F.2). Forward hooks do it: the module and its state dict stay as they are.
+    only. Forward hooks record; the module and its state dict stay as they are.
 
     Args:
         model: any network.
@@ -86,7 +82,8 @@ class Recorder:
         momentum: float | None = 0.1,
     ):
         net = trace(model, example)
-        self.momentum, self._seen = momentum, {}
+        self.momentum = momentum
+        self._seen: dict[str, tuple[int, Any, Any]] = {}
         calls = [node.target for node in net.nodes if node.op == "call_module"]
         self._modules = {}
         for name in target_nodes(net, targets):
@@ -114,5 +111,5 @@ class Recorder:
 
     @property
     def statistics(self) -> Statistics:
-        """By node, running mean and std (units,), float64; what `Goals` and `renormalize` take as a reference."""
+        """Running mean and std (units,) by node, float64; a reference for `Goals` and `renormalize`."""
         return {name: (mean, var.sqrt()) for name, (_, mean, var) in self._seen.items()}

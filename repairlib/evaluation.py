@@ -30,7 +30,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     Raises:
         ValueError: there are no batches.
     """
-    total, correct, n = 0.0, 0, 0
+    total, correct, n = torch.tensor(0.0), torch.tensor(0), 0
     with eval_mode(model):
         for x, y in batches:
             logits = model(cast_input(x, model)).double()
@@ -137,7 +137,7 @@ def _stack(own: State, states: Iterator[State], size: int, before: int) -> dict[
 
 
 def _evaluate_stack(net: nn.Module, group: State, batches: Iterable) -> list[tuple[float, float]]:
-    n, total, correct = 0, 0.0, 0
+    total, correct, n = torch.tensor(0.0), torch.tensor(0), 0
     # A module with two names is given its tensors once; functional_call would else leave the first stack in it.
     held = (
         kind(path, recurse=False) for path, m in net.named_modules() for kind in (m.named_parameters, m.named_buffers)

@@ -9,10 +9,10 @@ input. Units whose numbers occur on the same axes form a group.
 import copy
 import functools
 import math
-import operator
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -266,7 +266,7 @@ def _move_statistics(model: nn.Module) -> None:
     Otherwise a deep network forgets its input, or its activations grow until a sigmoid hides what comes before. One
     variance for the whole layer, as dividing by that of a dead channel would blow up rounding errors.
     """
-    pending = {}
+    pending: dict[nn.Module, Any] = {}
 
     def move(module, inputs):
         pending.pop(module).remove()
@@ -322,14 +322,14 @@ class Labels:
     def __init__(self, net: TracedNet):
         self.net = net
         self.count = 2  # FREE and FIXED
-        self.values: dict[fx.Node, object] = {}  # labels (or tuples of labels) in the shape of the node's value
+        self.values: dict[fx.Node, Any] = {}  # labels (or tuples of labels) in the shape of the node's value
         self.fed: set[fx.Node] = set()  # nodes that depend on the input
-        self.plain: dict[fx.Node, object] = {}  # sizes, indices and other values that depend on no activation
+        self.plain: dict[fx.Node, Any] = {}  # sizes, indices and other values that depend on no activation
         self.axes: dict[tuple[str, int], Tensor | None] = {}  # in order of use; None where no axis was chosen yet
         self.leaves: dict[str, Tensor] = {}  # parameters that take part like activations: a label for every element
         self.same = [(torch.tensor([FIXED]), torch.tensor([FIXED]))]
         self.apart: list[tuple[Tensor, Tensor]] = []  # (units, class): units of different classes may not share a group
-        self.state = net.model.state_dict(keep_vars=True)
+        self.state: dict[Any, Tensor] = net.model.state_dict(keep_vars=True)
         self.aliases = {name: names for names in aliases(net.model).values() for name in names}
 
     def fresh(self, n: int) -> Tensor:
@@ -349,7 +349,7 @@ class Labels:
         """Let these units never move."""
         self.identify(x, torch.tensor(FIXED))
 
-    def check(self, tensor: str) -> None:
+    def check(self, tensor: Any) -> None:
         if tensor not in self.aliases:
             what = repr(tensor) if isinstance(tensor, str) else "a weight"
             raise UnsupportedNode(
@@ -357,7 +357,7 @@ class Labels:
                 "make it permanent first, with torch.nn.utils.parametrize or prune's remove function"
             )
 
-    def mark(self, tensor: str, axis: int, units: Tensor) -> None:
+    def mark(self, tensor: Any, axis: int, units: Tensor) -> None:
         """Say that an axis of a parameter or buffer indexes `units`; a shared module says it more than once."""
         self.check(tensor)
         for name in self.aliases[tensor]:
@@ -383,7 +383,7 @@ class Labels:
         units[free] = self.fresh(int(free.sum()))
         return units
 
-    def parameter(self, name: str) -> Tensor:
+    def parameter(self, name: Any) -> Tensor:
         """Labels of a parameter's elements; which of its axes holds units is settled when the graph has been walked."""
         self.check(name)
         tensor = self.state[name]
@@ -443,7 +443,7 @@ class Labels:
 
     # ---- the walk
 
-    def value(self, node: fx.Node) -> object:
+    def value(self, node: fx.Node) -> Any:
         """Labels of an input of a rule; indices, sizes and the like as they are."""
         if node in self.values:
             return self.values[node]
@@ -456,7 +456,7 @@ class Labels:
             return self.parameter(node.target)
         return fixed(self.state[node.target].shape)
 
-    def units(self, node: fx.Node) -> object:
+    def units(self, node: fx.Node) -> Any:
         """Labels of an input of a rule; a tensor that depends on no activation may not move."""
         value = self.value(node)
         return fixed(value.shape) if node in self.plain and isinstance(value, Tensor) else value
@@ -469,15 +469,16 @@ class Labels:
         """Kind of a node, the same for a module and its function."""
         return self.net.kinds[node.name].removeprefix("functional-")
 
-    def arguments(self, node: fx.Node, names: tuple[str, ...]) -> tuple[Tensor, dict[str, object]]:
+    def arguments(self, node: fx.Node, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
         """Labels of the input and, by name, the rest: names of parameters, labels of activations, plain values."""
 
         def read(source):
             parameter = source.op == "get_attr" and source not in self.plain
             return source.target if parameter else self.units(source)
 
-        given = dict(node.kwargs)
-        first, *rest = node.args or [given.pop(next(iter(given)))]
+        given: dict[str, Any] = dict(node.kwargs)
+        positional: Any = node.args or [given.pop(next(iter(given)))]
+        first, *rest = positional
         if node.op != "call_module" or self.kind(node) == "attention":
             return self.units(first), fx.node.map_arg(dict(zip(names, rest, strict=False)) | given, read)
         module = self.net.modules[node.target]
@@ -492,7 +493,7 @@ class Labels:
         if node.name in self.net.plain:
             self.plain[node] = self.net.plain[node.name]
         elif node.op == "get_attr":  # parameters are labelled where they are used
-            tensor = operator.attrgetter(node.target)(self.net.model)
+            tensor = self.net.compute(node, {})
             if node.target not in self.state or not tensor.is_floating_point():
                 self.plain[node] = tensor.detach().cpu()
         elif node.op == "placeholder":

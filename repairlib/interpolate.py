@@ -1,4 +1,4 @@
-"""Paths between networks, straight and homogeneous, points of the plane through several, and the barrier along them."""
+"""Straight and homogeneous paths between networks, weighted means of several, and the barrier along a path."""
 
 import copy
 import functools
@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from repairlib.names import check
 from repairlib.tracing import TracedNet, aliases, trace
 
 State = Mapping[str, Tensor]
 
 
 def check_compatible(*states: State, names: Sequence[str] = (), types: bool = True) -> None:
-    """Refuse state dicts that are no endpoints of one path: each is compared with the first.
+    """Refuse state dicts that cannot be interpolated; each is compared with the first.
 
     Args:
         states: at least one.
-        names: what messages call them; default: model A, model B, ...
-        types: whether their precision must be the same.
+        names: names for messages; default: model A, model B, ...
+        types: whether the precision must be the same.
 
     Raises:
-        ValueError: names the first parameter that is missing, of another shape or type, or not finite.
+        ValueError: names the first parameter that is missing, has another shape or type, or is not finite.
     """
     kind, names = ("", names) if names else ("model ", [*ascii_uppercase, *map(str, range(27, len(states) + 1))])
     first = names[0]
@@ -51,21 +51,20 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
 
 
 def clamp_variance(name: str, value: Tensor) -> Tensor:
-    """Clamp an extrapolated BatchNorm variance at 0: below, the network would have no output but NaN."""
+    """Clamp an extrapolated BatchNorm variance at 0: a negative one would make every output NaN."""
     return value.clamp_min(0) if name.rpartition(".")[2] == "running_var" else value
 
 
 def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Parameters and buffers of ``sum_i w_i theta_i`` for weights of sum 1 (Csiszarik et al. 2023, Sec. 5.4).
+    """Weighted mean of state dicts, ``sum_i w_i theta_i`` with weights of sum 1 (Csiszarik et al. 2023, Sec. 5.4).
 
     The paper's ``theta_a + l_b (theta_b - theta_a) + l_c (theta_c - theta_a)`` has weights (1 - l_b - l_c, l_b, l_c).
-    A model of weight 0 is left out, so that vertices and edges are those of fewer models bit for bit.
+    A model of weight 0 is left out: one weight of 1 gives that model bit for bit. Integer buffers (BatchNorm's batch
+    counts) come from the first model whose weight is not 0.
 
     Args:
         states: state dicts of one architecture.
-        weights: one number each; negative ones extrapolate, and BatchNorm variances are then clamped at 0.
-
-    Integer buffers (BatchNorm's batch counts) are taken from the first model whose weight is not 0.
+        weights: one number a state; negative ones extrapolate, and BatchNorm variances are then clamped at 0.
 
     Raises:
         ValueError: weights do not sum to 1, or are not as many as states; see also `check_compatible`.
@@ -89,14 +88,12 @@ def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, T
 
 
 def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str, Tensor]:
-    """Parameters and buffers of ``theta_alpha = (1 - alpha) theta_a + alpha theta_b`` (Jordan et al. 2022, Sec. 2.1).
+    """Interpolated state dict ``theta_alpha = (1 - alpha) theta_a + alpha theta_b`` (Jordan et al. 2022, Sec. 2.1).
 
     Args:
         state_a, state_b: state dicts of one architecture.
         alpha: 0 gives `state_a` and 1 gives `state_b`, bit for bit; values outside [0, 1] extrapolate, see
-            `mix_states`. (Csiszarik et al. 2023 extrapolate over [-1, 2] in Sec. 5.1.)
-
-    Integer buffers (BatchNorm's batch counts) are taken from `state_a`, at alpha = 1 from `state_b`.
+            `mix_states`.
 
     >>> interpolate_states({"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}, 0.25)["w"]
     tensor([1.])
@@ -114,7 +111,7 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
 
 
 def interpolate_models(model_a: nn.Module, model_b: nn.Module, alpha: float = 0.5) -> nn.Module:
-    """Module with the weights ``(1 - alpha) theta_a + alpha theta_b``; see `interpolate_states`."""
+    """Network with the weights ``(1 - alpha) theta_a + alpha theta_b``; see `interpolate_states`."""
     return with_state(model_a, interpolate_states(model_a.state_dict(), model_b.state_dict(), alpha))
 
 
@@ -123,14 +120,14 @@ _RELUS = (F.relu, torch.relu, torch.relu_, F.leaky_relu, "relu", "relu_")
 
 
 def bias_depths(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Depth of every bias: weight layers on the longest path from the input up to and including its layer.
+    """Depth of every bias: number of weight layers on the longest path from the input to its layer, itself included.
 
     Args:
-        model: of convolutions, linear layers, (leaky) ReLUs, pooling, sums and changes of shape only.
+        model: a network of convolutions, linear layers, (leaky) ReLUs, pooling, sums and changes of shape only.
         example: one batch of inputs (n, ...), for the shapes.
 
     Raises:
-        ValueError: names a node, or a parameter, with which the network is not homogeneous in its weight layers.
+        ValueError: names a node or a parameter that makes the network inhomogeneous in its weight layers.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> bias_depths(net, torch.zeros(1, 3))
@@ -139,7 +136,7 @@ def bias_depths(model: nn.Module, example: Tensor) -> dict[str, int]:
     net = trace(model, example)
     names = aliases(model)
     depth: dict[fx.Node, int] = {}
-    depths = {}
+    depths: dict[str, int] = {}
     for node in net.nodes:
         depth[node] = max((depth[source] for source in node.all_input_nodes), default=0)
         if not _is_homogeneous(net, node):
@@ -177,20 +174,21 @@ def _is_homogeneous(net: TracedNet, node: fx.Node) -> bool:
 def interpolate_homogeneous(
     state_a: State, state_b: State, alpha: float, depths: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Straight path of the weights, along which a bias of depth h keeps step with the h weights before it.
+    """Homogeneous interpolation: straight in the weights, and in a bias by its depth h.
 
         W = (1 - alpha) W_a + alpha W_b,   b = (1 - alpha)^h b_a + alpha^h b_b
 
-    Scaling every weight of a plain chain by s, and its biases by s^h, scales the output by s^depth: if B is 0, the path
-    is ``(1 - alpha)^depth f_a``, and nothing but the loss's scale changes. In a residual network paths of different
-    length meet; h counts the longest (neither source defines it there).
+    Scaling every weight of a plain chain by s, and its biases by s^h, scales the output by s^depth. In a residual
+    network paths of different length meet; h counts the longest, as no source defines it there (Wang et al. 2022,
+    Sec. 5; Qu & Horvath 2024, App. E.5, "Bias Norm").
 
     Args:
         state_a, state_b: state dicts of one architecture.
         alpha: in [0, 1]; 0 gives `state_a` and 1 gives `state_b`, bit for bit.
-        depths: of `bias_depths`.
+        depths: of every bias, from `bias_depths`.
 
-    Source: Wang et al. 2022, Sec. 5; Qu & Horvath 2024, App. E.5 ("Bias Norm").
+    Raises:
+        ValueError: alpha lies outside [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], not {alpha}: the powers of a negative weight alternate in sign")
@@ -202,44 +200,43 @@ def interpolate_homogeneous(
 
 @dataclass(frozen=True)
 class Path:
-    """Loss (nats) and accuracy (in [0, 1]) at every alpha of a path; `table` gives one row a point."""
+    """Loss (nats) and accuracy (in [0, 1]) at every alpha of a path."""
 
     alpha: tuple[float, ...]
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
 
     def table(self, **columns) -> list[dict]:
-        """Tidy rows, with the same extra columns in each."""
+        """Rows {alpha, loss, accuracy}, with the same extra columns in each."""
         points = zip(self.alpha, self.loss, self.accuracy, strict=True)
         return [{**columns, "alpha": a, "loss": loss, "accuracy": acc} for a, loss, acc in points]
 
     def barrier(self, metric: str = "loss", baseline: str = "linear") -> float:
         """Barrier of the path in its loss, or in its error ``1 - accuracy``; see `barrier_of`."""
-        if metric not in ("loss", "accuracy"):
-            raise ValueError(f"metric must be 'loss' or 'accuracy', not {metric!r}")
+        check(metric, ("loss", "accuracy"), "metric")
         cost = self.loss if metric == "loss" else [1 - a for a in self.accuracy]
         return barrier_of(self.alpha, cost, baseline)
 
-    def midpoint(self, metric: str = "accuracy") -> float:
-        """Loss or accuracy at alpha = 0.5."""
-        return getattr(self, metric)[self.alpha.index(0.5)]
-
 
 def barrier_of(alpha: Sequence[float], cost: Sequence[float], baseline: str = "linear") -> float:
-    """Height of a path over its endpoints: how much it costs to go from A to B.
+    """Barrier of a path: its largest height over its endpoints.
 
-    linear: ``max_alpha cost(alpha) - [(1 - alpha) cost(0) + alpha cost(1)]`` (Jordan et al. 2022, Eq. 1, read as the
-    largest difference); mean: ``max_alpha cost(alpha) - [cost(0) + cost(1)] / 2`` (the released code).
+    * linear: ``max_alpha cost(alpha) - [(1 - alpha) cost(0) + alpha cost(1)]`` (Jordan et al. 2022, Eq. 1, read as the
+      largest difference);
+    * mean: ``max_alpha cost(alpha) - [cost(0) + cost(1)] / 2`` (the released code).
 
     Args:
         alpha: points of the path, among them 0 and 1.
-        cost: something that is better when lower, at these points.
+        cost: loss or error at these points.
+        baseline: "linear" or "mean".
+
+    Raises:
+        ValueError: an endpoint is missing, or an unknown baseline.
 
     >>> barrier_of([0, 0.5, 1], [1.0, 4.0, 2.0])
     2.5
     """
-    if baseline not in ("linear", "mean"):
-        raise ValueError(f"baseline must be 'linear' or 'mean', not {baseline!r}")
+    check(baseline, ("linear", "mean"), "baseline")
     at = dict(zip(alpha, cost, strict=True))
     if 0 not in at or 1 not in at:
         raise ValueError("a barrier needs both endpoints: alpha must contain 0 and 1")
@@ -247,44 +244,16 @@ def barrier_of(alpha: Sequence[float], cost: Sequence[float], baseline: str = "l
     return max(at[a] - ends[a] for a in at)
 
 
-def empirical_barrier(
-    sample: Iterable[tuple[float, float]],
-    end_a: tuple[float, float],
-    end_b: tuple[float, float],
-    metric: str = "loss",
-) -> float:
-    """Worst of a sample of combinations against the mean of the endpoints (Csiszarik et al. 2023, Def. 3.3).
-
-        max_i loss_i - (loss_a + loss_b) / 2,   or   (accuracy_a + accuracy_b) / 2 - min_i accuracy_i
-
-    The endpoints are no part of the sample: the barrier is negative if all of it is better than they are.
-
-    Args:
-        sample: (loss, accuracy) of every combination, for instance of `stacked.evaluate_many`.
-        end_a, end_b: (loss, accuracy) of the endpoints.
-        metric: "loss" or "accuracy".
-
-    >>> empirical_barrier([(0.5, 0.8), (0.9, 0.9)], (0.25, 0.9), (0.75, 1.0))
-    0.4
-    """
-    if metric not in ("loss", "accuracy"):
-        raise ValueError(f"metric must be 'loss' or 'accuracy', not {metric!r}")
-    cost = np.array([*sample, end_a, end_b])[:, 0 if metric == "loss" else 1] * (1 if metric == "loss" else -1)
-    if len(cost) == 2:
-        raise ValueError("an empirical barrier needs at least one combination in its sample")
-    return float(cost[:-2].max() - cost[-2:].mean())  # NaN, of a network that overflows, stays NaN
-
-
 def walk_path(
     make: Callable[[float], nn.Module], alphas: Iterable[float], evaluate: Callable[[nn.Module], tuple[float, float]]
 ) -> Path:
-    """Evaluate one network per alpha.
+    """Loss and accuracy of one network per alpha.
 
     Args:
         make: alpha -> network, for instance ``lambda alpha: interpolate_models(a, b, alpha)``.
-        alphas: the points.
-        evaluate: network -> (mean loss, accuracy), for instance ``lambda net: train.evaluate(net, test_batches)``.
+        alphas: points of the path.
+        evaluate: network -> (mean loss, accuracy), for instance ``lambda net: repairlib.evaluate(net, test)``.
     """
     alphas = tuple(alphas)
-    loss, accuracy = zip(*(evaluate(make(alpha)) for alpha in alphas), strict=True)
-    return Path(alphas, loss, accuracy)
+    points = [evaluate(make(alpha)) for alpha in alphas]
+    return Path(alphas, tuple(loss for loss, _ in points), tuple(accuracy for _, accuracy in points))

@@ -1,7 +1,8 @@
 """Match the hidden units of two networks by their activations."""
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,19 +19,18 @@ from repairlib.tracing import Batches, trace
 
 @dataclass(frozen=True)
 class Matching:
-    """Result of matching model B to model A, group by group.
+    """Matching of model B's units to model A's, group by group; prints as a table.
 
     Attributes:
         spec: the permutation groups.
         permutation: unit i of A is matched with unit ``permutation[group][i]`` of B.
-        correlation: by activations: of the matched units (units,), in A's order, 0 where one of the two is dead; with
-            similarity="inner" their mean product.
-        objective: what was maximised, group by group: by activations, the sum of the matched similarities (Jordan et
-            al. 2022, Eq. 2); by weights, the inner product of the weights that the group indexes.
-        dead: by activations: numbers of units of A and of B that are constant on the data, matched in whatever order
-            remains.
-        history: by weights, the whole objective at the start and after every sweep; straight-through, the loss (nats)
-            at the start and after every epoch.
+        correlation: of the matched units (units,), in A's order, 0 where one of the two is dead; the mean product with
+            similarity="inner". By activations only.
+        objective: maximised value of each group. By activations, the sum of the matched similarities (Jordan et al.
+            2022, Eq. 2); by weights, the inner product of the weights that the group indexes.
+        dead: numbers of A's and B's units that are constant on the data, which match in any order. By activations only.
+        history: objective at the start and after every sweep (by weights), or loss in nats at the start and after every
+            epoch (straight-through).
     """
 
     spec: PermutationSpec
@@ -70,43 +70,10 @@ def solve_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, " 
 SIMILARITIES = ("correlation", "inner")
 
 
-def match_moments(
-    moments: Mapping[str, Moments],
-    spec: PermutationSpec,
-    tap: str = "post",
-    eps: float = 0.0,
-    similarity: str = "correlation",
-) -> Matching:
-    """Matching from statistics gathered with ``cross="full"`` at the groups' taps; see `match_activations`."""
-    matching = Matching(spec, {})
-    check(similarity, SIMILARITIES, "similarity")
-    for group in spec.groups:
-        moment = moments[group.taps[tap]]
-        full = (moment.inner() if similarity == "inner" else moment.corr(eps=eps)).cpu()
-        if not full.isfinite().all():
-            raise ValueError(
-                f"group {group.name!r}: the activations at node {group.taps[tap]!r} are not finite, or too large for "
-                "their squares; look at the data, or convert the networks to a wider type"
-            )
-        # A unit of several channels (a group of a grouped convolution) is as similar as its channels are, in order.
-        blocks = group.channels[tap].T
-        similar = sum(full[channels][:, channels] for channels in blocks)
-        # Among equals, such as dead units, a unit stays where it is: matching an aligned network moves nothing.
-        stay = 1e-9 * float(similar.abs().max()) * torch.eye(group.size, dtype=similar.dtype)
-        perm = solve_assignment(similar + stay)
-        matched = similar[torch.arange(group.size), perm]
-        matching.permutation[group.name] = perm
-        matching.correlation[group.name] = matched / len(blocks)
-        matching.objective[group.name] = float(matched.sum())
-        dead = [moment.dead(k).cpu()[group.channels[tap]].all(1) for k in (0, 1)]
-        matching.dead[group.name] = (int(dead[0].sum()), int(dead[1].sum()))
-    return matching
-
-
 def gather_groups(
     model_a: nn.Module, model_b: nn.Module, batches: Batches, spec: PermutationSpec, tap: str
 ) -> dict[str, Moments]:
-    """Statistics of both networks with ``cross="full"`` at the groups' taps, by node, from one pass.
+    """Moments of both networks at the groups' taps, by node, with ``cross="full"``, from one pass.
 
     Raises:
         UnsupportedNode: a group (the first is named) can be read at no such node.
@@ -133,15 +100,15 @@ def match_activations(
     similarity: str = "correlation",
     eps: float = 0.0,
 ) -> Matching:
-    """Match by correlation of activations, all layers from one pass over the data.
+    """Match by activations, all layers from one pass over the data (Jordan et al. 2022, Eq. 2).
 
-    ``P_l = argmax_P sum_i corr(X_i of A, X_P(i) of B)`` for every group l (Jordan et al. 2022, Eq. 2).
+    ``P_l = argmax_P sum_i corr(X_i of A, X_P(i) of B)`` for every group l.
 
     Args:
         model_a, model_b: networks of one architecture. Untouched.
         data: any iterable of batches x or (x, y).
         spec: their permutation groups; derived from `model_a` when left out.
-        tap: "post" reads a group after its non-linearity (as released), "pre" before it.
+        tap: "post" reads a group after its non-linearity, as the released code does; "pre" before it.
         similarity: "correlation", or "inner" for ``E[X_i X_j]``, not centred (Ainsworth et al. 2022, Eq. 1).
         eps: added to the product of standard deviations; 1e-4 is what the released code does.
 
@@ -159,4 +126,25 @@ def match_activations(
     batches = Batches(data, model_a)
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
     moments = gather_groups(model_a, model_b, batches, spec, tap)
-    return match_moments(moments, spec, tap, eps, similarity)
+    matching = Matching(spec, {})
+    for group in spec.groups:
+        moment = moments[group.taps[tap]]
+        full = (moment.inner() if similarity == "inner" else moment.corr(eps=eps)).cpu()
+        if not full.isfinite().all():
+            raise ValueError(
+                f"group {group.name!r}: the activations at node {group.taps[tap]!r} are not finite, or too large for "
+                "their squares; look at the data, or convert the networks to a wider type"
+            )
+        # A unit of several channels (a group of a grouped convolution) is as similar as its channels are, in order.
+        blocks = group.channels[tap].T
+        similar = functools.reduce(torch.add, (full[channels][:, channels] for channels in blocks))
+        # Among equals, such as dead units, a unit stays where it is: matching an aligned network moves nothing.
+        stay = 1e-9 * float(similar.abs().max()) * torch.eye(group.size, dtype=similar.dtype)
+        perm = solve_assignment(similar + stay)
+        matched = similar[torch.arange(group.size), perm]
+        matching.permutation[group.name] = perm
+        matching.correlation[group.name] = matched / len(blocks)
+        matching.objective[group.name] = float(matched.sum())
+        dead = [moment.dead(k).cpu()[group.channels[tap]].all(1) for k in (0, 1)]
+        matching.dead[group.name] = (int(dead[0].sum()), int(dead[1].sum()))
+    return matching

@@ -1,6 +1,7 @@
 """Matchings that the papers compare with: by training (straight-through estimator) and by optimal transport."""
 
 import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,24 +30,23 @@ def match_straight_through(
     lr: float = 0.5,
     momentum: float = 0.9,
 ) -> Matching:
-    """Match by training: the permutation whose midpoint has the least loss (Ainsworth et al. 2022, Algorithm 2).
+    """Match by training, for the least loss of the midpoint (Ainsworth et al. 2022, Algorithm 2).
 
     Weights ``theta`` start at A's. Each step projects them to ``P(theta_B)`` by one sweep of weight matching from the
     last P, and moves them by SGD along the gradient of the loss at ``(theta_A + P(theta_B)) / 2``, as if the projection
-    were the identity. BatchNorms of the midpoint use the statistics of the batch, which needs two examples or more.
+    were the identity. BatchNorms of the midpoint use batch statistics, so a batch needs two examples or more.
 
     Args:
         model_a, model_b: networks of one architecture. Untouched.
         data: re-iterable batches (x, y) with class labels y.
         spec: their permutation groups; derived from `model_a` when left out.
         start: permutations to start at; those of `match_weights` when left out, the identity where groups are missing.
-        seed: of the order of the groups.
-        epochs: passes over the data.
+        seed: seed of the order of the groups.
+        epochs: number of passes over the data.
         lr, momentum: of SGD.
 
     Returns:
-        The best permutations at the end of an epoch, or the start's; `history` is the midpoint's mean loss (nats) over
-        the data at the start and after every epoch.
+        The best of the permutations at the start and after every epoch.
 
     Raises:
         ValueError: different architectures, non-finite weights, empty data, batches without labels.
@@ -113,12 +113,12 @@ def match_straight_through(
 
 @dataclass(frozen=True)
 class SoftMatching:
-    """Result of transporting B's units to A's, group by group.
+    """Transport of B's units to A's, group by group.
 
     Attributes:
         spec: the permutation groups.
-        plan: unit i of the transported network is ``sum_j plan[i, j] unit j of B`` (units, units); rows and columns sum
-            to 1, and the plan is a permutation matrix where no regularisation blurs it.
+        plan: by group (units, units): unit i of the transported network is ``sum_j plan[i, j] unit j of B``. Rows and
+            columns sum to 1; without regularisation it is a permutation matrix.
     """
 
     spec: PermutationSpec
@@ -175,7 +175,8 @@ def match_transport(
         moment = moments[group.taps[tap]]
         square = [moment.var(k) + moment.mean(k) ** 2 for k in (0, 1)]
         distance = square[0][:, None] + square[1] - 2 * moment.inner()
-        distance = sum(distance[channels][:, channels] for channels in group.channels[tap].T)
+        blocks = group.channels[tap].T
+        distance = functools.reduce(torch.add, (distance[channels][:, channels] for channels in blocks))
         if not distance.isfinite().all():
             raise ValueError(
                 f"group {group.name!r}: the distances of units are not finite; look at the data, or convert the "
@@ -186,7 +187,7 @@ def match_transport(
 
 
 def _plan(distance: Tensor, regularization: float) -> Tensor:
-    """Plan of least cost, its rows and columns of sum 1; without regularisation a permutation is among the best."""
+    """Plan of least cost with rows and columns of sum 1; without regularisation, a permutation is among the best."""
     n = len(distance)
     if not regularization or not distance.any():
         return torch.eye(n, dtype=torch.float64)[solve_assignment(-distance)]

@@ -82,11 +82,13 @@ def agreement(first: Permutation, second: Permutation) -> dict[str, float]:
 
 
 def chain(b_to_a: Permutation, c_to_a: Permutation) -> Permutation:
-    """Matching of C to B by way of A: units that have the same partner in A (Csiszarik et al. 2023, Sec. 5.3).
+    """Matching of C to B through A: units with the same partner in A, ``P_CB = P_CA[P_BA^-1]``.
 
-    Unit i of A goes with unit ``b_to_a[i]`` of B and ``c_to_a[i]`` of C; so ``P_CB = P_CA[P_BA^-1]``. Transitivity: B
-    and C permuted to A are also linearly connected with each other. `agreement` with a direct matching of C to B says
-    how often the way through A ends at the same unit.
+    `agreement` with a direct matching of C to B tells how transitive matching is (Csiszarik et al. 2023, Sec. 5.3).
+
+    Args:
+        b_to_a: unit i of A is matched with unit ``b_to_a[group][i]`` of B.
+        c_to_a: the same for C.
     """
     return compose(c_to_a, invert(b_to_a))
 
@@ -98,13 +100,13 @@ def shuffle_and_recover(
     match: Callable[[nn.Module, nn.Module], Any],
     seed: int = 0,
 ) -> dict[str, float]:
-    """Shuffle B at random, match it to A, and say how much of the order is found again (Qu & Horvath 2024, Sec. 3.2).
+    """Shuffle B at random, match it to A, and measure how much of the order is recovered (Qu & Horvath 2024, Sec. 3.2).
 
     Args:
-        model_a, model_b: two networks in one basin, in one order of units, such as a network and a retrained copy.
+        model_a, model_b: two networks in one basin and one order of units, such as a network and a retrained copy.
         spec: their permutation groups.
-        match: how to match, for instance ``lambda a, b: match_weights(a, b, spec=spec)``.
-        seed: of the shuffle.
+        match: function that returns a `Matching`, for instance ``lambda a, b: match_weights(a, b, spec=spec)``.
+        seed: seed of the shuffle.
 
     Returns:
         Fraction of each group's units for which ``P_found = P_shuffle^-1``.
@@ -116,17 +118,14 @@ def shuffle_and_recover(
 def derange(
     permutation: Permutation, correlation: Mapping[str, Tensor], group: str, k: int, seed: int = 0
 ) -> Permutation:
-    """Re-match the k least correlated pairs of one group at random, none with its old partner.
-
-    The pairs are permuted by a derangement, uniform over all that have no fixed point: k = 0 changes nothing, k = 1 has
-    none (Csiszarik et al. 2023, Sec. 6.3).
+    """Re-match the k least correlated pairs of one group by a random derangement (Csiszarik et al. 2023, Sec. 6.3).
 
     Args:
         permutation: a matching of B to A. Untouched.
-        correlation: of the matched units (units,), in A's order, as `Matching.correlation` holds them.
-        group: whose units to re-match.
-        k: how many, 0 or 2 to the group's size.
-        seed: of the derangement.
+        correlation: of the matched units (units,), see `Matching.correlation`.
+        group: name of the group.
+        k: number of pairs, 0 or 2 to the group's size; none keeps its partner.
+        seed: seed of the derangement.
 
     Raises:
         KeyError: no such group, or no correlations of it.

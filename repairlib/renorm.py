@@ -6,9 +6,10 @@ go into ordinary weights (`fold`).
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,33 +37,26 @@ from repairlib.tracing import Batches, TracedNet, as_batches, eval_mode, trace
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
 
-Rule = Callable[[Moments], Correction]  # what a target's present statistics ask for
+Rule = Callable[[Moments], Correction]  # a target's present statistics -> its correction
 
 
-def predicted_variance(ends: Moments | Sequence[Moments], alpha: float | Sequence[float] = 0.5) -> Units:
+def predicted_variance(ends: Moments, alpha: float = 0.5) -> Units:
     """Variance of each unit of the interpolated network, exact in the first layer (Jordan et al. 2022, Eq. 5).
 
-    ``Var(sum_i w_i X_i) = sum_i w_i^2 Var_i + 2 sum_{i<j} w_i w_j Cov(X_i, X_j)``, for two networks
-    ``(1-alpha)^2 Var_1 + alpha^2 Var_2 + 2 alpha (1-alpha) Cov(X_1, X_2)``.
+    ``Var(X_alpha) = (1-alpha)^2 Var_1 + alpha^2 Var_2 + 2 alpha (1-alpha) Cov(X_1, X_2)``.
 
     Args:
-        ends: moments of both aligned endpoints with ``cross="paired"``, or "full". Of n networks, a list: the moments
-            of networks i to n-1 at place i, without the last, as `gather` makes them.
-        alpha: interpolation coefficient, or one weight a network.
+        ends: moments of two aligned endpoints with ``cross="paired"`` or "full".
+        alpha: interpolation coefficient.
     """
-    ends = [ends] if isinstance(ends, Moments) else ends
-    w = _weights(alpha, len(ends) + 1)
-    total = w[0] ** 2 * ends[0].var()
-    for i, first in enumerate(ends):
-        total = total + w[i + 1] ** 2 * first.var(1)
-        for j in range(1, len(ends) + 1 - i):
-            cov = first.cov(j)
-            total = total + 2 * w[i + j] * w[i] * (cov.diagonal() if cov.ndim == 2 else cov)
-    return total.clamp_min(0)
+    w_a, w_b = 1 - alpha, alpha
+    cov = ends.cov()
+    total = w_a**2 * ends.var() + w_b**2 * ends.var(1)
+    return (total + 2 * w_b * w_a * (cov.diagonal() if cov.ndim == 2 else cov)).clamp_min(0)
 
 
-def _weights(point: float | Sequence[float] | None, n: int) -> tuple[float, ...]:
-    """One weight a network: of two, ``(1 - alpha, alpha)``; None weighs all alike."""
+def _weights(point: Any, n: int) -> tuple[float, ...]:
+    """One weight a network: ``(1 - alpha, alpha)`` for two, equal weights for None."""
     if point is None:
         return (1 / n,) * n
     weights = tuple(point) if np.ndim(point) else (1 - point, point)
@@ -71,17 +65,17 @@ def _weights(point: float | Sequence[float] | None, n: int) -> tuple[float, ...]
     return weights
 
 
-def _set_statistics(module: nn.Module, moments) -> None:
+def _set_statistics(module: Any, moments: Moments) -> None:
     with torch.no_grad():
         module.running_mean.copy_(moments.mean())
         module.running_var.copy_(moments.var())
 
 
 def _sequential(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool) -> dict[str, Correction]:
-    """Exact statistics in one pass: every node is computed for the whole set before the next one.
+    """Corrections from exact statistics, in one pass: every node is computed for the whole set before the next one.
 
-    A target's statistics are measured with all corrections before it in place, which a procedure that repairs one
-    layer at a time reaches with one pass a layer. All activations of the set are held at the nodes in flight.
+    A target is measured with all corrections before it in place, as if the network were repaired layer by layer with
+    one pass each. All activations of the set are held at the nodes in flight.
     """
     norms = batchnorms(net) if reset else {}
     left = len(goals) + len(norms)
@@ -108,7 +102,7 @@ def _sequential(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], res
 
 
 def _simultaneous(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool) -> dict[str, Correction]:
-    """The paper's procedure: targets normalise each batch by its own statistics while these are being recorded."""
+    """Corrections by the paper's procedure: targets normalise each batch by its own statistics while recording them."""
     norms = batchnorms(net) if reset else {}
     if both := norms.keys() & goals.keys():
         raise ValueError(f"node {min(both)!r} cannot be reset and corrected at once; use method='sequential'")
@@ -118,7 +112,7 @@ def _simultaneous(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], r
         seen[name].update(x)
         return goals[name](moments_of([x])).apply(x)
 
-    def normalize(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def normalize(name: str, module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """BatchNorm in train mode: by this batch's statistics, which we pool ourselves."""
         (x,) = inputs
         seen[name].update(x)
@@ -126,16 +120,17 @@ def _simultaneous(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], r
         mean, var = batch.mean().to(x.dtype), batch.var().to(x.dtype)
         return nn.functional.batch_norm(x, mean, var, module.weight, module.bias, eps=module.eps)
 
-    hooks = [net.modules[node.target].register_forward_hook(partial(normalize, name)) for name, node in norms.items()]
-    edits = {name: partial(correct, name) for name in goals}
+    modules = {name: net.modules[node.target] for name, node in norms.items()}
+    hooks = [module.register_forward_hook(functools.partial(normalize, name)) for name, module in modules.items()]
+    edits = {name: functools.partial(correct, name) for name in goals}
     with eval_mode(net.model):
         for x in batches:
             for _ in net.walk(x, list(seen), edits):
                 pass
     for hook in hooks:
         hook.remove()
-    for name, node in norms.items():
-        _set_statistics(net.modules[node.target], seen[name])
+    for name, module in modules.items():
+        _set_statistics(module, seen[name])
     return {name: goals[name](seen[name]) for name in goals}
 
 
@@ -151,17 +146,19 @@ class Options:
 
     Attributes:
         correct: "repair" (mean and std), "rescale" (std, about zero) or "reshift" (mean), see `correction`.
-        average: replace the goal std of a layer by its mean over channels, ``mean(w) 1``; goal means stay as they are
-            (RESCALE (average), Qu & Horvath 2024, Table 1).
+        average: replace a layer's goal stds by their mean over channels (RESCALE (average), Qu & Horvath 2024,
+            Table 1).
         eps: added to the variance that is divided by; 1e-5 in Qu & Horvath's released code.
-        method: "sequential" (statistics exact for the resulting network; one pass), "simultaneous" (Jordan et al.'s
-            procedure: one pass in batch-statistics mode), "closed-form" (Eq. 5, no pass through the network, which must
-            be the weighted average of its references) or "batch" (nothing is measured: every batch that is evaluated
-            is normalised by its own statistics, `BatchNormTo`; data-independent, Qu & Horvath 2024, App. F.2).
-        targets: see `target_nodes`. Recorded references themselves say where they belong.
-        bn: existing BatchNorm layers stay "frozen" (the paper) or are "reset", also of the references (released code).
-        limit: use the first so many examples of the data, None for all. "sequential" holds all their activations at the
-            nodes in flight: 5,000 images of CIFAR-10 at 64 channels are 1.3 GB a node, two or three nodes at a time.
+        method: one of four:
+
+            * "sequential": statistics are exact for the resulting network; one pass;
+            * "simultaneous": Jordan et al.'s procedure, one pass with batch statistics;
+            * "closed-form": Eq. 5, without a pass; for weighted averages of two references only;
+            * "batch": every evaluated batch is normalised by its own statistics, see `BatchNormTo`.
+        targets: see `target_nodes`. Recorded references bring their own.
+        bn: existing BatchNorm layers stay "frozen" (the paper) or are "reset", also in the references (released code).
+        limit: number of examples to use, the first ones; None for all. "sequential" holds their activations at two or
+            three nodes at a time: 1.3 GB a node for 5,000 images of CIFAR-10 at 64 channels.
 
     Raises:
         ValueError: an unknown option, with the nearest, or two that exclude each other.
@@ -190,14 +187,13 @@ class Options:
 
 
 class Goals:
-    """Statistics of reference networks, measured once, to renormalise any number of networks towards.
+    """Goal statistics from reference networks, measured once, to renormalise any number of networks.
 
-    ``mean = sum_i w_i mean_i`` and ``std = sum_i w_i std_i`` for each channel of the targets (Jordan et al. 2022, Eqs.
-    3, 4, for any number of networks).
+    ``mean = sum_i w_i mean_i`` and ``std = sum_i w_i std_i`` for each channel of the targets (Jordan et al. 2022,
+    Eqs. 3 and 4, for any number of networks).
 
     Args:
-        references: networks of one architecture, untouched, or recorded statistics (node -> mean and std, as `Recorder`
-            keeps them); one or a sequence of either.
+        references: one network or several of one architecture, untouched; or recorded statistics, see `Recorder`.
         data: one batch, or any iterable of batches x or (x, y); 5,000 examples suffice (Sec. 4.2).
         **options: see `Options`.
 
@@ -210,12 +206,12 @@ class Goals:
             check(name, Options.__dataclass_fields__, "option")
         self.options = how = Options(**options)
         self.data = as_batches(data)
-        self.references = [references] if isinstance(references, (nn.Module, Mapping)) else list(references)
+        self.references: list[Any] = [references] if isinstance(references, (nn.Module, Mapping)) else list(references)
         if not self.references:
             raise ValueError("renormalising needs at least one reference")
         recorded = isinstance(self.references[0], Mapping)
-        if how.method == "closed-form" and (recorded or len(self.references) < 2):
-            raise ValueError("method='closed-form' needs two or more networks as references")
+        if how.method == "closed-form" and (recorded or len(self.references) != 2):
+            raise ValueError("method='closed-form' needs two networks as references")
         if recorded:
             self.statistics: list[Statistics] = self.references
             self.targets = list(self.statistics[0])
@@ -232,30 +228,28 @@ class Goals:
         if not self.targets:
             wanted = [how.targets] if isinstance(how.targets, str) else how.targets
             raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node")
-        # Of n networks, `Moments` keeps the covariances with the first: one pass each for the first, second, ...
-        pairs = how.method == "closed-form"
-        self._passes = [
-            gather(nets[i:], self.batches, self.targets, "paired" if pairs else "none")
-            for i in range(len(nets) - 1 if pairs else 1)
-        ]
-        self.ends = self._passes[0]
+        self.ends = gather(nets, self.batches, self.targets, "paired" if how.method == "closed-form" else "none")
         self.statistics = [{name: (m.mean(k), m.std(k)) for name, m in self.ends.items()} for k in range(len(nets))]
 
     def at(self, weights: float | Sequence[float] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Goal mean and std (units,) at every target.
+        """Goal mean and std (units,) at every target; a subclass may define others.
 
         Args:
-            weights: one a reference, 1 in all; of two references also ``alpha``. Default: equal.
+            weights: one a reference, of sum 1; for two references also ``alpha``. Default: equal.
         """
         weights = _weights(weights, len(self.statistics))
+
+        def mix(values: list[Tensor]) -> Tensor:
+            return functools.reduce(torch.add, (w * value for w, value in zip(weights, values, strict=True)))
+
         goals = {}
         for name in self.statistics[0]:
-            mean, std = (sum(w * s[name][i] for w, s in zip(weights, self.statistics, strict=True)) for i in (0, 1))
+            mean, std = (mix([s[name][i] for s in self.statistics]) for i in (0, 1))
             goals[name] = mean.double(), (std.mean().expand_as(std) if self.options.average else std).double()
         return goals
 
     def renormalize(self, model: nn.Module, weights: float | Sequence[float] | None = None) -> Repaired:
-        """Copy of a network of the references' architecture, brought to the goals.
+        """Copy of a network, of the references' architecture, with the goal statistics.
 
         Args:
             model: the network, on any device. Untouched.
@@ -263,8 +257,8 @@ class Goals:
 
         Raises:
             KeyError: a target is no node of this network.
-            ValueError: it is not finite, has other channels, or ``method="closed-form"`` and it is not the references'
-                average.
+            ValueError: the network is not finite or has other channels; or it is not the references' average, with
+                ``method="closed-form"``.
         """
         check_compatible(model.state_dict(), names=["the network to renormalise"])
         if self.options.method == "closed-form":
@@ -300,15 +294,13 @@ class Goals:
             modules = {name: BatchNormTo(**goal) for name, goal in goals.items()}
             return Repaired(attach(model, modules, example), {}, tuple(modules))
         if how.method == "closed-form":
+            _, alpha = _weights(weights, 2)
             corrections = {}
-            for (name, goal), *ends in zip(goals.items(), *(passed.values() for passed in self._passes), strict=True):
-                var, mean = (
-                    predicted_variance(ends, weights),
-                    goal["goal_mean"],
-                )  # the first layer has it already
+            for (name, goal), ends in zip(goals.items(), self.ends.values(), strict=True):
+                mean, var = goal["goal_mean"], predicted_variance(ends, alpha)  # the first layer has this mean already
                 corrections[name] = correction(mean, var, var.sqrt() <= 1e-6 * mean.abs(), **goal)
         else:
-            rules = {name: partial(correct_moments, **goal) for name, goal in goals.items()}
+            rules = {name: functools.partial(correct_moments, **goal) for name, goal in goals.items()}
             corrections = MEASURE[how.method](net, batches, rules, how.bn == "reset")
         return fold(model, corrections, example)
 
@@ -317,13 +309,12 @@ class Repair(Goals):
     """REPAIR of every network between aligned endpoints (Jordan et al. 2022, Sec. 4).
 
     ``E[X_alpha] = (1-alpha) E[X_1] + alpha E[X_2]`` and ``std(X_alpha) = (1-alpha) std(X_1) + alpha std(X_2)`` for each
-    channel of the targets. Statistics of the endpoints are measured once, here; calling the object with an alpha makes
-    the network.
+    channel of the targets. The endpoints are measured once, here; calling the object with an alpha makes the network.
 
     Args:
-        model_a, model_b: endpoints, aligned (see `repairlib.align`). Untouched.
+        model_a, model_b: aligned endpoints, see `repairlib.align`. Untouched.
         data: any iterable of batches x or (x, y); 5,000 examples suffice (Sec. 4.2).
-        others: further endpoints, aligned as well; a network is then asked for by one weight an endpoint.
+        others: further aligned endpoints; calls then take one weight an endpoint.
         **options: see `Options`; RESCALE is ``correct="rescale"``.
 
     Raises:
@@ -336,9 +327,9 @@ class Repair(Goals):
         super().__init__([model_a, model_b, *others], data, **options)
 
     def __call__(self, alpha: float | Sequence[float] = 0.5) -> Repaired:
-        """The repaired network at `alpha`, or at one weight an endpoint.
+        """Repaired network at `alpha`, or at one weight an endpoint.
 
-        Alpha 0 and 1, and the weight 1, give an endpoint bit for bit (the reset one with ``bn="reset"``).
+        Alpha 0 and 1, or one weight of 1, give an endpoint bit for bit (the reset one with ``bn="reset"``).
         """
         weights = _weights(alpha, len(self.references))
         model = with_state(self.references[0], self._average(weights))
@@ -353,17 +344,16 @@ def renormalize(
     weights: Sequence[float] | None = None,
     **options,
 ) -> Repaired:
-    """Give a network's channels the mean and std that they have in reference networks.
+    """Give a network's channels the mean and std that they have in reference networks, see `correction`.
 
-    ``x -> (x - mean) / std * sum_i w_i std_i + sum_i w_i mean_i``, or a part of it (see `correction`). The reference of
-    a pruned network is the dense one (Qu & Horvath 2024, Sec. 5), that of an average may even be an independent
-    solution (Table 8).
+    The reference of a pruned network is the dense one (Qu & Horvath 2024, Sec. 5). That of an average may even be an
+    independent solution (Table 8).
 
     Args:
         model: any network. Untouched.
         references: one network or several of the same architecture, or recorded statistics; see `Goals`.
         data: one batch x (n, ...), which often is enough, or any iterable of batches x or (x, y).
-        weights: one a reference, 1 in all; default equal.
+        weights: one a reference, of sum 1; default: equal.
         **options: see `Options`.
 
     Raises:

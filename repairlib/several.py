@@ -22,9 +22,9 @@ class AlignedNetworks:
 
     Attributes:
         models: the networks, permuted.
-        permutation: of each network: its unit i is unit ``permutation[k][group][i]`` of the k-th input.
-        rounds: how often every network was matched.
-        converged: whether the last round moved nothing (iterative); the other regimes need one round.
+        permutation: unit i of the k-th result is unit ``permutation[k][group][i]`` of the k-th input.
+        rounds: number of times that every network was matched.
+        converged: whether the last round moved nothing (iterative); True in the other regimes, which need one round.
     """
 
     models: tuple[nn.Module, ...]
@@ -46,19 +46,20 @@ def match_several(
     rounds: int = 30,
     seed: int = 0,
 ) -> AlignedNetworks:
-    """Match n networks (Qu & Horvath 2024, Appendix E.3, Algorithms 1 to 3).
+    """Match n networks (Qu & Horvath 2024, App. E.3, Algorithms 1 to 3).
 
-    reference: each to the first; sequential: each to the one before it, as permuted; iterative: in random order, each
-    to the mean of all others, until a round moves nothing (Ainsworth et al. 2022, Algorithm 3).
+    * reference: each to the first;
+    * sequential: each to the one before it, as permuted;
+    * iterative: in random order, each to the mean of all others, until a round moves nothing (Ainsworth et al. 2022,
+      Algorithm 3). By weights it always converges; by activations often not, since those of a mean may collapse.
 
     Args:
         models: networks of one architecture. Untouched.
-        match: how to match the second network to the first, for instance
-            ``lambda a, b: match_weights(a, b, spec=spec)``. In the iterative regime A is a mean of networks, whose
-            activations may have collapsed: by weights it is sure to converge, by activations it often does not.
+        match: function that matches a second network to a first, for instance
+            ``lambda a, b: match_weights(a, b, spec=spec)``.
         regime: one of the three.
-        rounds: most rounds of the iterative regime, at least 1; the paper stops after 30.
-        seed: of the order in the iterative regime.
+        rounds: largest number of rounds of the iterative regime; the paper stops after 30.
+        seed: seed of the order in the iterative regime.
 
     Raises:
         ValueError: unknown regime, or fewer than two networks.
@@ -73,13 +74,13 @@ def match_several(
         raise ValueError(f"matching needs two networks or more and a round, not {len(models)} and {rounds}")
     aligned = [copy.deepcopy(models[0]), *models[1:]]
     if regime != "iterative":
-        found: list[Permutation] = []
+        permutations: list[Permutation] = []
         for i in range(1, len(models)):
             matching = match(aligned[0 if regime == "reference" else i - 1], models[i])
             aligned[i] = matching.apply(models[i])
-            found.append(matching.permutation)
-        own = {name: torch.arange(len(perm)) for name, perm in found[0].items()}
-        return AlignedNetworks(tuple(aligned), (own, *found))
+            permutations.append(matching.permutation)
+        own = {name: torch.arange(len(perm)) for name, perm in permutations[0].items()}
+        return AlignedNetworks(tuple(aligned), (own, *permutations))
     total: list[Permutation] = [{} for _ in models]
     generator = torch.Generator().manual_seed(seed)
     for number in range(1, rounds + 1):

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -127,7 +128,7 @@ class _Tracer(fx.Tracer):
         return isinstance(module, ChannelAffine) or super().is_leaf_module(module, name)
 
 
-_NO_INPUT = object()
+_NO_INPUT, _NOTHING = object(), iter(())
 _LAYERS = nn.modules
 _KIND_OF_MODULE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"), (_LAYERS.conv._ConvTransposeNd, "conv-transpose"),
@@ -202,7 +203,7 @@ class TracedNet:
     def __init__(self, model: nn.Module, graph: fx.Graph, example: Tensor):
         self.model = model
         self.graph = graph
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.modules: dict[Any, Any] = dict(model.named_modules())  # by the target of a node
         self.nodes: list[fx.Node] = list(graph.nodes)
         self.kinds = {node.name: self._kind(node) for node in self.nodes}
         self._by_name = {node.name: node for node in self.nodes}
@@ -213,9 +214,10 @@ class TracedNet:
         self._dead_after: dict[fx.Node, list[fx.Node]] = {}
         for source, user in last_use.items():
             self._dead_after.setdefault(user, []).append(source)
-        self.shapes: dict[str, tuple[int, ...] | None] = {}
+        self.shapes: dict[str, Any] = {}
         self.plain: dict[str, object] = {}  # values that hold no tensor: sizes and what is computed from them
-        values, inputs = {}, iter((example,))
+        values: dict[fx.Node, Any] = {}
+        inputs = iter((example,))
         with eval_mode(model):
             for node in self.nodes:
                 values[node] = value = self.compute(node, values, inputs)
@@ -231,34 +233,35 @@ class TracedNet:
         if node.op == "call_function":
             origin = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
             return _KIND_OF_NAME.get(getattr(node.target, "__name__", ""), "") if origin in _OWN else ""
-        return _KIND_OF_NAME.get(node.target, "") if node.op == "call_method" else ""
+        return _KIND_OF_NAME.get(str(node.target), "") if node.op == "call_method" else ""
 
-    def compute(self, node: fx.Node, values: dict[fx.Node, object], inputs: Iterator | None = None) -> object:
+    def compute(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Iterator = _NOTHING) -> Any:
         """Value of one node from the values of the nodes before it; `inputs` feeds the placeholders."""
+        target: Any = node.target
         if node.op == "placeholder":
-            value = next(inputs, *node.args, _NO_INPUT)
+            value = next(inputs, node.args[0] if node.args else _NO_INPUT)
             if value is _NO_INPUT:
-                raise UntraceableModel(f"forward needs a second input, {node.target!r}; wrap it to take one tensor")
+                raise UntraceableModel(f"forward needs a second input, {target!r}; wrap it to take one tensor")
             return value.clone() if isinstance(value, Tensor) else value  # the first operation may be in place
         if node.op == "get_attr":
-            return operator.attrgetter(node.target)(self.model)
+            return operator.attrgetter(target)(self.model)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "call_module":
-            return self.modules[node.target](*args, **kwargs)
+            return self.modules[target](*args, **kwargs)
         if node.op == "call_function":
-            return node.target(*args, **kwargs)
+            return target(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs)
         return args[0]  # output
 
-    def forget(self, node: fx.Node, values: dict[fx.Node, object]) -> None:
+    def forget(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Drop the values that nothing after `node` reads."""
         for dead in self._dead_after.get(node, ()):
             values.pop(dead, None)
 
     def walk(
         self, x: Tensor, taps: Collection[str], edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None
-    ) -> Iterator[tuple[str, object]]:
+    ) -> Iterator[tuple[str, Any]]:
         """Run on `x` and yield (name, value) at every tap in order of execution, stopping after the last of them.
 
         ``edits[name]`` replaces the value of a node before it is yielded and before later nodes read it. Values must
@@ -268,7 +271,7 @@ class TracedNet:
         edits = edits or {}
         self.check_names([*taps, *edits])
         wanted = {self.corrected(name): name for name in taps}
-        values: dict[fx.Node, object] = {}
+        values: dict[fx.Node, Any] = {}
         inputs = iter((x,))
         for node in self.nodes:
             if not wanted:

@@ -1,8 +1,10 @@
 """Match the hidden units of two networks by their weights."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from repairlib.tracing import Batches
 
 
 def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9)) -> Tensor:
-    """Places of a tensor along several axes, by default the second and those after it."""
+    """Entries of a tensor along several axes, by default the second and those after it."""
     for axis, places in zip(axes, index, strict=False):
         if len(places) != x.shape[axis] or not torch.equal(places, torch.arange(len(places))):
             x = x.index_select(axis, places.to(x.device))
@@ -23,20 +25,20 @@ def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9
 
 
 class _Product:
-    """Inner products of A's and B's units on one axis of one tensor, while B's other axes are being permuted.
+    """Inner products of A's and B's units on one axis of one tensor, kept while B's other axes are permuted.
 
-    ``C[i, j] = sum_u <A[i, u], B[j, p(u)]>`` over the places u of the other axis. Where p has changed in a few places,
-    only these are summed anew, which in the late sweeps of a descent is most of the saving.
+    ``C[i, j] = sum_u <A[i, u], B[j, p(u)]>`` over the places u of the other axis. Where p changes in a few places, only
+    these are summed anew: most of the saving in the late sweeps of a descent.
     """
 
     def __init__(self, axis: Axis, a: Tensor, b: Tensor, others: list[int]):
         self.others = others
         self.a, self.b = (self._units_first(x, axis) for x in (a, b))
         self.index: list[Tensor] = []
-        self.value: Tensor | None = None
+        self.value: Any = None
 
     def _units_first(self, x: Tensor, axis: Axis) -> Tensor:
-        """(units, one dimension for each other axis, all the rest)."""
+        """Tensor as (units, one dimension for each other axis, all the rest)."""
         at = axis.positions.flatten()
         x = x.movedim([axis.axis, *self.others], list(range(1 + len(self.others))))
         if not torch.equal(at, torch.arange(len(x))):
@@ -45,7 +47,7 @@ class _Product:
         return x.movedim(1, -2).flatten(-2).contiguous()
 
     def update(self, index: list[Tensor]) -> bool:
-        """Bring `value` up to date with the places that the other axes' entries now come from; say if it changed."""
+        """Update `value` to the places that the other axes' entries now come from; True if it changed."""
         if self.value is None:
             self.index, self.value = index, self.a.flatten(1) @ _select(self.b, index).flatten(1).T
             return True
@@ -60,20 +62,28 @@ class _Product:
         self.index = index
         return True
 
+    def gain(self, old: Tensor, new: Tensor) -> float:
+        """Change of ``sum_i C[i, p(i)]`` from one permutation to another, in float64 and from the weights."""
+        moved = torch.nonzero(old != new).flatten()
+        a, b_new, b_old = (
+            x[at.to(x.device)].double() for x, at in ((self.a, moved), (self.b, new[moved]), (self.b, old[moved]))
+        )
+        return float((a * _select(b_new - b_old, self.index)).sum())
+
 
 class WeightCost:
-    """Similarity ``<theta_A, P(theta_B)>`` of the weights of A and of a permuted B, kept up to date as groups move.
+    """Objective of weight matching, ``<theta_A, P(theta_B)>``, kept up to date as groups move.
 
-    As a function of one group's permutation it is ``sum_i C[i, p(i)]`` (Ainsworth et al. 2022, Eq. 4), where C sums one
+    As a function of one group's permutation it is ``sum_i C[i, p(i)]`` (Ainsworth et al. 2022, Eq. 4). C sums one
     product of matrices for every weight axis that the group indexes.
 
     Args:
-        state_a, state_b: tensors of both networks by name, those to be compared.
+        state_a, state_b: tensors of both networks to compare, by name.
         spec: the permutation groups.
-        start: permutations to start at; a group that is missing starts at the identity.
+        start: permutations to start at; a missing group starts at the identity.
 
     Raises:
-        KeyError, ValueError: `start` has a group that does not exist, or something that is no permutation of its units.
+        KeyError, ValueError: see `fill_identity`.
     """
 
     def __init__(
@@ -94,52 +104,50 @@ class WeightCost:
         for tensor, by_axis in self.on.items():
             for number, groups in by_axis.items():
                 others = [other for other in by_axis if other != number]
-                for group, axis in groups:
+                for name, axis in groups:
                     product = _Product(axis, state_a[tensor], state_b[tensor], others)
-                    self.products.setdefault(group, []).append((tensor, product))
+                    self.products.setdefault(name, []).append((tensor, product))
 
     def places(self, tensor: str, axis: int) -> Tensor:
-        """Where the entries of the permuted B come from along one axis of one of its tensors."""
+        """Index of the permuted B's entries along one axis of one tensor of B."""
         index = torch.arange(self.b[tensor].shape[axis])
         for group, indexed in self.on[tensor][axis]:
             index[indexed.positions.flatten()] = indexed.positions[self.permutation[group]].flatten()
         return index
 
     def update(self, group: str) -> bool:
-        """Bring the products of a group up to date; say if one changed."""
+        """Update the products of a group; True if one changed."""
         return any([p.update([self.places(tensor, axis) for axis in p.others]) for tensor, p in self.products[group]])
 
     def similarity(self, group: str) -> Tensor:
         """``C[i, j]``: inner product of the weights of A's unit i and B's unit j (units, units)."""
         self.update(group)
-        return sum(product.value for _, product in self.products[group])
+        return functools.reduce(torch.add, (product.value for _, product in self.products[group]))
 
-    def objective(self, tensors: Iterable[str] | None = None) -> float:
-        """``<theta_A, P(theta_B)>`` in float64, over some tensors or all that a group indexes."""
+    def objective(self) -> float:
+        """``<theta_A, P(theta_B)>`` in float64, over the tensors that some group indexes."""
         total = 0.0
-        for tensor in self.on if tensors is None else tensors:
-            axes = self.on[tensor]
+        for tensor, axes in self.on.items():
             b = _select(self.b[tensor], [self.places(tensor, axis) for axis in axes], axes)
             total += float((self.a[tensor].double() * b.double()).sum())
         return total
 
     def gain(self, group: str, perm: Tensor) -> float:
-        """Change of the objective when a group moves to `perm`.
-
-        Measured on the weights in float64: the products are rounded, and where a group lies on two axes of one tensor,
-        they hold for the permutation that they were computed with only.
-        """
-        old, tensors = self.permutation[group], dict.fromkeys(tensor for tensor, _ in self.products[group])
-        before = self.objective(tensors)
+        """Change of the objective when a group moves to `perm`."""
+        old = self.permutation[group]
+        if len({tensor for tensor, _ in self.products[group]}) == len(self.products[group]):
+            return sum(product.gain(old, perm) for _, product in self.products[group])
+        # Where one group lies on two axes of a tensor, C holds only for the permutation that it was computed with.
+        before = self.objective()
         self.permutation[group] = perm
-        after, self.permutation[group] = self.objective(tensors), old
+        after, self.permutation[group] = self.objective(), old
         return after - before
 
     def descend(self, sweeps: int, generator: torch.Generator) -> list[float]:
-        """Solve the groups one after the other, in a new random order every sweep, until a sweep gains nothing.
+        """Solve group after group, in a new random order every sweep, until a sweep gains nothing.
 
         Returns:
-            The objective at the start and after every sweep; it never decreases.
+            Objective at the start and after every sweep; it never decreases.
         """
         history = [self.objective()]
         scale = sum(float(self.a[n].norm() * self.b[n].norm()) for n in self.on)  # its largest value
@@ -179,16 +187,13 @@ def match_weights(
 
     Args:
         model_a, model_b: networks of one architecture. Untouched.
-        data: a batch of inputs, or an iterable of batches; only the shape of the first counts, and only without `spec`.
+        data: any iterable of batches; only the shape of the first is used, to derive `spec`.
         spec: their permutation groups; derived from `model_a` when left out.
         start: permutations to start at instead of the identity.
-        seed: of the order of the groups. The r-th restart has seed ``seed + r``.
-        restarts: how many descents to make, the first from `start`, others from random permutations; the best counts.
-        sweeps: most sweeps over all groups in a descent.
+        seed: seed of the order of the groups. The r-th restart has seed ``seed + r``.
+        restarts: number of descents, the first from `start`, the others from random permutations; the best counts.
+        sweeps: largest number of sweeps over all groups in a descent.
         buffers: whether BatchNorm's running statistics count as weights, as in the code of Qu & Horvath 2024.
-
-    Returns:
-        The best matching; its `history` is the objective at the start and after every sweep, never decreasing.
 
     Raises:
         ValueError: different architectures, non-finite weights, neither data nor spec, restarts or sweeps below 1.
@@ -203,13 +208,15 @@ def match_weights(
     if spec is None:
         spec = derive_spec(model_a, data)
     states = [float_weights(model, buffers) for model in (model_a, model_b)]
-    cost, best, history = WeightCost(*states, spec, start), {}, [-math.inf]
+    cost = WeightCost(states[0], states[1], spec, start)
+    best: Permutation = {}
+    history = [-math.inf]
     for restart in range(restarts):
         if restart:
             cost.permutation = random_permutation(spec, seed + restart)
-        found = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart))
-        if found[-1] > history[-1]:
-            best, history = dict(cost.permutation), found
+        objectives = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart))
+        if objectives[-1] > history[-1]:
+            best, history = dict(cost.permutation), objectives
     cost.permutation = best
     objective = {}
     for group, perm in best.items():
@@ -229,7 +236,7 @@ def derive_spec(model: nn.Module, data: Iterable | None) -> PermutationSpec:
 
 def float_weights(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
     """Parameters by name, tied ones once, and running statistics if asked for; half precision as float32."""
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     if buffers:
         tensors |= {name: x for name, x in model.named_buffers() if x.is_floating_point()}
     return {name: x.detach() if x.dtype == torch.float64 else x.detach().float() for name, x in tensors.items()}
