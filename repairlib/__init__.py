@@ -17,9 +17,9 @@ from repairlib.corrections import Repaired
 from repairlib.data_independent import Recorder, batch_statistics
 from repairlib.evaluation import evaluate, evaluate_many
 from repairlib.groups import permutation_spec
-from repairlib.interpolate import Path, barrier_of, interpolate_models, walk_path
+from repairlib.interpolate import barrier_of, interpolate_models
 from repairlib.matching import Matching, match_activations
-from repairlib.names import check as _check
+from repairlib.names import check
 from repairlib.other_matchings import match_straight_through, match_transport
 from repairlib.permutations import permute
 from repairlib.renorm import Goals, Repair, renormalize, reset
@@ -29,10 +29,10 @@ from repairlib.weight_matching import match_weights
 
 __version__ = "0.1.0"
 __all__ = [
-    "Goals", "Matching", "Path", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of", "batch_statistics",
+    "Goals", "Matching", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of", "batch_statistics",
     "evaluate", "evaluate_many", "interpolate_models", "match_activations", "match_several", "match_straight_through",
     "match_transport", "match_weights", "merge", "permutation_spec", "permute", "renormalize", "repair", "reset",
-    "trace", "walk_path",
+    "trace",
 ]  # fmt: skip
 MATCH: dict[str, Callable] = {
     "activations": match_activations, "weights": match_weights,
@@ -59,7 +59,7 @@ def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, method: str = 
     >>> torch.allclose(align(a, b, [x])(x), b(x), atol=1e-6)
     True
     """
-    return MATCH[_check(method, MATCH, "method")](model_a, model_b, data, **options).apply(model_b)
+    return MATCH[check(method, MATCH, "method")](model_a, model_b, data, **options).apply(model_b)
 
 
 def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> Repaired:
@@ -113,6 +113,10 @@ def barrier(
     if points < 2:
         raise ValueError(f"a path has two points or more, not {points}")
     test = as_batches(test)
-    make = (lambda a: repaired(a).model) if repaired else (lambda a: interpolate_models(model_a, model_b, a))
-    alphas = [i / (points - 1) for i in range(points)]
-    return walk_path(make, alphas, lambda net: evaluate(net, test)).barrier(metric, baseline)
+    check(metric, ("loss", "accuracy"), "metric")
+    alphas, costs = [i / (points - 1) for i in range(points)], []
+    for alpha in alphas:
+        model = repaired(alpha).model if repaired else interpolate_models(model_a, model_b, alpha)
+        loss, accuracy = evaluate(model, test)
+        costs.append(loss if metric == "loss" else 1 - accuracy)
+    return barrier_of(alphas, costs, baseline)

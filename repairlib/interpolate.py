@@ -3,8 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 
 import torch
@@ -198,26 +197,6 @@ def interpolate_homogeneous(
     return out
 
 
-@dataclass(frozen=True)
-class Path:
-    """Loss (nats) and accuracy (in [0, 1]) at every alpha of a path."""
-
-    alpha: tuple[float, ...]
-    loss: tuple[float, ...]
-    accuracy: tuple[float, ...]
-
-    def table(self, **columns) -> list[dict]:
-        """Rows {alpha, loss, accuracy}, with the same extra columns in each."""
-        points = zip(self.alpha, self.loss, self.accuracy, strict=True)
-        return [{**columns, "alpha": a, "loss": loss, "accuracy": acc} for a, loss, acc in points]
-
-    def barrier(self, metric: str = "loss", baseline: str = "linear") -> float:
-        """Barrier of the path in its loss, or in its error ``1 - accuracy``; see `barrier_of`."""
-        check(metric, ("loss", "accuracy"), "metric")
-        cost = self.loss if metric == "loss" else [1 - a for a in self.accuracy]
-        return barrier_of(self.alpha, cost, baseline)
-
-
 def barrier_of(alpha: Sequence[float], cost: Sequence[float], baseline: str = "linear") -> float:
     """Barrier of a path: its largest height over its endpoints.
 
@@ -242,18 +221,3 @@ def barrier_of(alpha: Sequence[float], cost: Sequence[float], baseline: str = "l
         raise ValueError("a barrier needs both endpoints: alpha must contain 0 and 1")
     ends = {a: (1 - a) * at[0] + a * at[1] if baseline == "linear" else (at[0] + at[1]) / 2 for a in at}
     return max(at[a] - ends[a] for a in at)
-
-
-def walk_path(
-    make: Callable[[float], nn.Module], alphas: Iterable[float], evaluate: Callable[[nn.Module], tuple[float, float]]
-) -> Path:
-    """Loss and accuracy of one network per alpha.
-
-    Args:
-        make: alpha -> network, for instance ``lambda alpha: interpolate_models(a, b, alpha)``.
-        alphas: points of the path.
-        evaluate: network -> (mean loss, accuracy), for instance ``lambda net: repairlib.evaluate(net, test)``.
-    """
-    alphas = tuple(alphas)
-    points = [evaluate(make(alpha)) for alpha in alphas]
-    return Path(alphas, tuple(loss for loss, _ in points), tuple(accuracy for _, accuracy in points))

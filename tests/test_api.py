@@ -76,6 +76,10 @@ def test_barrier_falls_from_direct_to_aligned_repaired(endpoints):
     repaired = repairlib.barrier(a, aligned, data, points=5, repaired=repairlib.Repair(a, aligned, data))
     assert 0 <= repaired < direct
     assert repairlib.barrier(a, a, data, points=3, metric="accuracy") == 0
+    with pytest.raises(ValueError, match="two points or more, not 1"):
+        repairlib.barrier(a, b, data, points=1)
+    with pytest.raises(ValueError, match="unknown metric 'error'"):
+        repairlib.barrier(a, b, data, metric="error")
 
 
 def test_renormalize_a_pruned_network_with_one_batch(endpoints):

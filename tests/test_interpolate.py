@@ -74,16 +74,6 @@ def test_barrier_is_the_largest_difference(cost):
     assert ip.barrier_of(alpha, straight) == pytest.approx(0, abs=1e-9)
 
 
-def test_path_reports_points_and_barriers():
-    path = ip.walk_path(
-        lambda alpha: alpha, (0, 0.5, 1), lambda alpha: (1 + alpha * (1 - alpha), 0.9 - 0.2 * alpha * (1 - alpha))
-    )
-    assert path.barrier() == pytest.approx(0.25) and path.barrier("accuracy", "mean") == pytest.approx(0.05)
-    assert path.table(network="x")[1] == {"network": "x", "alpha": 0.5, "loss": 1.25, "accuracy": 0.85}
-    with pytest.raises(ValueError, match="unknown metric 'error'"):
-        path.barrier("error")
-
-
 def test_barrier_needs_both_ends():
     with pytest.raises(ValueError, match="both endpoints"):
         ip.barrier_of([0, 0.5], [1, 2])
