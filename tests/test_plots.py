@@ -88,6 +88,17 @@ def test_figures_have_labelled_axes_and_a_legend_beside_the_data(name):
     assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH)
 
 
+def test_the_legend_of_depth_has_room_for_every_way_to_repair():
+    ways = ["aligned", *(f"aligned + REPAIR{way}" for way in (" closed form", " simultaneous", ""))]
+    names = [*ways, "endpoint A", "endpoint B"]
+    figure = plots.depth(rows(network=names * 2, depth=[2] * 6 + [4] * 6, accuracy=[0.9] * 12), threshold=0.9)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["aligned", "REPAIR closed form", "REPAIR simultaneous", "REPAIR"]
+    assert legend.get_window_extent().x0 >= 0 and legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_curves_draw_mean_and_spread_of_repetitions():
     figure = plots.curves(
         rows(k=["x"] * 4, t=[1, 1, 2, 2], v=[0.0, 1.0, 2.0, 4.0]), "t", "v", "k", xlabel="t", ylabel="v"
@@ -104,12 +115,22 @@ def test_the_style_does_not_leak():
     assert plt.rcParams["font.size"] == before
 
 
+REPAIRS = ("aligned + REPAIR", "aligned + REPAIR closed form", "aligned + REPAIR simultaneous")
+TOGETHER = [  # in one figure
+    ("endpoint A", "endpoint B", "not aligned", "aligned", *REPAIRS),
+    ("not aligned", "aligned", "aligned + RESET", "aligned + REPAIR", "aligned + REPAIR conv",
+     "aligned + REPAIR bn reset"),
+    ("aligned", "aligned + REPAIR", "aligned + RESCALE", "aligned + RESHIFT", "aligned + RESET"),
+    ("not aligned", "not aligned + REPAIR", "aligned", "aligned + REPAIR"),
+]  # fmt: skip
+
+
 def test_same_network_same_look_everywhere():
-    colours = [look["color"] for look in plots.LOOKS.values()]
-    assert len(set(colours)) == len(colours)  # told apart by colour; line and marker tell apart again without it
-    lines = [
-        (look["linestyle"], look["marker"]) for name, look in plots.LOOKS.items() if not name.startswith("endpoint")
-    ]
+    for names in TOGETHER:  # told apart by colour; line and marker tell apart again without it
+        assert len({plots.LOOKS[name]["color"] for name in names}) == len(names)
+    looks = [str(sorted(look.items())) for look in plots.LOOKS.values()]
+    assert len(set(looks)) == len(looks) and {name for names in TOGETHER for name in names} == set(plots.LOOKS)
+    lines = [(look["linestyle"], look["marker"]) for name, look in plots.LOOKS.items() if name in TOGETHER[0][2:]]
     assert len(set(lines)) == len(lines)
     for name in ("aligned", "aligned + REPAIR"):
         assert plots.BASELINES[name] == plots.LOOKS[name]

@@ -165,9 +165,9 @@ if fig := section.item("repair/fig3-middle"):
     fig.save(table, plots.path(table, title=title_of(grid.ResNet)), summary)
 
 # %% [markdown]
-# Only alignment and REPAIR together keep the accuracy along the whole path. At `quick` the midpoint is at chance before
-# REPAIR, as these ResNets are narrow; the paper's are four times as wide and keep 66 %. The paper's 77 % by optimal
-# transport is another method's, and is not made here.
+# After alignment and REPAIR the accuracy stays high along the whole path. Before REPAIR the midpoint is near chance at
+# `quick`, since these ResNets are narrow. The paper's are four times as wide, and keep 66 %. Its 77 % by optimal
+# transport are another method's, which is not made here.
 #
 # ## How deep (Fig. 3, right)
 #

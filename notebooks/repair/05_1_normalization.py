@@ -165,7 +165,7 @@ if fig := section.item("repair/fig4-right"):
     fig.save(table, figure, summary)
 
 # %% [markdown]
-# Before REPAIR, BatchNorm's path falls to chance, and LayerNorm's much less far. After REPAIR both stay close to the
+# Before REPAIR, BatchNorm's path falls to chance, and LayerNorm's much less far. After REPAIR both are close to the
 # endpoints.
 #
 # ## The same in test loss (Fig. 10, right)
@@ -177,7 +177,7 @@ if fig := section.item("repair/fig10-right"):
     fig.save(table, figure, midpoints(table, "loss"))
 
 # %% [markdown]
-# In loss, BatchNorm's path rises several times as far as LayerNorm's. REPAIR takes nearly all of it away.
+# In loss, BatchNorm's path rises several times as far as LayerNorm's. REPAIR takes most of both away.
 #
 # ## Check
 #

@@ -338,6 +338,8 @@ def depth(table: Sequence[dict] | pd.DataFrame, *, threshold: float, title: str 
     """Test accuracy of midpoints against depth, the endpoints as a band (Jordan et al. 2022, Fig. 3 right)."""
     frame = pd.DataFrame(table)
     is_end = frame["network"].str.startswith("endpoint")
+    # All midpoints are aligned, and four full names are too long for the legend.
+    names = {name: name.removeprefix("aligned + ") for name in frame["network"].unique()}
     figure = curves(
         frame[~is_end],
         "depth",
@@ -347,6 +349,7 @@ def depth(table: Sequence[dict] | pd.DataFrame, *, threshold: float, title: str 
         ylabel="test accuracy (%)",
         title=title,
         percent=True,
+        labels=names,
     )
     (ax,) = figure.axes
     ends = frame[is_end].groupby("depth")["accuracy"].agg(["min", "max"]) * 100
