@@ -397,6 +397,17 @@ def test_a_parent_is_not_deleted_before_its_children(store, capsys):
     assert store.names() == [RUN.replace("s1", "s11")]
 
 
+def test_a_parent_whose_files_are_gone_says_how_to_begin_again(store):
+    for name in (RUN, CHILD):
+        save(store, name)
+    for file in (storing.WEIGHTS, storing.SIDECAR):
+        (store.path(RUN) / file).unlink()
+    for name in (RUN, CHILD):
+        with pytest.raises(CorruptCheckpoint, match=f"{RUN}/run.json is missing") as caught:
+            store.get(name)
+    assert main(str(caught.value).split("`")[1].split()[3:]) == 0 and store.names() == []
+
+
 def test_changed_recipes_have_their_own_folders(store):
     name = RUN.replace("smoke", "smoke~lr0.03~init=uniform")
     store.get(name.replace("0.03", "3e-2"), train_device="cpu", progress=False)

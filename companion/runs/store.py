@@ -336,18 +336,19 @@ class Store:
             self._check_fresh(run.parent, self.info(str(run.parent)))
 
     def _stale(self, run: RunName, problem: str) -> StaleRun:
-        children = " --children" * bool(self.children(str(run)))
         return StaleRun(
-            f"run {run} {problem}: remove it with `python -m companion.runs.store --root {self.root} delete{children} "
-            f"{run}` and it is trained again, or keep it and use another root (REPAIRLIB_RUNS)"
+            f"run {run} {problem}: remove it with {self._deletion(str(run))} and it is trained again, or keep it "
+            "and use another root (REPAIRLIB_RUNS)"
         )
 
     def _corrupt(self, name: str, path: Path, problem: str) -> CorruptCheckpoint:
         again = "import it again" if self._parse(name).recipe == "imported" else f"get({name!r}) trains it again"
-        return CorruptCheckpoint(
-            f"{path} {problem}; remove the run with `python -m companion.runs.store --root {self.root} delete {name}` "
-            f"and {again}"
-        )
+        return CorruptCheckpoint(f"{path} {problem}; remove the run with {self._deletion(name)} and {again}")
+
+    def _deletion(self, name: str) -> str:
+        """The command that deletes a run, with those that continue it."""
+        children = "--children " if self.children(name) else ""
+        return f"`python -m companion.runs.store --root {self.root} delete {children}{name}`"
 
 
 def get(name: str, device: str | torch.device = "cpu", progress: bool = True) -> nn.Module:
