@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "data/README.md",
+    ROOT / "benchmarks/README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
 MADE_LATER = ("build/", "data/runs", "figures/gallery.html", "figures/scorecard.md", "figures/quick/")
 
 
