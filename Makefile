@@ -36,7 +36,7 @@ figures: $(INSTALLED)  ## make every figure that is missing or out of date, at S
 quickstart: $(INSTALLED)  ## train two networks, merge and repair them: the first picture, within two minutes
 	@$(VENV)/bin/python workflow/jobs.py --scale "$(SCALE)" --notebooks 00_quickstart --cores "$(CORES)" \
 	    --gpu-jobs "$(GPU_JOBS)" --quiet "$(QUIET)"
-	@echo "Open figures/$(SCALE)/00_quickstart.html in a browser, or go on with: make lab"
+	@echo "To change something and run it again: make lab"
 
 plan: $(INSTALLED)  ## list what figures would make at SCALE, and roughly how long it would take here
 	@$(VENV)/bin/python workflow/plan.py --scale "$(SCALE)" --notebooks "$(NOTEBOOKS)" --items "$(ITEMS)" \

@@ -46,6 +46,7 @@ def test_execute_publishes_what_a_notebook_saves(project, capsys):
     assert "fig2-left, sec3-theory  (up to date)" in text and "not made: repair/fig2-middle, repair/" in text
     assert batch.summarize("smoke", items=["repair/sec3-theory"]).startswith("smoke: 1 of 1 items\n")
     assert batch.summarize("smoke", notebooks=["other"], errors={"other": "no"}).startswith("smoke\n  other")
+    assert f"smoke/{NAME}.html" in batch.summarize("smoke", notebooks=[NAME])
     (root / "repair" / "fig2_left.png").unlink()
     assert needs.read_done(NAME, "smoke") is None  # so that the batch makes it again
 

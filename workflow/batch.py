@@ -317,7 +317,9 @@ def summarize(
     if missing:
         lines.append(f"  not made: {', '.join(missing)}")
     where = relative(root, Path.cwd())
-    lines.append(f"Look at {where}/gallery.html; data, pictures and executed notebooks are in {where}/{scale}/.")
+    pages = [f"{scale}/{name}.html" for name in notebooks if (root / scale / f"{name}.html").exists()]
+    page = pages[0] if len(notebooks) == 1 and pages else "gallery.html"
+    lines.append(f"Look at {where}/{page}; data, pictures and executed notebooks are in {where}/{scale}/.")
     return "\n".join([head, *lines])
 
 

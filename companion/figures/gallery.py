@@ -208,8 +208,9 @@ def write_docs(scale: str = "quick") -> Path:
             if path.with_suffix(".png").exists():
                 name = f"{entry['output'].replace('/', '_')}.png"
                 pictures[name] = _small(path.with_suffix(".png"))
-                lines += [f"![{item}](gallery/{name})", ""]
-            lines += _markdown_numbers(entry.get("published", {}), record["summary"])
+                lines.append(f"![{item}](gallery/{name})")
+            if numbers := _markdown_numbers(entry.get("published", {}), record["summary"]):
+                lines += ["", *numbers]
     if (size := sum(map(len, pictures.values()))) > LIMIT:
         raise ValueError(f"the pictures of docs/gallery.md take {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
     folder = docs / "gallery"
@@ -243,4 +244,4 @@ def _markdown_numbers(published: dict[str, Any], ours: dict[str, Any]) -> list[s
     for name in names:
         cells = [_cell(numbers.get(name, "")).replace("|", "/") for _, numbers in columns]
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return lines
