@@ -1,6 +1,6 @@
 import pytest
 
-from companion.experiments.grids import repair
+from companion.experiments.grids import combine, repair
 from companion.experiments.grids.combine import combined, hypercube, min_max, stitching, width
 from companion.figures.report import read_index
 from companion.runs.models import parse
@@ -26,7 +26,8 @@ def test_the_paper_is_as_printed():
 @pytest.mark.parametrize("scale", ["smoke", "quick", "fast", "paper"])
 @pytest.mark.parametrize(
     "make",
-    [hypercube, stitching, width, min_max, repair.variance_collapse, repair.repair, repair.normalization,
+    [hypercube, stitching, width, min_max, combine.extrapolation, combine.three_models, combine.functional_difference,
+     combine.robustness, repair.variance_collapse, repair.repair, repair.normalization,
      repair.width_depth],
 )  # fmt: skip
 def test_sections_have_all_items_of_their_notebook_and_runs_that_exist(make, scale):
@@ -34,6 +35,12 @@ def test_sections_have_all_items_of_their_notebook_and_runs_that_exist(make, sca
     (notebook,) = {index[item]["notebook"] for item in grid.needs}
     assert set(grid.needs) == {item for item, entry in index.items() if entry["notebook"] == notebook}
     assert all(parse_run(run, check_data="imagenet" not in run) for run in grid.runs(grid.needs))
+
+
+def test_three_models_of_the_paper_are_wider_on_the_triangle():
+    """Fig. 11b has a width of 40; elsewhere the triangle is of the networks of the path."""
+    assert combine.three_models("paper").wide == "cifar10/resnet20-ln-w40/csiszarik"
+    assert combine.three_models("quick").wide == combine.three_models("quick").resnet
 
 
 def test_widths_of_the_paper_end_where_it_ends():
