@@ -128,8 +128,8 @@ if fig := section.item("repair/fig5-left"):
     fig.save(stack([table, others]), plots.path(table, title=pair.title), names)
 
 # %% [markdown]
-# Interpolation alone loses most of the accuracy. Both corrections give most of it back, and the two lines lie close
-# together: at `quick`, block outputs add about two points in the middle, as they add three in the paper.
+# Interpolation alone loses nearly all of the accuracy. Both corrections give back more than half of what is lost, and
+# their lines lie close together. At `quick`, full REPAIR is two points ahead in the middle, in the paper three.
 #
 # ### Which of the two counts
 #
@@ -162,8 +162,8 @@ if fig := section.item("repair/fig5-right"):
     fig.save(table, figure, summary)
 
 # %% [markdown]
-# REPAIR lifts the middle of each path. The network that is twice as wide keeps more of its accuracy there than the
-# ResNet50 does, before REPAIR and after it.
+# Before REPAIR the middle of each path is near chance. After it, the network that is twice as wide keeps more of its
+# accuracy there: 79 % against 62 % at `quick`, 64 % against 57 % in the paper.
 #
 # ## Against Git Re-Basin (Fig. 8 right)
 #
@@ -180,7 +180,7 @@ if fig := section.item("repair/fig8-right"):
     fig.save(table, plots.path(table, title=pair.title), summary)
 
 # %% [markdown]
-# Without alignment the middle is at chance. RESET alone recovers nearly as much as REPAIR.
+# Without a correction the middle is near chance, aligned or not. RESET recovers nearly as much as REPAIR.
 #
 # ## First-layer filters (Fig. 9)
 #
@@ -199,7 +199,8 @@ if fig := section.item("repair/fig9"):
     fig.save(table, plots.filters(weights, note=note.format(**summary), title=pair.title), summary)
 
 # %% [markdown]
-# Some matched filters look nearly the same. Others have no close match in the other network. The paper sees both too.
+# Matched filters are much more alike than filters of the same number. Of ResNet50's 64 filters, the paper finds pairs
+# that look nearly the same, and others that have no close match.
 #
 # ## Check
 #

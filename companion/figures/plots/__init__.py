@@ -227,7 +227,7 @@ def merging(table: Sequence[dict] | pd.DataFrame) -> Figure:
                    ax=ax, looks=BASELINES)  # fmt: skip
             for network, level in rows[rows["alpha"].isna()].groupby("network", sort=False):
                 values, look = level[metric] * (100 if metric == "accuracy" else 1), BASELINES[network]
-                ax.axhline(values.mean(), **look | {"marker": ""}, lw=1)
+                ax.axhline(values.mean(), **{"label": network} | look | {"marker": ""}, lw=1)
                 ax.axhspan(values.min(), values.max(), color=look["color"], alpha=0.1, lw=0)
             ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nmodel A", "0.25", "0.5", "0.75", "1\nmodel B"])
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(names))
