@@ -65,11 +65,7 @@ def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, method: str = 
 def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> Repaired:
     """Interpolate two aligned networks and restore the statistics of the result (Jordan et al. 2022, Sec. 4).
 
-    Args:
-        model_a, model_b: aligned endpoints. Untouched.
-        data: any iterable of batches x or (x, y); about 5,000 examples.
-        alpha: 0 is A, 1 is B.
-        **options: see `Repair`, which makes many alphas from one pass and takes more than two networks.
+    For arguments and errors see `Repair`, which makes many alphas from one pass and takes more than two networks.
     """
     return Repair(model_a, model_b, data, **options)(alpha)
 
@@ -81,7 +77,7 @@ def merge(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float =
         model_a, model_b: two networks of one architecture, trained separately. Untouched.
         data: any iterable of batches x or (x, y) of training data; about 5,000 examples.
         alpha: 0 is A, 1 is (the aligned) B.
-        **options: see `Repair`.
+        **options: see `Repair`, also for errors.
     """
     data = as_batches(data)
     return repair(model_a, align(model_a, model_b, data), data, alpha, **options)

@@ -171,10 +171,6 @@ def layers(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
     A normalisation or scalar belongs to the weight layer whose output it reads; after an addition, to the one that runs
     last. What precedes all layers, or is never read, belongs to the first. A shortcut's convolution is its own layer.
 
-    Args:
-        model: any module that torch.fx can trace.
-        example: one batch of inputs (n, ...).
-
     >>> list(layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8)))
     ['0', '2']
     """

@@ -97,9 +97,6 @@ class Repaired:
         return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------- what to correct
-
-
 def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
     """Names of the nodes to correct, in order of execution.
 
@@ -177,9 +174,6 @@ def _roles(net: TracedNet) -> dict[str, set[str]]:
     return roles
 
 
-# ------------------------------------------------------------------------------------------------ attaching and folding
-
-
 def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
     """Nodes of BatchNorm layers with running statistics, by name."""
     return {
@@ -190,13 +184,7 @@ def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
 
 
 def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffine], example: Tensor) -> fx.GraphModule:
-    """Copy of a model with every correction as a visible `ChannelAffine` after its node.
-
-    Args:
-        model: the network. Untouched.
-        corrections: by node name, see `target_nodes`; also ready modules.
-        example: inputs (n, ...), to trace with.
-    """
+    """Copy of a model with every correction, by node name, as a visible `ChannelAffine` after its node."""
     out = copy.deepcopy(model)
     net = trace(out, example)
     like = next(out.parameters())
@@ -222,11 +210,6 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) 
     visible, as a `ChannelAffine`, where its node is no convolution, linear or normalisation layer, where that layer is
     called twice, and where its weight is shared or computed (pruning, weight norm). A node's mean may be right only
     behind a BatchNorm that took the shift.
-
-    Args:
-        model: the network. Untouched.
-        corrections: by node name, see `target_nodes`.
-        example: inputs (n, ...), to trace with.
     """
     out = copy.deepcopy(model)
     net = trace(out, example)
@@ -242,43 +225,42 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) 
         return plain and "bias" in layer._parameters and len(mine) == len(tensors) and not read.intersection(mine)
 
     visible, new_biases = {}, []
-    with torch.no_grad():
-        for name, fix in corrections.items():
-            node = net.node(name)
-            layer, users = net.modules.get(str(node.target)), list(node.users)
-            if type(layer) is ChannelAffine:  # of an earlier REPAIR
-                _scale(layer, fix.gain, fix.shift)
-                continue
-            if net.kinds[name] not in FOLDABLE or calls.count(node.target) > 1 or not is_own(layer):
-                visible[name] = fix
-                continue
-            shift: Tensor | None = fix.shift
-            if layer.bias is None:
-                if len(users) == 1 and users[0].name in norms and calls.count(users[0].target) == 1:
-                    net.modules[users[0].target].running_mean.sub_(fix.shift)
-                    shift = None
-                elif fix.shift.any():
-                    new_biases.append(str(node.target))
-                else:
-                    shift = None
-            _scale(layer, fix.gain.to(layer.weight.device), shift)
+    for name, fix in corrections.items():
+        node = net.node(name)
+        layer, users = net.modules.get(str(node.target)), list(node.users)
+        if type(layer) is ChannelAffine:  # of an earlier REPAIR
+            _scale(layer, fix.gain, fix.shift)
+            continue
+        if net.kinds[name] not in FOLDABLE or calls.count(node.target) > 1 or not is_own(layer):
+            visible[name] = fix
+            continue
+        shift: Tensor | None = fix.shift
+        if layer.bias is None:
+            if len(users) == 1 and users[0].name in norms and calls.count(users[0].target) == 1:
+                net.modules[users[0].target].running_mean.sub_(fix.shift)
+                shift = None
+            elif fix.shift.any():
+                new_biases.append(str(node.target))
+            else:
+                shift = None
+        _scale(layer, fix.gain.to(layer.weight.device), shift)
     if visible:
         out = attach(out, visible, example)
     return Repaired(out, corrections, tuple(visible), tuple(new_biases))
 
 
+@torch.no_grad()
 def _scale(layer: Any, gain: Units, shift: Units | None, center: Units | float = 0.0) -> None:
     """Let a layer compute ``gain (layer(x) - center) + shift``, in float64; no shift leaves the bias as it is."""
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight.double() * along(gain, layer.weight.ndim, 0))
-        if shift is None:
-            return
-        bias = (0.0 if layer.bias is None else layer.bias.double()) - center
-        bias = bias * gain + shift
-        if layer.bias is None:
-            layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
-        else:
-            layer.bias.copy_(bias)
+    layer.weight.copy_(layer.weight.double() * along(gain, layer.weight.ndim, 0))
+    if shift is None:
+        return
+    bias = (0.0 if layer.bias is None else layer.bias.double()) - center
+    bias = bias * gain + shift
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+    else:
+        layer.bias.copy_(bias)
 
 
 def fold_batchnorms(model: nn.Module) -> nn.Module:

@@ -18,9 +18,6 @@ from repairlib.tracing import ChannelAffine, trace
 def batch_statistics(model: nn.Module) -> nn.Module:
     """Copy of a model whose BatchNorms use the statistics of every batch, also in evaluation mode (RESET without data).
 
-    Args:
-        model: any network with BatchNorm layers. Untouched.
-
     Raises:
         ValueError: the model has no BatchNorm statistics.
     """
@@ -35,12 +32,7 @@ def batch_statistics(model: nn.Module) -> nn.Module:
 
 
 class BatchNormTo(ChannelAffine):
-    """Renormalisation of each batch by its own statistics: ``y = (x - mean(x)) / std(x) * goal_std + goal_mean``.
-
-    Args:
-        goal_mean, goal_std: (units,).
-        correct, eps: see `renorm.Options`.
-    """
+    """Correction of each batch, from its own statistics to the goal (units,); see `correction`."""
 
     def __init__(self, goal_mean: Tensor, goal_std: Tensor, correct: str = "repair", eps: float = 0.0):
         super().__init__(goal_std, goal_mean)

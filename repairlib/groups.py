@@ -91,14 +91,13 @@ class PermutationSpec:
             axes = ", ".join(f"{axis.tensor}[{axis.axis}]" for axis in group.axes)
             rows.append((group.name, str(group.size), group.taps.get("post", "-"), axes))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        left = sum(widths) + 6
-        margin = " " * (left if left <= 60 else 4)  # parameters on lines of their own where names are long
         lines = []
         for *cells, axes in rows:
             start = "".join(cell.ljust(w + 2) for cell, w in zip(cells, widths, strict=True))
-            first, *rest = textwrap.wrap(axes, 120 - len(margin), break_long_words=False, break_on_hyphens=False)
-            lines += [start + first] if left <= 60 else [start.rstrip(), margin + first]
-            lines += [margin + line for line in rest]
+            if len(start) > 60:  # parameters on lines of their own where names are long
+                lines.append(start.rstrip())
+                start = " " * 4
+            lines.append(textwrap.fill(axes, 120, initial_indent=start, subsequent_indent=" " * len(start)))
         return "\n".join(lines)
 
     def check(self, permutation: Permutation) -> None:
@@ -315,8 +314,8 @@ def fixed(shape: tuple[int, ...]) -> Tensor:
 class Labels:
     """Unit numbers of every activation and weight axis while the graph is walked.
 
-    Operations that only move elements about (reshape, concatenate, pad, ...) are run on the labels themselves. Where a
-    rule needs units to move together that need not, it identifies them: that loses a symmetry and never invents one.
+    Operations that only move elements (reshape, concatenate, pad, ...) run on the labels themselves. Where a rule is
+    not sure, it identifies units: that loses a symmetry and never invents one.
     """
 
     def __init__(self, net: TracedNet):
@@ -578,8 +577,10 @@ def rule(*kinds: str, arguments: str = "") -> Callable[[Callable], Callable]:
 
 
 @rule("conv", arguments="weight bias stride padding dilation groups")
-def conv(labels: Labels, node, x, weight, bias=None, groups=1, out=0, **_):
+@rule("conv-transpose", arguments="weight bias stride padding output_padding groups")
+def conv(labels: Labels, node, x, weight, bias=None, groups=1, **_):
     inputs, shape = labels.channels(x, 1), labels.net.shapes[node.name]
+    out = int(labels.kind(node) == "conv-transpose")  # the weight's axis of outputs
     if groups == 1:
         labels.mark(weight, 1 - out, inputs)
         return spread(labels.produce(weight, bias, labels.fresh(shape[1]), out), shape, 1)
@@ -590,11 +591,6 @@ def conv(labels: Labels, node, x, weight, bias=None, groups=1, out=0, **_):
     blocks = inputs.view(groups, -1)
     labels.identify(blocks, blocks[:, :1])
     return spread(labels.produce(weight, bias, blocks[:, 0].repeat_interleave(shape[1] // groups)), shape, 1)
-
-
-@rule("conv-transpose", arguments="weight bias stride padding output_padding groups")
-def conv_transpose(labels: Labels, node, x, **arguments):
-    return conv(labels, node, x, **arguments, out=1)
 
 
 @rule("linear", arguments="weight bias")

@@ -73,11 +73,7 @@ SIMILARITIES = ("correlation", "inner")
 def gather_groups(
     model_a: nn.Module, model_b: nn.Module, batches: Batches, spec: PermutationSpec, tap: str
 ) -> dict[str, Moments]:
-    """Moments of both networks at the groups' taps, by node, with ``cross="full"``, from one pass.
-
-    Raises:
-        UnsupportedNode: a group (the first is named) can be read at no such node.
-    """
+    """Moments of both networks at the groups' taps, by node, with ``cross="full"``, from one pass."""
     check(tap, ("pre", "post"), "tap")
     for group in spec.groups:
         if tap not in group.taps:

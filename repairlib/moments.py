@@ -15,9 +15,8 @@ class Moments:
     """Means, variances and cross-covariances of k networks' units at one tap, gathered batch by batch.
 
     Products of batch-centred values are summed in the activations' own precision (float32 at least) and merged in
-    float64: for batches of m and n values with means u and v,
-    ``M2 = M2_u + M2_v + (v - u)^2 m n / (m + n)`` (Chan et al. 1979). The result does not depend on the batch size and
-    does not suffer from means that are large beside the standard deviation.
+    float64: for batches of m and n values with means u and v, ``M2 = M2_u + M2_v + (v - u)^2 m n / (m + n)`` (Chan et
+    al. 1979). Neither batch sizes nor means that are large beside the standard deviation change the result.
 
     Args:
         cross: "full" keeps cov(unit i of network 0, unit j of network k), "paired" its diagonal only, "none" neither.

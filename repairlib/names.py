@@ -1,11 +1,11 @@
-"""Names that a user gives: refuse what does not exist, and say what is nearest."""
+"""Check names that a user gives, and suggest the nearest."""
 
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 
 
 def nearest(word: str, options: Sequence[str]) -> str:
-    """Return the option most like `word`, for error messages.
+    """Option most like `word`, for error messages.
 
     >>> nearest("minst", ["digits", "mnist", "svhn"])
     'mnist'
@@ -14,7 +14,7 @@ def nearest(word: str, options: Sequence[str]) -> str:
 
 
 def check(name: str, valid: Iterable[str], kind: str) -> str:
-    """Return `name` if it is valid; ValueError that names the nearest otherwise.
+    """`name` if it is valid; otherwise a ValueError that names the nearest.
 
     >>> check("quik", ("smoke", "quick", "fast", "paper"), "scale")
     Traceback (most recent call last):

@@ -3,7 +3,6 @@
 import copy
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,8 @@ def match_straight_through(
 
     Weights ``theta`` start at A's. Each step projects them to ``P(theta_B)`` by one sweep of weight matching from the
     last P, and moves them by SGD along the gradient of the loss at ``(theta_A + P(theta_B)) / 2``, as if the projection
-    were the identity. BatchNorms of the midpoint use batch statistics, so a batch needs two examples or more.
+    were the identity. The best permutations at the start or after an epoch count. BatchNorms of the midpoint use batch
+    statistics, so a batch needs two examples or more.
 
     Args:
         model_a, model_b: networks of one architecture. Untouched.
@@ -44,9 +44,6 @@ def match_straight_through(
         seed: seed of the order of the groups.
         epochs: number of passes over the data.
         lr, momentum: of SGD.
-
-    Returns:
-        The best of the permutations at the start and after every epoch.
 
     Raises:
         ValueError: different architectures, non-finite weights, empty data, batches without labels.
@@ -111,90 +108,45 @@ def match_straight_through(
     return Matching(spec, best, history=tuple(history))
 
 
-@dataclass(frozen=True)
-class SoftMatching:
-    """Transport of B's units to A's, group by group.
-
-    Attributes:
-        spec: the permutation groups.
-        plan: by group (units, units): unit i of the transported network is ``sum_j plan[i, j] unit j of B``. Rows and
-            columns sum to 1; without regularisation it is a permutation matrix.
-    """
-
-    spec: PermutationSpec
-    plan: dict[str, Tensor]
-
-    def apply(self, model_b: nn.Module) -> nn.Module:
-        """Copy of B with its units transported; it computes what B does only if the plans are permutations."""
-        out = copy.deepcopy(model_b)
-        state = dict(model_b.state_dict())
-        for name, mix in self.plan.items():
-            for axis in self.spec[name].axes:
-                old = state[axis.tensor]
-                index = axis.positions.flatten().to(old.device)
-                rows = old.double().movedim(axis.axis, 0)[index].unflatten(0, tuple(axis.positions.shape))
-                mixed = torch.tensordot(mix.to(old.device), rows, 1).flatten(0, 1).movedim(0, axis.axis)
-                state[axis.tensor] = old.index_copy(axis.axis, index, mixed.to(old.dtype))
-        out.load_state_dict(state)
-        return out
-
-
 def match_transport(
     model_a: nn.Module,
     model_b: nn.Module,
     data: Iterable,
     *,
     spec: PermutationSpec | None = None,
-    regularization: float = 0.0,
     tap: str = "post",
-) -> SoftMatching:
-    """Transport plan of least cost between the units of each group, ``T = argmin <T, C>`` with uniform marginals.
+) -> Matching:
+    """Match by optimal transport of activations (Singh & Jaggi 2020, Sec. 4).
 
-    The cost is ``C_ij = E[(X_i of A - X_j of B)^2]``, by activations (Singh & Jaggi 2020, Sec. 4).
+    ``T = argmin <T, C>`` with ``C_ij = E[(X_i of A - X_j of B)^2]`` for the units of each group. With uniform marginals
+    a permutation is among the best plans. The matching's objective is ``-<T, C>``.
 
     Args:
         model_a, model_b: networks of one architecture. Untouched.
         data: any iterable of batches.
         spec: their permutation groups; derived from `model_a` when left out.
-        regularization: of the entropy (Cuturi 2013), relative to the mean cost; 0 gives permutations.
         tap: where activations are read, see `match_activations`.
 
     Raises:
-        ImportError: regularisation needs the POT library, which is missing.
         ValueError: different architectures, non-finite weights or activations, an unknown option.
         UnsupportedNode: a group can be read at no node.
     """
-    if not regularization >= 0:
-        raise ValueError(f"regularization is 0 or more, not {regularization}")
     check_compatible(model_a.state_dict(), model_b.state_dict())
     batches = Batches(data, model_a)
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
     moments = gather_groups(model_a, model_b, batches, spec, tap)
-    plan: dict[str, Tensor] = {}
+    matching = Matching(spec, {})
     for group in spec.groups:
-        moment = moments[group.taps[tap]]
+        moment, blocks = moments[group.taps[tap]], group.channels[tap].T
         square = [moment.var(k) + moment.mean(k) ** 2 for k in (0, 1)]
         distance = square[0][:, None] + square[1] - 2 * moment.inner()
-        blocks = group.channels[tap].T
-        distance = functools.reduce(torch.add, (distance[channels][:, channels] for channels in blocks))
+        distance = functools.reduce(torch.add, (distance[channels][:, channels] for channels in blocks)).cpu()
         if not distance.isfinite().all():
             raise ValueError(
                 f"group {group.name!r}: the distances of units are not finite; look at the data, or convert the "
                 "networks to a wider type"
             )
-        plan[group.name] = _plan(distance.clamp_min(0).cpu(), regularization)
-    return SoftMatching(spec, plan)
-
-
-def _plan(distance: Tensor, regularization: float) -> Tensor:
-    """Plan of least cost with rows and columns of sum 1; without regularisation, a permutation is among the best."""
-    n = len(distance)
-    if not regularization or not distance.any():
-        return torch.eye(n, dtype=torch.float64)[solve_assignment(-distance)]
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError("regularised transport needs the POT library: pip install 'repairlib[fusion]'") from error
-    uniform = ot.unif(n)
-    blur = regularization * float(distance.mean())
-    return n * torch.from_numpy(ot.sinkhorn(uniform, uniform, distance.numpy(), blur, "sinkhorn_log", 5000))
+        perm = solve_assignment(-distance.clamp_min(0))
+        matching.permutation[group.name] = perm
+        matching.objective[group.name] = -float(distance[torch.arange(group.size), perm].sum())
+    return matching

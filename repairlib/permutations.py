@@ -20,8 +20,7 @@ def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutatio
             network.
 
     Raises:
-        KeyError: a group that does not exist.
-        ValueError: an entry is no permutation of the group's units.
+        KeyError, ValueError: see `PermutationSpec.check`.
     """
     out = dict(state)
     for tensor, axis, target, source in spec.moves(permutation):
@@ -45,12 +44,7 @@ def random_permutation(spec: PermutationSpec, seed: int = 0) -> Permutation:
 
 
 def fill_identity(spec: PermutationSpec, some: Permutation | None) -> Permutation:
-    """Permutations of all groups: the identity where `some` has none.
-
-    Raises:
-        KeyError: a group that does not exist.
-        ValueError: an entry is no permutation of the group's units.
-    """
+    """Permutations of all groups, the identity where `some` has none; raises what `PermutationSpec.check` does."""
     some = some or {}
     spec.check(some)
     identity = {group.name: torch.arange(group.size) for group in spec.groups}
@@ -68,10 +62,7 @@ def compose(first: Permutation, then: Permutation) -> Permutation:
 
 
 def agreement(first: Permutation, second: Permutation) -> dict[str, float]:
-    """Fraction of each group's units that two permutations send to the same place, in [0, 1].
-
-    Raises:
-        ValueError: they are not of the same groups and sizes.
+    """Fraction of each group's units that two permutations of the same groups send to the same place, in [0, 1].
 
     >>> agreement({"0": torch.tensor([0, 1, 2])}, {"0": torch.tensor([0, 2, 1])})
     {'0': 0.333...}

@@ -6,21 +6,16 @@ import sys
 from tqdm import tqdm
 
 
-def watched() -> bool:
-    """Whether stdout is a terminal, or a notebook that a Jupyter server has opened; not one that is executed in batch.
-
-    Kernels' streams are never terminals. A Jupyter server tells its kernels their session's name, papermill and nbval
-    do not.
-    """
+def is_interactive() -> bool:
+    """Whether stdout is a terminal, or a notebook in a Jupyter server, which tells kernels their session's name."""
     return sys.stdout.isatty() or "JPY_SESSION_NAME" in os.environ
 
 
 def bar(total: int | None, desc: str, unit: str, show: bool = True) -> tqdm:
-    """A bar with the time left, to be used in a `with`; it stays silent if nobody is looking, or if not `show`.
+    """Progress bar with the time left, for a `with`; silent if nobody is looking, or if not `show`.
 
     Args:
-        total: how many steps there are, if that is known.
-        desc: what is going on.
-        unit: what a step is.
+        total: number of steps, if that is known.
+        desc, unit: names of the task and of a step.
     """
-    return tqdm(total=total, desc=desc, unit=unit, file=sys.stdout, disable=not (show and watched()))
+    return tqdm(total=total, desc=desc, unit=unit, file=sys.stdout, disable=not (show and is_interactive()))

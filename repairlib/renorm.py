@@ -137,9 +137,6 @@ def _simultaneous(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], r
 MEASURE = {"sequential": _sequential, "simultaneous": _simultaneous}
 
 
-# ------------------------------------------------------------------------------------------------------------- public
-
-
 @dataclass(frozen=True)
 class Options:
     """Options of every renormalisation: what is corrected, and from which statistics.
@@ -355,9 +352,6 @@ def renormalize(
         data: one batch x (n, ...), which often is enough, or any iterable of batches x or (x, y).
         weights: one a reference, of sum 1; default: equal.
         **options: see `Options`.
-
-    Raises:
-        ValueError: see `Goals`.
 
     >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> pruned = copy.deepcopy(dense)

@@ -42,7 +42,7 @@ def aliases(model: nn.Module) -> dict[int, list[str]]:
 
 
 def as_batches(data: Iterable) -> Iterable:
-    """What can be iterated over several times: a tensor is one batch, not its rows, and an iterator is kept."""
+    """Batches that can be read several times: a tensor is one batch, and an iterator is kept as a list."""
     return [data] if isinstance(data, Tensor) else list(data) if isinstance(data, Iterator) else data
 
 
@@ -53,13 +53,12 @@ def cast_input(x: Tensor, model: nn.Module) -> Tensor:
 
 
 class Batches:
-    """Inputs of any iterable of batches, re-iterable, on a model's device and in its floating type.
+    """Inputs of any iterable of batches, re-iterable, on a model's device and in its precision.
 
     Args:
-        data: batches x or (x, y, ...); a tensor is one batch; a one-shot iterator is kept in memory because statistics
-            need several passes. Empty batches are skipped.
-        model: whose device and precision the inputs take.
-        limit: stop after so many examples; a loader that shuffles then gives other ones in each pass.
+        data: batches x or (x, y, ...), see `as_batches`. Empty batches are skipped.
+        model: network that will read them.
+        limit: number of examples to stop after; a loader that shuffles then gives other ones in each pass.
 
     Raises:
         TypeError: a batch is no tensor and does not begin with one.
@@ -85,17 +84,10 @@ class Batches:
                 yield cast_input(x, self.model)
 
     def example(self) -> Tensor:
-        """The first two inputs of the first batch.
-
-        Raises:
-            ValueError: the data is empty.
-        """
+        """First two inputs of the first batch; ValueError if there is none."""
         for x in self:
             return x[:2]
         raise ValueError("the calibration data is empty: it has no batch to measure statistics on")
-
-
-# --------------------------------------------------------------------------------------------------- traced networks
 
 
 def along(values: Float[Tensor, " channels"], ndim: int, axis: int = 1) -> Tensor:
@@ -193,11 +185,10 @@ _OWN = ("torch", "operator", "_operator", "torchvision")  # modules whose functi
 
 
 class TracedNet:
-    """A model as a graph of named nodes that can be run, read and edited node by node.
+    """Graph of a model's named nodes, which can be run, read and edited; the weights are the model's own.
 
-    ``kinds[name]`` is the role of a node ("conv", "linear", "batchnorm", "activation", "add", "pool", ...; "" when it
-    has none) and ``shapes[name]`` the shape of its value for the example, None when it is not a tensor. The weights
-    are the model's own, not a copy.
+    ``kinds[name]`` is the kind of a node ("conv", "linear", "batchnorm", "activation", "add", "pool", ..., or "") and
+    ``shapes[name]`` the shape of its value for the example, None if it is no tensor.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, example: Tensor):

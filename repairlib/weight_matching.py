@@ -3,14 +3,14 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repairlib.groups import Axis, Permutation, PermutationSpec, permutation_spec
-from repairlib.interpolate import check_compatible
+from repairlib.interpolate import State, check_compatible
 from repairlib.matching import Matching, solve_assignment
 from repairlib.permutations import fill_identity, random_permutation
 from repairlib.tracing import Batches
@@ -75,24 +75,11 @@ class WeightCost:
     """Objective of weight matching, ``<theta_A, P(theta_B)>``, kept up to date as groups move.
 
     As a function of one group's permutation it is ``sum_i C[i, p(i)]`` (Ainsworth et al. 2022, Eq. 4). C sums one
-    product of matrices for every weight axis that the group indexes.
-
-    Args:
-        state_a, state_b: tensors of both networks to compare, by name.
-        spec: the permutation groups.
-        start: permutations to start at; a missing group starts at the identity.
-
-    Raises:
-        KeyError, ValueError: see `fill_identity`.
+    product of matrices for every weight axis that the group indexes. Groups that `start` leaves out start at the
+    identity.
     """
 
-    def __init__(
-        self,
-        state_a: Mapping[str, Tensor],
-        state_b: Mapping[str, Tensor],
-        spec: PermutationSpec,
-        start: Permutation | None = None,
-    ):
+    def __init__(self, state_a: State, state_b: State, spec: PermutationSpec, start: Permutation | None = None):
         self.a, self.b = state_a, state_b
         self.permutation = fill_identity(spec, start)
         self.on: dict[str, dict[int, list[tuple[str, Axis]]]] = {}  # tensor -> axis -> groups that index it

@@ -1,7 +1,6 @@
 import math
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from cases import CASES, CLASSES, inputs, make
@@ -19,17 +18,15 @@ def labelled(name, n=30, size=12, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_many_at_once_agree_with_one_after_the_other(name):
+def test_many_states_agree_with_one_after_the_other(name):
     model, other = make(name, 0), make(name, 1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     states = [interpolate.interpolate_states(before, other.state_dict(), alpha) for alpha in (0.0, 0.4, 1.0)]
     data = labelled(name)
     expected = [evaluate(interpolate.with_state(model, state), data) for state in states]
     model.train()
-    together = evaluate_many(model, states, data, stack=2)
+    assert evaluate_many(model, states, data) == expected
     assert all(module.training for module in model.modules()) and same_bits(before, model.state_dict())
-    np.testing.assert_allclose(together, expected, rtol=1e-5, atol=1e-5)
-    assert evaluate_many(model, states, data, stack=1) == expected
 
 
 def test_states_and_batches_may_be_generators_and_one_state_is_alive_at_a_time(capsys):
@@ -45,9 +42,7 @@ def test_states_and_batches_may_be_generators_and_one_state_is_alive_at_a_time(c
             del state
 
     expected = [evaluate(make(name, seed), data) for seed in range(7)]
-    for stack in (3, 1, None):
-        out = evaluate_many(model, states(), iter(data), stack=stack)
-        np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert evaluate_many(model, states(), iter(data)) == expected
     assert max(most) == 1
     assert evaluate_many(model, [], data) == []
     assert capsys.readouterr().out == ""  # nobody is looking
@@ -62,67 +57,19 @@ def test_no_state_is_kept_while_it_is_evaluated(monkeypatch):
         alive.update(state.values())
         return state
 
-    for function in ("evaluate", "_evaluate_stack"):
-        run = getattr(evaluation, function)
-        monkeypatch.setattr(evaluation, function, lambda *args, run=run: found.append(len(alive)) or run(*args))
-    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stack=1)
-    evaluate_many(model, (fresh(seed) for seed in range(4)), data, stack=2)
-    assert found == [0] * 6
+    run = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: found.append(len(alive)) or run(*args))
+    evaluate_many(model, (fresh(seed) for seed in range(4)), data)
+    assert found == [0] * 4
 
 
 def test_a_bar_counts_the_networks_for_whoever_looks(monkeypatch, capsys):
     name = "mlp2-bn-w8"
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/explore.ipynb")
-    evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name), stack=1)
+    evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name))
     assert "networks: 100%" in (out := capsys.readouterr().out) and "3/3" in out
     evaluate_many(make(name), [make(name).state_dict()] * 3, labelled(name), progress=False)
     assert capsys.readouterr().out == ""
-
-
-def test_a_stack_holds_what_memory_allows(monkeypatch):
-    name, sizes = "mlp2-bn-w8", []
-    run = evaluation._evaluate_stack
-    monkeypatch.setattr(evaluation, "_evaluate_stack", lambda n, g, b: sizes.append(len(g["bn1.bias"])) or run(n, g, b))
-    model, data = make(name), labelled(name, 12, 12)
-    weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    states = [model.state_dict()] * 9
-    for memory, expected in ((4 * (weights + 4 * 4 * 12 * 64), [4, 4, 1]), (1, []), (2e9, [9])):
-        sizes.clear()
-        monkeypatch.setattr(evaluation, "STACK_BYTES", memory)
-        evaluate_many(model, states, data)
-        assert sizes == expected
-
-
-class Branching(nn.Module):
-    """vmap cannot run it: what it does depends on a value."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(64, CLASSES)
-        self.again = self.linear  # and a tied layer
-
-    def forward(self, x):
-        y = self.again(x.flatten(1))
-        return y if y.sum().item() > 0 else 2 * y
-
-
-def test_what_vmap_cannot_run_is_evaluated_one_by_one():
-    data = labelled("mlp1-plain-w6")
-    nets = [Branching() for _ in range(3)]
-    states = [net.state_dict() for net in nets]
-    expected = [evaluate(net, data) for net in nets]
-    assert evaluate_many(nets[0], states, data) == expected
-    with pytest.raises(RuntimeError, match="vmap"):
-        evaluate_many(nets[0], states, data, stack=3)
-
-
-def test_large_activations_are_evaluated_one_by_one_on_a_cpu(monkeypatch):
-    data = labelled("mlp1-plain-w6")  # 64 inputs, the largest
-    model = make("mlp1-plain-w6")
-    monkeypatch.setattr(evaluation, "_evaluate_stack", lambda *_: [(-1.0, 0.0)])
-    assert evaluate_many(model, [model.state_dict()], data) == [(-1.0, 0.0)]
-    monkeypatch.setattr(evaluation, "CPU_STACK", 4 * 12 * 64 - 1)  # no four of them fit
-    assert evaluate_many(model, [model.state_dict()], data) == [evaluate(model, data)]
 
 
 def test_tied_weights_and_precision():
@@ -133,8 +80,14 @@ def test_tied_weights_and_precision():
     data = labelled(name)  # float32: goes to the precision of the model
     for net in (model, tied):
         state = {k: v.float() for k, v in net.state_dict().items()}
-        out = evaluate_many(net, [state], data, stack=2)
+        out = evaluate_many(net, [state], data)
         assert out[0] == pytest.approx(evaluate(interpolate.with_state(net, state), data), rel=1e-12)
+
+
+def test_tokens_stay_integers():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 3)).double()
+    data = [(torch.randint(0, 9, (12, 5)), torch.randint(0, 3, (12,)))]
+    assert evaluate_many(net, [net.state_dict()], data) == [evaluate(net, data)]
 
 
 def test_evaluation_refuses_what_does_not_fit():
@@ -147,5 +100,3 @@ def test_evaluation_refuses_what_does_not_fit():
         evaluate_many(model, [model.state_dict(), broken], data)
     with pytest.raises(ValueError, match="no batches"):
         evaluate_many(model, [model.state_dict()], [])
-    with pytest.raises(ValueError, match="at least 1"):
-        evaluate_many(model, [], data, stack=0)

@@ -89,7 +89,6 @@ def test_one_network_is_made_at_a_time_and_none_kept_while_it_is_evaluated(pair,
 
     evaluate = evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: during.append(len(alive)) or evaluate(*args))
-    monkeypatch.setattr(evaluation, "CPU_STACK", 0)  # one by one
     evaluate_rows(pair, [({"i": i}, lambda: State(pair.a.state_dict())) for i in range(6)])
     assert most == [1] * 6 and during == [0] * 8  # and the two ends
 

@@ -6,6 +6,7 @@ import torch.nn.utils.prune
 from cases import CASES, batches, inputs, make
 from torch import nn
 
+from companion.experiments.theory import first_layer_theory
 from companion.runs import models
 from repairlib import corrections, data_independent, diagnostics, renorm, tracing
 from repairlib.interpolate import interpolate_models, mix_states, with_state
@@ -116,7 +117,7 @@ def test_eq5_predicts_the_measured_variance_to_rounding():
     name = "mlp3-plain-w8"
     a, b, data = pair(name)
     for alpha in (0.1, 0.5, 0.8):
-        rows = diagnostics.first_layer_theory(a, b, interpolate_models(a, b, alpha), data, alpha)
+        rows = first_layer_theory(a, b, interpolate_models(a, b, alpha), data, alpha)
         assert rows and all(row["eq5"] == pytest.approx(row["measured"], rel=1e-10) for row in rows)
 
 

@@ -15,7 +15,6 @@ from companion.runs.data import Dataset, Loader, iterate, load
 from repairlib.evaluation import evaluate
 from repairlib.matching import Matching
 from repairlib.names import check
-from repairlib.other_matchings import SoftMatching
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,9 @@ class Pair:
     test: Loader
     method: str = "AM"
     options: Mapping[str, object] = field(default_factory=dict)
-    _matched: dict[str, tuple[Matching | SoftMatching, nn.Module]] = field(default_factory=dict, repr=False)
+    _matched: dict[str, tuple[Matching, nn.Module]] = field(default_factory=dict, repr=False)
 
-    def _match(self, method: str | None) -> tuple[Matching | SoftMatching, nn.Module]:
+    def _match(self, method: str | None) -> tuple[Matching, nn.Module]:
         method = method or self.method
         if method not in self._matched:
             match = MATCHINGS[check(method, MATCHINGS, "matching")].match
@@ -55,7 +54,7 @@ class Pair:
         """Whether units have been matched by a method already."""
         return method in self._matched
 
-    def matching_by(self, method: str | None = None) -> Matching | SoftMatching:
+    def matching_by(self, method: str | None = None) -> Matching:
         """Units of B matched with units of A; made once for each method."""
         return self._match(method)[0]
 
@@ -64,7 +63,7 @@ class Pair:
         return self.b if method == "none" else self._match(method)[1]
 
     @property
-    def matching(self) -> Matching | SoftMatching:
+    def matching(self) -> Matching:
         """Units of B matched with units of A, by the pair's own method."""
         return self.matching_by()
 

@@ -35,6 +35,7 @@ from torch import nn
 
 import repairlib
 from companion.experiments.pairs import load_pair, pairs_of, title_of
+from companion.experiments.theory import first_layer_theory
 from companion.figures import plots
 from repairlib import diagnostics
 
@@ -194,7 +195,7 @@ def correlations(pair):
 if fig := section.item("repair/sec3-theory"):
     table, means = [], []
     for name, pair in pairs_of(grid.MLP, grid.seeds):
-        units = diagnostics.first_layer_theory(pair.a, pair.aligned, pair.path()(0.5), pair.calibration)
+        units = first_layer_theory(pair.a, pair.aligned, pair.path()(0.5), pair.calibration)
         table += [{"pair": name, **row} for row in units]
         total, corr = pd.DataFrame(units).sum(), correlations(pair)
         variance = 2 * total["measured"] / (total["variance_a"] + total["variance_b"])

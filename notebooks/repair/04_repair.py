@@ -40,6 +40,7 @@ from torch import nn
 import repairlib
 from companion.experiments.pairs import load_pair, title_of
 from companion.experiments.rows import equal_steps
+from companion.experiments.theory import std_over_root_variance
 from companion.figures import plots
 from repairlib import diagnostics
 from repairlib.tracing import eval_mode
@@ -301,7 +302,7 @@ if fig := section.item("repair/equivalence"):
 # %%
 if section.item("repair/equivalence"):
     found = pd.DataFrame(table).set_index(["network", "eps"])
-    ratios = diagnostics.std_over_root_variance(pair.a, pair.aligned, pair.calibration)
+    ratios = std_over_root_variance(pair.a, pair.aligned, pair.calibration)
     table += [{"network": "std over root variance", "node": node, "ratio": ratio} for node, ratio in ratios.items()]
     equivalence = {
         "difference_reset": found["difference"]["conv REPAIR, reset", 1e-12],
