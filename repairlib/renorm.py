@@ -201,13 +201,13 @@ class Goals:
     def __init__(self, references: nn.Module | Statistics | Sequence, data: Iterable, **options):
         for name in options:
             check(name, Options.__dataclass_fields__, "option")
-        self.options = how = Options(**options)
+        self.options = Options(**options)
         self.data = as_batches(data)
         self.references: list[Any] = [references] if isinstance(references, (nn.Module, Mapping)) else list(references)
         if not self.references:
             raise ValueError("renormalising needs at least one reference")
         recorded = isinstance(self.references[0], Mapping)
-        if how.method == "closed-form" and (recorded or len(self.references) != 2):
+        if self.options.method == "closed-form" and (recorded or len(self.references) != 2):
             raise ValueError("method='closed-form' needs two networks as references")
         if recorded:
             self.statistics: list[Statistics] = self.references
@@ -216,16 +216,20 @@ class Goals:
                 raise ValueError("recorded statistics must be of one or more nodes, the same in every reference")
             return
         check_compatible(*(model.state_dict() for model in self.references))
-        self.batches = Batches(self.data, self.references[0], how.limit)
+        self.batches = Batches(self.data, self.references[0], self.options.limit)
         self.example = self.batches.example()
-        if how.bn == "reset":
-            self.references = [reset(model, self.batches, method=how.method).model for model in self.references]
+        if self.options.bn == "reset":
+            self.references = [
+                reset(model, self.batches, method=self.options.method).model for model in self.references
+            ]
         nets = [trace(model, self.example) for model in self.references]
-        self.targets = target_nodes(nets[0], how.targets)
+        self.targets = target_nodes(nets[0], self.options.targets)
         if not self.targets:
-            wanted = [how.targets] if isinstance(how.targets, str) else how.targets
+            wanted = [self.options.targets] if isinstance(self.options.targets, str) else self.options.targets
             raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node")
-        self.ends = gather(nets, self.batches, self.targets, "paired" if how.method == "closed-form" else "none")
+        self.ends = gather(
+            nets, self.batches, self.targets, "paired" if self.options.method == "closed-form" else "none"
+        )
         self.statistics = [{name: (m.mean(k), m.std(k)) for name, m in self.ends.items()} for k in range(len(nets))]
 
     def at(self, weights: float | Sequence[float] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -272,10 +276,9 @@ class Goals:
         return mix_states(states, _weights(weights, len(states)))
 
     def _renormalize(self, model: nn.Module, weights: float | Sequence[float] | None) -> Repaired:
-        how = self.options
-        batches = Batches(self.data, model, how.limit)
+        batches = Batches(self.data, model, self.options.limit)
         example = batches.example()
-        model = copy.deepcopy(model) if how.bn == "reset" else model
+        model = copy.deepcopy(model) if self.options.bn == "reset" else model
         net = trace(model, example)
         goals: dict[str, dict] = {}
         for name, (mean, std) in self.at(weights).items():
@@ -285,12 +288,12 @@ class Goals:
                 raise ValueError(f"node {name!r} has {units} channels, its goals are of {len(mean)}")
             goals[name] = {
                 "goal_mean": mean.to(example.device), "goal_std": std.to(example.device),
-                "correct": how.correct, "eps": how.eps,
+                "correct": self.options.correct, "eps": self.options.eps,
             }  # fmt: skip
-        if how.method == "batch":
+        if self.options.method == "batch":
             modules = {name: BatchNormTo(**goal) for name, goal in goals.items()}
             return Repaired(attach(model, modules, example), {}, tuple(modules))
-        if how.method == "closed-form":
+        if self.options.method == "closed-form":
             _, alpha = _weights(weights, 2)
             corrections = {}
             for (name, goal), ends in zip(goals.items(), self.ends.values(), strict=True):
@@ -298,7 +301,7 @@ class Goals:
                 corrections[name] = correction(mean, var, var.sqrt() <= 1e-6 * mean.abs(), **goal)
         else:
             rules = {name: functools.partial(correct_moments, **goal) for name, goal in goals.items()}
-            corrections = MEASURE[how.method](net, batches, rules, how.bn == "reset")
+            corrections = MEASURE[self.options.method](net, batches, rules, self.options.bn == "reset")
         return fold(model, corrections, example)
 
 

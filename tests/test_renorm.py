@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
@@ -402,6 +403,15 @@ def test_vertices_and_edges_of_three_networks():
     for weights in ((0.5, 0.5), 0.5, (0.5, 0.5, 0.5)):
         with pytest.raises(ValueError, match="3 networks need 3 weights that sum to 1"):
             repair(weights)
+
+
+def test_weights_may_be_an_array():
+    a, b, data = pair("mlp1-plain-w6")
+    repair = renorm.Repair(a, b, data)
+    assert renorm._weights(np.array([0.25, 0.75]), 2) == renorm._weights(0.75, 2) == (0.25, 0.75)
+    assert all(
+        torch.equal(v, repair(0.75).model.state_dict()[k]) for k, v in repair((0.25, 0.75)).model.state_dict().items()
+    )
 
 
 def test_closed_form_is_for_averages_of_two_networks():

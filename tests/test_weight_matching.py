@@ -167,6 +167,8 @@ def test_bad_arguments():
     a, b = make("mlp1-plain-w6"), make("mlp1-plain-w6", 1)
     with pytest.raises(ValueError, match="give `spec`, or data"):
         match_weights(a, b)
+    with pytest.raises(ValueError, match="data is empty"):
+        match_weights(a, b, iter([]))
     with pytest.raises(ValueError, match="restarts and sweeps are at least 1"):
         match_weights(a, b, inputs("mlp1-plain-w6", 2), restarts=0)
     with pytest.raises(ValueError, match="different architectures"):
