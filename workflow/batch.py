@@ -157,8 +157,12 @@ def _publish(
 ) -> dict[str, Any]:
     """Move what a notebook has staged over the figures, file by file, its .done.json last.
 
-    checks: what failed in cells tagged `check`.
-    saw: digests of what the notebook was made from, see needs.is_up_to_date.
+    Args:
+        name, scale, items: of the notebook, and as of `execute`.
+        staging, root: where it has saved, and where figures are.
+        seconds: what the execution took.
+        checks: what failed in cells tagged `check`.
+        saw: digests of what the notebook was made from, see needs.is_up_to_date.
     """
     staged = sorted(path for path in (staging / scale).rglob("*") if path.is_file())
     records = [json.loads(path.read_text(encoding="utf-8")) for path in staged if path.suffix == ".json"]

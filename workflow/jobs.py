@@ -72,7 +72,8 @@ class Job:
 def due(scale: str, items: list[str], wanted: Mapping[str, dict[str, Any]]) -> set[str]:
     """Names of the notebooks that have to be executed: those not up to date, and those that read what these make.
 
-    wanted: by notebook, see needs.find_needs.
+    Args:
+        scale, items, wanted: see needs.find_needs.
     """
     found = {name for name, need in wanted.items() if not needs.is_up_to_date(name, scale, items, need)}
     while more := {name for name, need in wanted.items() if name not in found and found & {*need["after"]}}:
