@@ -10,6 +10,7 @@ that the first picture is there after a minute or two.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import queue
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from typing import Any, TextIO
 
 import batch
 import needs
+import psutil
 
 from companion.experiments.scales import SCALES
 from companion.figures import gallery, report
@@ -378,7 +381,14 @@ def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) 
         return process.wait()
     except KeyboardInterrupt:
         screen.end()
-        process.wait()  # Ctrl-C has reached it too
+        process.wait()  # Ctrl-C has reached it and its jobs too
+        raise
+    except SystemExit:  # SIGTERM, which has not
+        screen.end()
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
+        process.wait()
         raise
 
 
@@ -399,6 +409,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quiet", default="all", help="what Snakemake leaves unsaid; `progress` shows its messages")
     parser.add_argument("--snakemake", default="", help="more options for Snakemake, such as those of a cluster")
     options = parser.parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return make(
             options.scale, options.notebooks, options.items, cores=options.cores, gpu_jobs=options.gpu_jobs,
