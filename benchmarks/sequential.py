@@ -4,10 +4,10 @@ from functools import partial
 
 from common import arguments, images, network, save, timed
 
-from repairlib.corrections import Correction
+from repairlib.corrections import Correction, correct_moments
 from repairlib.interpolate import interpolate_models
 from repairlib.moments import Moments
-from repairlib.renorm import Repair, _correct, _sequential
+from repairlib.renorm import Repair, _sequential
 from repairlib.tracing import Batches, TracedNet, eval_mode, trace
 
 
@@ -33,7 +33,9 @@ def main() -> None:
         a, b = (network(name, seed) for seed in (0, 1))
         example = batches[0][:2]
         repair, seconds_ends = timed(lambda a=a, b=b: Repair(a, b, batches, limit=None))
-        rules = {node: partial(_correct, goal_mean=mean, goal_std=std) for node, (mean, std) in repair.at(0.5).items()}
+        rules = {
+            node: partial(correct_moments, goal_mean=mean, goal_std=std) for node, (mean, std) in repair.at(0.5).items()
+        }
         mid = interpolate_models(a, b, 0.5)
         net, data = trace(mid, example), Batches(batches, mid)
         ours, seconds = timed(lambda net=net, data=data, rules=rules: _sequential(net, data, rules, False))
