@@ -256,7 +256,7 @@ class Explorer:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 (model A) to 1 (model B), not {alpha}")
         todo = [(line, at) for line, at in self.missing(choice, alpha) if complete or at in (0, alpha, 1)]
-        with bar(len(todo), "networks along the path", "net") as progress:
+        with bar(len(todo), "networks along the path", "net", show=complete and bool(todo)) as progress:
             for line, at in todo:
                 self.point(line, at)
                 progress.update()
@@ -354,7 +354,8 @@ def panel(explorer: Explorer, choice: Choice | None = None, alpha: float = 0.5, 
                                  **wide)  # fmt: skip
     measure = widgets.Dropdown(options=[(label, name) for name, label in METRICS.items()], value=metric,
                                description="measure", **wide)  # fmt: skip
-    status, numbers = widgets.HTML(), widgets.HTML()
+    status = widgets.HTML(layout={"min_height": "28px"})  # so that the picture stays where it is
+    numbers = widgets.HTML()
     picture = widgets.Image(format="png", layout={"width": "866px", "max_width": "100%"})
     turn, tasks = 0, set()  # which update is the last; tasks, as a loop itself holds them weakly
     listing = False  # while lists are being made anew, their events are none of the user's
@@ -441,5 +442,7 @@ def panel(explorer: Explorer, choice: Choice | None = None, alpha: float = 0.5, 
 def _markup(view: View) -> str:
     """The numbers of a view and where they come from, as HTML."""
     style = "<style>.explorer td, .explorer th {padding: 1px 10px; text-align: right}</style>"
-    table = view.table.map(lambda value: f"{value:g}").to_html(border=0, classes="explorer")
+    formats = {"accuracy (%)": "{:.1f}", "loss (nats)": "{:.3f}", "": "{:d}"}
+    formatters = {column: formats[column[0]].format for column in view.table}
+    table = view.table.to_html(border=0, classes="explorer", formatters=formatters)
     return f"{style}{table}<p style='line-height: 1.4'>{html.escape(view.source)}</p>"
