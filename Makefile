@@ -62,7 +62,7 @@ docs: $(INSTALLED)  ## write the API reference of repairlib, from its docstrings
 	@$(VENV)/bin/python workflow/api.py build/api
 	@echo "Open build/api/index.html in a browser."
 
-sync: $(INSTALLED)  ## bring every notebook's .py and .ipynb in line (the newer wins) and strip outputs
+sync: $(INSTALLED)  ## write every notebook's .ipynb anew from its .py, without outputs
 	@$(VENV)/bin/python workflow/batch.py sync
 
 readme: figures  ## write the committed pages of quick: docs/gallery.md with its pictures, and docs/scorecard.md

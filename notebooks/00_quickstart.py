@@ -30,7 +30,7 @@ import pandas as pd
 
 import repairlib
 from companion.experiments.pairs import load_pair
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 from repairlib import diagnostics
 
 pair = load_pair(section.runs)  # trains what is not there yet

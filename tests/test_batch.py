@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import batch
@@ -121,14 +122,22 @@ def test_copies_are_made_from_the_source_alone(project, tmp_path_factory):
     assert (folder / f"{NAME}.ipynb").read_text() == batch.ipynb_of(path)
 
 
-def test_sync_takes_the_newer_and_strips_outputs(project):
+def test_sync_takes_what_was_edited_and_strips_outputs(project):
     path = write_notebook(project)
     ipynb = path.with_suffix(".ipynb")
     assert batch.sync() == [ipynb] and batch.sync() == []
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "notebooks"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], cwd=project, check=True)
     notebook = json.loads(ipynb.read_text())
     notebook["cells"][-1] |= {"source": ["print('edited')"], "execution_count": 3, "metadata": {"collapsed": True}}
     ipynb.write_text(json.dumps(notebook))
-    os.utime(ipynb, (path.stat().st_mtime + 10,) * 2)
     assert batch.sync() == [path, ipynb]
     assert "print('edited')" in path.read_text() and "collapsed" not in path.read_text()
+    # Both differ from the commit now: the .py is the source, whichever is newer.
+    source = path.read_text()
+    notebook["cells"][-1]["source"] = ["print('older')"]
+    ipynb.write_text(json.dumps(notebook))
+    os.utime(ipynb, (path.stat().st_mtime + 10,) * 2)
+    assert batch.sync() == [ipynb] and path.read_text() == source
     assert ipynb.read_text() == batch.ipynb_of(path) and '"execution_count": 3' not in ipynb.read_text()

@@ -11,7 +11,8 @@ import repairlib
 from companion.experiments.grids import Grid
 from companion.experiments.methods import MATCHINGS, RENORMS, MatchingMethod, Renormalisation
 from companion.experiments.tables import barriers
-from companion.figures import gallery, plots, report
+from companion.figures import gallery, report
+from companion.figures.plots import repair as plots
 from companion.figures.section import Section
 from companion.runs import costs, data, models
 from companion.runs.data import DATASETS, Facts, Source, Split

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 
 
 @pytest.fixture(autouse=True)

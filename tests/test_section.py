@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from companion.experiments.grids import Grid
-from companion.figures import plots, section
+from companion.figures import section
+from companion.figures.plots import repair as plots
 from companion.figures.section import Item, Section, beside, stack
 
 RUN = "digits/mlp2-fused-w8/smoke"

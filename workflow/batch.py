@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -241,7 +242,8 @@ def ipynb_of(path: str | Path) -> str:
 def sync() -> list[Path]:
     """Bring each notebook's .py and .ipynb in line and strip outputs; returns the files that changed.
 
-    An .ipynb that is newer than its .py and has other cells was edited outside JupyterLab, and goes into the .py first.
+    The .py is the source. An .ipynb with other cells goes into the .py first only if it alone was changed since the
+    last commit: outside JupyterLab, which writes both. Times of files do not count, as git gives them anew.
     """
     import jupytext
     from jupytext.cli import jupytext as run_jupytext
@@ -250,7 +252,7 @@ def sync() -> list[Path]:
     for name in needs.find_notebooks():
         path = needs.path_of(name)
         ipynb = path.with_suffix(".ipynb")
-        if ipynb.exists() and ipynb.stat().st_mtime > path.stat().st_mtime:
+        if ipynb.exists() and _edited(ipynb) and not _edited(path):
             sources = [[cell.source for cell in jupytext.read(file).cells] for file in (path, ipynb)]
             if sources[0] != sources[1]:
                 run_jupytext(["--quiet", "--to", "py:percent", str(ipynb)])
@@ -260,6 +262,13 @@ def sync() -> list[Path]:
             atomic_write(ipynb, text)
             changed.append(ipynb)
     return changed
+
+
+def _edited(path: Path) -> bool:
+    """Whether git knows a file and has seen a change of it since the last commit."""
+    command = ["git", "status", "--porcelain", "--", path.name]
+    found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+    return found.returncode == 0 and found.stdout[:2].strip() in ("M", "MM")
 
 
 def copy(folder: Path) -> None:

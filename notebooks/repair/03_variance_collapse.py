@@ -36,7 +36,7 @@ from torch import nn
 import repairlib
 from companion.experiments.pairs import load_pair, pairs_of, title_of
 from companion.experiments.theory import first_layer_theory
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 from repairlib import diagnostics
 
 grid = section.grid

@@ -41,7 +41,7 @@ import repairlib
 from companion.experiments.pairs import load_pair, title_of
 from companion.experiments.rows import equal_steps
 from companion.experiments.theory import std_over_root_variance
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 from repairlib import diagnostics
 from repairlib.tracing import eval_mode
 

@@ -37,7 +37,7 @@ import repairlib
 from companion.experiments.pairs import load_pair
 from companion.experiments.rows import equal_steps
 from companion.experiments.tables import barrier_means, barriers, name_means
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 from repairlib import diagnostics
 
 grid = section.grid

@@ -46,7 +46,7 @@ import repairlib
 from companion.experiments.pairs import load_pair
 from companion.experiments.rows import equal_steps, filter_rows
 from companion.experiments.tables import barriers, name_networks, restore_ends
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 from companion.figures.section import stack
 
 grid = section.grid

@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import repairlib
 from companion.experiments.pairs import load_pair
 from companion.experiments.tables import barrier_means, name_means
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 
 grid = section.grid
 PANELS = {  # how each panel of Figs. 6 and 12 is measured and drawn

@@ -38,7 +38,7 @@ import repairlib
 from companion.experiments.pairs import load_pair
 from companion.experiments.rows import baseline_rows, equal_steps, path_rows
 from companion.experiments.tables import name_networks
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 from companion.runs import store
 
 grid, pairs = section.grid, split_pairs(scale)

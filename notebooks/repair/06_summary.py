@@ -35,7 +35,7 @@ import repairlib
 from companion.experiments.pairs import load_pair, title_of
 from companion.experiments.rows import equal_steps, reduction_rows
 from companion.experiments.tables import name_networks
-from companion.figures import plots
+from companion.figures.plots import repair as plots
 from companion.figures.section import stack
 from companion.runs.recipes import RECIPES
 
