@@ -125,10 +125,14 @@ class Section:
         scorecard = importlib.import_module("companion.figures.scorecard")
         found = scorecard.scorecard(paper, [self.scale])
         found = found if paper else [row for row in found if row["item"] in self.items]
+        columns = {"item": "item", "statement": "the paper says", "published": "in numbers", "ours": "ours"}
+        frame = pd.DataFrame(found, columns=[*columns, "verdict"]).rename(columns=columns)
+        left = {"text-align": "left", "white-space": "normal"}
         return (
-            pd.DataFrame(found, columns=["item", "statement", "ours", "verdict"])
+            frame.assign(ours=frame["ours"].str.replace("**", "", regex=False))  # bold in Markdown
             .style.hide()
-            .set_properties(**{"text-align": "left", "white-space": "normal"})
+            .set_properties(**left)
+            .set_table_styles([{"selector": "th", "props": [*left.items()]}])
         )
 
 
