@@ -125,7 +125,8 @@ if fig := section.item("repair/fig12"):
     fig.save(table, figure, {name: value for named in means for name, value in named.items()})
 
 # %% [markdown]
-# In loss the picture is the same: REPAIR takes away most of the barrier, and more of it in wider networks.
+# In loss, REPAIR takes away most of the barrier between wide networks. Between the narrowest MLPs on `digits-hard` it
+# takes away next to nothing: their accuracy rises, and their loss stays.
 #
 # ## Check
 #
