@@ -145,3 +145,10 @@ def test_findings_say_in_how_many_pairs():
         pd.DataFrame(CASES["repair/fig1-left"][1]), "repair/fig1-left"
     )
     assert "0.900 to 0.965 (Eq. 4 itself asks for 0.900 to 0.900)" in finding.text
+
+
+def test_layernorm_is_judged_at_every_width_in_nats_and_on_a_path_in_points():
+    claim = claims("repair")["repair/layernorm-special"]
+    widths, path = (pd.DataFrame(CASES[item][0]) for item in ("repair/fig4-middle", "repair/fig4-right"))
+    assert claim.judge(widths, "repair/fig4-middle")[0].text == "1x: before, BatchNorm 2, LayerNorm 0.5 nats"
+    assert claim.judge(path, "repair/fig4-right")[0].text == "before, BatchNorm 80, LayerNorm 30 points"

@@ -101,7 +101,7 @@ def width_helps(frame: pd.DataFrame, item: str) -> list[Finding]:
 
 
 def layernorm_special(frame: pd.DataFrame, item: str) -> list[Finding]:
-    if "alpha" in frame:  # along the path: how far the midpoint lies below the ends
+    if item == "repair/fig4-right":  # along the path of one width: how far the midpoint lies below the ends
         networks = {"none": "aligned", "REPAIR": "aligned + REPAIR"}
         named = name_networks(frame)
         middle = _middle(named.assign(network=named["series"] + " " + named["network"])).mean()
