@@ -13,7 +13,6 @@ from companion.experiments.tables import (
     name_networks,
     network_name,
     restore_ends,
-    select,
 )
 from repairlib.interpolate import barrier_of
 
@@ -130,11 +129,3 @@ def test_barriers_of_changed_ends_are_measured_from_the_trained_ones():
     assert measured["end_loss"].tolist() == [2, 2, 2] and measured["midpoint_loss"].tolist() == [9, 5, 2.5]
     assert measured.loc[("AM", "RESET"), "accuracy_barrier"] == pytest.approx(0.05)
     assert table["loss"].tolist()[-3:] == [0.5, 2.5, 0.5]  # untouched
-
-
-def test_rows_of_some_networks():
-    table = pd.DataFrame({"run": ["a", "b", "a"], "width": [1, 1, 2], "loss": [0.1, 0.2, 0.3]})
-    assert select(table, [{"run": "a"}])["loss"].tolist() == [0.1, 0.3]
-    assert select(table, [{"run": "a", "width": 2}, {"run": "b", "width": 2}], ("run", "width"))["loss"].tolist() == [
-        0.3
-    ]

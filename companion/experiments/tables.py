@@ -128,12 +128,6 @@ def name_means(means: pd.DataFrame, sizes: Iterable[float] | None = None, form: 
     return {form.format(*index, when=WHEN[renorm]): row[renorm] for index, row in kept.iterrows() for renorm in means}
 
 
-def select(table: pd.DataFrame, configurations: Iterable[Mapping], columns: Sequence[str] = ("run",)) -> pd.DataFrame:
-    """The rows of some configurations, which are told apart by some columns."""
-    chosen = {tuple(configuration[column] for column in columns) for configuration in configurations}
-    return table[[values in chosen for values in zip(*(table[column] for column in columns), strict=True)]]
-
-
 def sample_barriers(table: Table, by: Sequence[str] = ("scheme", "matching")) -> list[dict]:
     """Empirical barriers of what was evaluated: the worst network against the mean of the endpoints (Def. 3.3).
 

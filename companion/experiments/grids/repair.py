@@ -5,6 +5,11 @@ from companion.experiments.scales import by_scale
 from companion.runs.models import parse
 
 
+def _seeds(scale: str) -> tuple[int, ...]:
+    """Seeds of a section's networks; every two of them are a pair."""
+    return by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2))
+
+
 def quickstart(scale: str) -> Grid:
     """Two small VGGs without normalisation, which train within a minute on a laptop; they are Section 3's too."""
     vgg = by_scale(
@@ -47,7 +52,7 @@ def variance_collapse(scale: str) -> Grid:
             "repair/fig2-right": [{"run": resnet}],
             "repair/sec3-theory": [{"run": mlp}],
         },
-        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        seeds=_seeds(scale),
         settings={"MLP": mlp, "VGG": vgg, "ResNet": resnet},
     )
 
@@ -85,7 +90,7 @@ def repair(scale: str) -> Grid:
             "repair/samples": [{"run": sampled, "seeds": first_pair}],
             "repair/equivalence": [{"run": resnet, "seeds": first_pair}],
         },
-        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        seeds=_seeds(scale),
         settings={
             "MLP": mlp,
             "depths": depths,
@@ -123,7 +128,7 @@ def normalization(scale: str) -> Grid:
             "repair/fig10-left": everything,
             "repair/fig10-right": paths,
         },
-        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        seeds=_seeds(scale),
         settings={
             "ResNet": resnet,
             "widths": widths,
@@ -180,7 +185,7 @@ def width_depth(scale: str) -> Grid:
     everything = [network for networks in panels.values() for network in networks]
     return Grid(
         needs=panels | {"repair/fig12": everything},
-        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        seeds=_seeds(scale),
         settings={
             "data": data,
             "MLP": mlp,
@@ -223,7 +228,7 @@ def imagenet(scale: str, data: str = "", recipe: str = "") -> Grid:
             "repair/fig8-right": resnet50,
             "repair/fig9": resnet50,
         },
-        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        seeds=_seeds(scale),
         settings={
             "data": data,
             "models": models,
@@ -305,7 +310,7 @@ def summary(scale: str) -> Grid:
     trained = {"repair/fig14": [{"run": run, "series": run.split("/")[1]} for run in networks], "repair/table1": []}
     return Grid(
         needs={item: [] for item in reads} | trained,
-        seeds=by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2)),
+        seeds=_seeds(scale),
         settings={
             "networks": networks,
             "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=21),  # of a path, ends included
