@@ -500,20 +500,45 @@ def test_download_replaces_a_damaged_archive_whole(tmp_path, monkeypatch):
     assert len(load("mnist", tmp_path / "root", download=False).test) == 20
 
 
-def test_cifar_archive_keeps_pixels_in_place(tmp_path, monkeypatch):
+def test_cifar_archive_and_image_folder_are_the_same_data(tmp_path, monkeypatch):
     import torchvision
 
     class Fake:
         def __init__(self, root, train):
-            n = 4 if train else 2
+            n = 8 if train else 4
             self.data = np.random.RandomState(n).randint(0, 256, (n, 32, 32, 3)).astype(np.uint8)
-            self.targets = list(range(n))
+            self.targets = [i % 2 for i in range(n)]
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
-    shrink(monkeypatch, "cifar10", 4, 2)
-    cifar = load("cifar10", tmp_path)
-    assert cifar.shape == (3, 32, 32) and cifar.train.labels.tolist() == [0, 1, 2, 3]
-    assert torch.equal(cifar.test.images, torch.tensor(Fake(None, False).data).permute(0, 3, 1, 2))
+    shrink(monkeypatch, "cifar10", 8, 4)
+    archive = load("cifar10", tmp_path / "archive")
+    assert archive.shape == (3, 32, 32)
+    for half, split in ((archive.train, Fake(None, True)), (archive.test, Fake(None, False))):
+        images = [torch.tensor(image).permute(2, 0, 1) for image in split.data]
+        places = [next(i for i, image in enumerate(images) if torch.equal(image, each)) for each in half.images]
+        assert sorted(places) == list(range(len(images))) != places  # all of them, in another order
+        assert half.labels.tolist() == [split.targets[i] for i in places]
+
+    for name, split in (("train", Fake(None, True)), ("test", Fake(None, False))):
+        for i, (image, label) in enumerate(zip(split.data, split.targets, strict=True)):
+            path = tmp_path / "folder" / "cifar10" / name / str(label) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    folder = load("cifar10", tmp_path / "folder")
+    assert torch.equal(folder.train.images, archive.train.images) and folder.digest() == archive.digest()
+    other = replace(archive, test=archive.test.take(torch.tensor([1, 0, 2, 3])))
+    assert other.digest() != archive.digest()
+
+
+def test_draws_of_a_whole_pass_are_those_of_one_batch_after_the_other(digits):
+    names = ["translate", "flip", "cutout", "resize", "rotate"]
+    batches = list(iterate(digits, "train", 300, names, generator(5), drop_last=True))
+    seed = int(torch.randint(2**62, (), generator=generator(5)))
+    draws = generator(seed)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (digits.mean, digits.std))
+    for start, (x, _) in zip(range(0, 1200, 300), batches, strict=True):  # one batch after the other gives the same
+        alone = augment(digits.train.images[start : start + 300], names, draws)
+        assert torch.equal(x, torch.addcmul(-mean / std, alone.float(), 1 / (255 * std)))
 
 
 @pytest.mark.parametrize("name,words", [("minst", "'mnist'"), ("CIFAR10", "'cifar10'"), ("", "digits"),

@@ -14,6 +14,8 @@ import torch
 
 from companion.runs import store as storing
 from companion.runs import train as training
+from companion.runs.data import load
+from companion.runs.devices import device_name
 from companion.runs.models import build
 from companion.runs.store import CorruptCheckpoint, StaleRun, Store, main
 
@@ -77,6 +79,8 @@ def test_get_trains_once_and_then_loads(store, monkeypatch):
     assert info["sha256"] == hashlib.sha256((store.path(RUN) / "model.safetensors").read_bytes()).hexdigest()
     assert info["run"] == RUN and info["recipe"]["batch_size"] == 200 and info["versions"]["torch"] == torch.__version__
     assert (info["device"], info["threads"]) == ("cpu", metrics["threads"]) and info["seconds"] > 0
+    assert info["processor"] == device_name("cpu") and (info["precision"], info["tf32"]) == ("float32", {})
+    assert info["data_sha256"] == load("digits").digest()
 
 
 def test_training_again_after_deleting_gives_the_same_file(store):
@@ -456,6 +460,8 @@ CHILDREN = """
 import os, signal, sys
 import torch
 from companion.runs import store as storing
+from companion.runs.data import load
+from companion.runs.devices import device_name
 from companion.runs.models import build
 
 RUN, METRICS, root, job = {run!r}, {metrics!r}, sys.argv[1], sys.argv[2]

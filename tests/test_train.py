@@ -12,6 +12,7 @@ from torch import nn
 
 from companion.runs import train as training
 from companion.runs.data import AUGMENTATIONS, Dataset, Split, iterate, load
+from companion.runs.devices import has_bfloat16
 from companion.runs.models import build
 from companion.runs.train import DivergedError, Recipe, evaluate, find_recipe, fit, parse_run, train
 
@@ -246,6 +247,61 @@ def test_fit_is_sgd_with_momentum_and_weight_decay(digits):
     losses = fit(Double(), data, how)
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
     assert torch.allclose(model[1].weight, weight, atol=1e-6) and torch.allclose(model[1].bias, bias, atol=1e-6)
+
+
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU does not multiply in bfloat16")
+
+
+def gradient(name, digits, dtype=torch.float32, **changes):
+    """The gradient of one step on 200 images, as `fit` takes it, as one vector in float64."""
+    some = replace(digits, train=digits.train.take(torch.arange(200)))
+    torch.manual_seed(0)
+    net = build(name, digits.shape, digits.classes).to(dtype)
+    before = torch.cat([p.detach().double().flatten() for p in net.parameters()])
+    fit(net, some, Recipe("step", 1, 200, lr=1e-3, schedule="constant", momentum=0, **changes))
+    assert all(p.dtype == dtype for p in net.parameters())
+    return (before - torch.cat([p.detach().double().flatten() for p in net.parameters()])) / 1e-3
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["resnet8-bn-w0.5", "resnet8-ln-w0.5", "tiny10-ln-w0.5", "vgg11-bn-w0.125"])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(digits, name):
+    single, half = gradient(name, digits), gradient(name, digits, bf16=True)
+    assert not torch.equal(single, half)
+    cosine = F.cosine_similarity(single, half, dim=0)
+    assert cosine > 0.97 and abs(half.norm() / single.norm() - 1) < 0.1, (cosine, half.norm() / single.norm())
+
+
+@needs_bfloat16
+def test_channels_last_is_inexact_in_float32_but_not_beside_bfloat16():
+    """Why `fit` lays images out as channels_last in bfloat16 only: how PyTorch sums BatchNorm's gradient on a CPU."""
+
+    def scale_gradient(dtype, layout):
+        x = torch.randn(250, 16, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
+        weight = torch.ones(16, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+        y = F.batch_norm(x, None, None, weight, torch.zeros_like(weight), training=True)
+        (y * torch.linspace(0.9, 1.1, len(x), dtype=dtype)[:, None, None, None]).pow(2).sum().backward()
+        return weight.grad.double()
+
+    exact = scale_gradient(torch.float64, torch.contiguous_format)
+    errors = {
+        (dtype, layout): ((scale_gradient(dtype, layout) - exact).norm() / exact.norm()).item()
+        for dtype in (torch.float32, torch.bfloat16)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    }
+    single, half = (
+        [errors[dtype, layout] for layout in (torch.contiguous_format, torch.channels_last)]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    print(errors)
+    assert single[0] < 1e-6 < 1e-4 < max(half) and max(half) < 1.5 * min(half)
+
+
+def test_a_recipe_in_bfloat16_needs_a_device_that_has_it(digits, monkeypatch):
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: False)
+    assert training.precision(find_recipe("fast", "vgg-bn", "cifar10"), "cpu") == "float32"
+    assert torch.equal(gradient("mlp2-plain-w16", digits), gradient("mlp2-plain-w16", digits, bf16=True))
 
 
 def test_batches_that_are_not_full_are_left_out(digits):

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from companion.experiments.scales import check, check_scale
+from companion.runs.devices import cpu_name, default_device, device_name, tensor_float32
 from companion.runs.files import atomic_write, project_root
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "safetensors")
@@ -63,8 +63,6 @@ def save_item(
     Returns the path of the JSON. Raises ValueError for an unknown item or scale, for NaN and for infinity, TypeError
     for values that are not scalars, each naming the item and the column.
     """
-    from companion.runs.train import default_device  # here, since judging saved tables needs no torch
-
     index = read_index()
     entry = index[check(item, index, "item")]
     check_scale(scale)
@@ -155,6 +153,7 @@ def environment(device: Any = "cpu") -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "device": device_name(device),
+        "tf32": tensor_float32(device),
         "versions": versions(),
         "commit": commit,
     }
@@ -167,22 +166,3 @@ def _git(*arguments: str) -> str:
 def versions() -> dict[str, str]:
     """Installed versions of the packages that numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def device_name(device: Any) -> str:
-    """A device in words: the CPU's or the GPU's model."""
-    if str(device).startswith("cuda"):
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    return cpu_name() if str(device) == "cpu" else str(device)
-
-
-def cpu_name() -> str:
-    """The processor's model name and its number of cores."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)
-        name = found[1] if found else name
-    return f"{name}, {os.cpu_count()} cores"

@@ -38,6 +38,7 @@ class Recipe:
     until: float | None = None  # stop after the first epoch with this accuracy on the training set, in (0, 1]
     start: int = 0  # epochs of the schedule that are left out, because the parent had them
     stop: int | None = None  # stop after this epoch of the schedule
+    bf16: bool = False  # compute in bfloat16 where the device can (see train.precision); weights stay float32
     nobias: bool = False  # take all biases out of the parent's network first
 
     def __post_init__(self):
@@ -170,6 +171,10 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
     "imported": dict.fromkeys(("mlp", "vgg", "resnet", "tiny", "torchvision"), Recipe("imported", 0, 1, 0.0, "linear")),
 }
+
+# What trains for long may round to bfloat16. What trains within seconds need not, and has the same bits on more CPUs.
+for _name in RECIPES.keys() - {"quick", "quick-csiszarik", "smoke", "imported"}:
+    RECIPES[_name] = {kind: replace(recipe, bf16=True) for kind, recipe in RECIPES[_name].items()}
 
 
 def _number(text: str) -> float:

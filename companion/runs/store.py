@@ -35,13 +35,13 @@ from torch import nn
 
 from companion.runs import models
 from companion.runs.data import DataMissing, load, project_root
+from companion.runs.devices import default_device, device_name
 from companion.runs.files import write_folder
 from companion.runs.train import (
     DivergedError,
     Recipe,
     RunName,
     broadcast,
-    default_device,
     measure,
     parse_run,
     processes,
@@ -52,6 +52,8 @@ from repairlib.names import nearest
 
 __all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "get", "parse_run"]
 WEIGHTS, SIDECAR = "model.safetensors", "run.json"
+# What a sidecar says beside the metrics, of the network and how it was made.
+FACTS = ("shape", "classes", "device", "processor", "precision", "tf32", "threads", "seconds", "data_sha256", "source")
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -165,6 +167,7 @@ class Store:
             raise ValueError(f"{file} holds non-finite values in {key}")
         metrics = measure(model.eval().to(dataset.device), dataset, name, ["test"] if evaluate else [])
         facts = {"shape": dataset.shape, "classes": dataset.classes, "device": str(dataset.device)}
+        facts |= {"processor": device_name(dataset.device), "data_sha256": dataset.digest()}
         facts |= {"threads": torch.get_num_threads(), "seconds": time.perf_counter() - start}
         source = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
         self.save(name, model, metrics | facts | {"source": source})
@@ -290,7 +293,7 @@ class Store:
         if key := _non_finite(model):
             raise ValueError(f"run {name} is not saved: {key} holds non-finite values")
         content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()})
-        facts = ("shape", "classes", "device", "threads", "seconds") + ("source",) * ("source" in metrics)
+        facts = [name for name in FACTS if name in metrics]
         info = {
             "run": str(run),
             "recipe": dataclasses.asdict(recipe_of(run)),

@@ -87,7 +87,7 @@ def _download(name: str, root: Path) -> None:
 
 def _register(name: str, title: str, family: str, files: str, facts: Facts, upright: bool = False) -> None:
     CLASSES[name], FILES[name] = family, files
-    register(Source(name, partial(_read_archive, name), facts, title, upright))
+    register(Source(name, partial(_read_archive, name), facts, title, sort=True, upright=upright))
 
 
 _MNIST = "/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"

@@ -5,6 +5,7 @@ A folder holds `{train,test}/<class>/*`, or `{train,val}` like ImageNet's own; c
 them are used, and come out as [3, side, side].
 """
 
+import hashlib
 import math
 import os
 import random
@@ -69,6 +70,13 @@ class Stream:
         paths = tuple(self.paths[i] for i in chosen.tolist())
         keep = len(paths) * math.prod(self.shape) <= KEPT
         return replace(self, paths=paths, labels=self.labels[chosen.to(self.device)], keep=keep)
+
+    def digest(self) -> str:
+        """SHA-256 of labels and of the images' names and sizes in bytes; images are not read."""
+        digest = hashlib.sha256(self.labels.cpu().numpy().tobytes())
+        for path in map(Path, self.paths):
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def draw(self, batches: Iterable[slice | Tensor], crop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and labels of each of `batches`, which are indices; `crop` is the seed of random crops.

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from companion.runs.data.augmentation import AUGMENTATIONS, augment
+from companion.runs.data.augmentation import AUGMENTATIONS, apply, draw
 from companion.runs.data.folders import Stream
 from companion.runs.data.registry import Dataset, Split
 from repairlib.names import check
@@ -45,9 +46,19 @@ class Loader:
             self.seed if set(self.augment) & set(self.split.decode_time_augmentations) else None,
         )
         names = [name for name in self.augment if name not in self.split.decode_time_augmentations]
-        for (start, stop), part, (images, labels) in zip(whole, parts, drawn, strict=True):
-            x = augment(images, names, generator, (part.start - start, stop - start))
+        changes = self._changes(names, [stop - start for start, stop in whole], generator)
+        for (start, _), part, change, (images, labels) in zip(whole, parts, changes, drawn, strict=True):
+            x = apply(images, names, [each[part.start - start : part.stop - start] for each in change])
             yield torch.addcmul(shift, x.float(), gain), labels
+
+    def _changes(self, names: list[str], sizes: list[int], generator: torch.Generator) -> Iterator[Sequence[Tensor]]:
+        """What changes the images of each batch: drawn batch by batch, moved to the device at once.
+
+        A copy makes the processor wait for the device, so that one in every step would slow training down.
+        """
+        batches = [draw(names, self.split.shape, size, generator) for size in sizes]
+        moved = [torch.cat(each).to(self.split.device).split(sizes) for each in zip(*batches, strict=True)]
+        return zip(*moved, strict=True) if moved else repeat((), len(sizes))
 
 
 def iterate(

@@ -90,6 +90,8 @@ def load(
         train, test = (Split(*half) for half in read_folder(root / name))
     else:
         train, test = DATASETS[name].read(root, download)
+    if name in DATASETS and DATASETS[name].sort:
+        train, test = train.sorted(), test.sorted()
     mean, std = _pixel_statistics(train.images)
     return Dataset(name, train, test, int(train.labels.max()) + 1, mean, std).to(device)
 

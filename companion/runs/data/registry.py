@@ -1,5 +1,6 @@
 """What a data set is, and which there are."""
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +50,17 @@ class Split:
         """Yield images and labels of each of `batches`, which are indices; `crop` is for folders.Stream."""
         return ((self.images[each], self.labels[each]) for each in batches)
 
+    def sorted(self) -> "Split":
+        """The same images in the order of their content, which is the same for all sources of a data set."""
+        digests = [hashlib.sha256(image.tobytes()).digest() for image in self.images.numpy()]
+        return self.take(torch.tensor(sorted(range(len(self)), key=digests.__getitem__)))
+
+    def digest(self) -> str:
+        """SHA-256 of labels and pixels."""
+        digest = hashlib.sha256(self.labels.cpu().numpy().tobytes())
+        digest.update(self.images.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -77,6 +89,10 @@ class Dataset:
     def to(self, device: str | torch.device) -> "Dataset":
         """The same data on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def digest(self) -> str:
+        """SHA-256 of both halves, in order: two data sets of one name that differ have different ones."""
+        return hashlib.sha256(f"{self.train.digest()}{self.test.digest()}".encode()).hexdigest()
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -108,6 +124,7 @@ class Source:
     read: Callable[[Path, bool], tuple[Split, Split]] | None  # of (root, download); None: it is an image folder
     facts: Facts | None = None  # so that its costs are known before it is there
     title: str = ""  # in pictures; default: the name
+    sort: bool = False  # by content, as its archive and an image folder of it have different orders
     upright: bool = False  # digits must not be mirrored, nor a part of their strokes cut out or off
 
 
