@@ -7,6 +7,8 @@ VENV      ?= .venv
 SCALE     ?= quick
 NOTEBOOKS ?=
 ITEMS     ?=
+# TRAIN=1 trains what `fast` lacks also where there is no GPU, TRAIN=0 nowhere.
+TRAIN     ?=
 # Jobs at a time on this machine, and how many of them may share its GPU.
 CORES     ?= all
 GPU_JOBS  ?= 1
@@ -19,6 +21,7 @@ RUN       := $(VENV)/bin/python -m
 # Silent but for errors.
 PIP       := $(RUN) pip install -qq --disable-pip-version-check --no-deps
 INSTALLED := $(VENV)/.installed
+export REPAIRLIB_TRAIN ?= $(TRAIN)
 SHELL     := bash
 .DELETE_ON_ERROR:
 

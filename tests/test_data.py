@@ -452,7 +452,7 @@ def test_offline_and_missing_says_what_to_put_where(tmp_path, offline, name, cap
         load(name, tmp_path)
     message = str(caught.value)
     assert offline and f"{tmp_path}/{name}/{{train,test}}/<class>" in message and "REPAIRLIB_DATA" in message
-    assert str(tmp_path / data.archives.FILES[name]) in message and "downloading it failed" in message
+    assert str(tmp_path / data.DATASETS[name].files) in message and "downloading it failed" in message
     assert [p.name for p in tmp_path.iterdir() if p.name != ".download.lock"] == []
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from companion.experiments.grids import combine, repair
+from companion.experiments.grids import Grid, combine, repair
 from companion.experiments.grids.combine import combined, hypercube, min_max, stitching, width
 from companion.figures.report import read_index
 from companion.runs.models import parse
@@ -94,3 +94,25 @@ def test_halves_of_the_data_are_paired_in_a_circle():
         "whole": "digits-hard/mlp3-fused-w256/quick/s3",
     }
     assert repair.split_data("quick").seeds == (1, 2, 3)
+
+
+# ------------------------------------------------------------------------------------------- what cannot be had
+
+
+def test_a_grid_keeps_what_can_be_had():
+    networks = [{"run": "cifar10/a/r", "width": 1}, {"run": "cifar10/b/r", "width": 2, "seeds": (1, 2, 3)}]
+    grid = Grid(needs={"both": networks, "whole": [networks[0], "digits/c/r/s1"], "nothing": []}, seeds=(1, 2, 3))
+
+    def needs(*there):
+        return grid.only(lambda run: run in there).needs
+
+    everything = [f"cifar10/{name}/r/s{seed}" for name in "ab" for seed in (1, 2, 3)] + ["digits/c/r/s1"]
+    assert needs(*everything) == grid.needs
+    pair = {"run": "cifar10/a/r", "width": 1, "seeds": (1, 3)}
+    assert needs("cifar10/a/r/s1", "cifar10/a/r/s3", "cifar10/b/r/s1", "cifar10/b/r/s2") == {
+        "both": [pair],  # b has seeds of its own, and needs them all
+        "nothing": [],
+    }
+    assert needs("cifar10/a/r/s1", "cifar10/a/r/s3", "digits/c/r/s1")["whole"] == [pair, "digits/c/r/s1"]
+    assert needs("cifar10/a/r/s1") == {"nothing": []}
+    assert grid.only(lambda run: False).networks(["both"]) == []

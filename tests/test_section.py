@@ -117,3 +117,64 @@ def test_published_numbers_stand_beside_ours():
 def test_judging_saved_tables_imports_no_torch():
     code = "import sys, companion.figures.scorecard; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------- what `fast` does without
+
+
+def fast_grid(scale: str) -> Grid:
+    there, other = ({"run": f"cifar10/mlp2-fused-w{width}/fast", "series": "x", "width": width} for width in (8, 16))
+    return Grid(needs={LEFT: [there, other], MIDDLE: [other], SUMMARY: []}, seeds=(1, 2), reads={SUMMARY: [LEFT]})
+
+
+@pytest.fixture
+def half(here, monkeypatch):
+    """A store that has one of two networks."""
+    stored = [f"cifar10/mlp2-fused-w8/fast/s{seed}" for seed in (1, 2)]
+    monkeypatch.setattr(section.Store, "names", lambda self: stored)
+    monkeypatch.setenv("REPAIRLIB_DEVICE", "cpu")
+    return stored
+
+
+def test_fast_does_without_networks_that_are_not_there_and_says_so(half, capsys, monkeypatch):
+    work = Section(fast_grid, "fast")
+    assert work.items == [LEFT, SUMMARY] and work.gone == [MIDDLE] and work.runs == half
+    missing = [f"cifar10/mlp2-fused-w16/fast/s{seed}" for seed in (1, 2)]
+    assert work.left_out == {LEFT: missing, MIDDLE: missing}
+    assert work.item(MIDDLE) is None and [n["width"] for n in work.item(LEFT).networks] == [8]
+    assert work.example() == half == work.example("cifar10/mlp2-fused-w16/fast")
+    with pytest.raises(ValueError, match="no network here has 3 seeds: Left out, because .* cifar10/mlp2-fused-w16"):
+        work.example(networks=3)
+    work.overview()
+    said = capsys.readouterr().out
+    assert f"not trained: cifar10/mlp2-fused-w16/fast.\nNot made, because nothing is left of them: {MIDDLE}" in said
+    assert "TRAIN=1" in said
+    assert Section(fast_grid, "quick").left_out == {}
+
+    monkeypatch.setenv("REPAIRLIB_TRAIN", "1")
+    assert Section(fast_grid, "fast").left_out == {} and section.can_train()
+    monkeypatch.setenv("REPAIRLIB_TRAIN", "yes")
+    with pytest.raises(ValueError, match="REPAIRLIB_TRAIN is 0 or 1, not 'yes'"):
+        Section(fast_grid, "fast")
+
+
+def test_fast_takes_other_data_sets_if_they_are_there(here, monkeypatch):
+    def on_svhn(scale: str) -> Grid:
+        runs = [{"run": f"{data}/mlp2-fused-w8/fast", "series": data} for data in ("mnist", "svhn")]
+        return Grid(needs={LEFT: runs}, seeds=(1, 2))
+
+    monkeypatch.setenv("REPAIRLIB_TRAIN", "1")
+    monkeypatch.setenv("REPAIRLIB_DATA", str(here / "data"))
+    assert [n["series"] for n in Section(on_svhn, "fast").grid.needs[LEFT]] == ["mnist"]
+    (here / "data" / "SVHN").mkdir(parents=True)
+    assert Section(on_svhn, "fast").left_out == {}
+
+
+def test_what_was_left_out_is_saved(half, monkeypatch):
+    work = Section(fast_grid, "fast")
+    monkeypatch.setattr(section, "rows", lambda *args, **how: pd.DataFrame([{"alpha": 0, "loss": 1.0}]))
+    with plots.style():
+        figure = plots.plt.figure()
+    work.item(LEFT).save([{"x": 1}], figure)
+    assert section.load_item(LEFT, "fast")["left_out"] == work.left_out[LEFT]
+    assert work.item(SUMMARY).reads[LEFT]["table"] == [{"x": 1}]

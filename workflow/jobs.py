@@ -35,6 +35,7 @@ import psutil
 
 from companion.experiments.scales import SCALES
 from companion.figures import gallery, report
+from companion.figures.section import say_left_out
 from companion.runs import costs, train
 from companion.runs.data import project_root
 from companion.runs.store import Store
@@ -75,11 +76,14 @@ class Job:
 def due(scale: str, items: list[str], wanted: Mapping[str, dict[str, Any]]) -> set[str]:
     """Names of the notebooks that have to be executed: those not up to date, and those that read what these make.
 
+    One is never due if all that it should make is left out, see needs.notebook_needs.
+
     Args:
         scale, items, wanted: see needs.find_needs.
     """
-    found = {name for name, need in wanted.items() if not needs.is_up_to_date(name, scale, items, need)}
-    while more := {name for name, need in wanted.items() if name not in found and found & {*need["after"]}}:
+    busy = {name: need for name, need in wanted.items() if not need.get("idle")}
+    found = {name for name, need in busy.items() if not needs.is_up_to_date(name, scale, items, need)}
+    while more := {name for name, need in busy.items() if name not in found and found & {*need["after"]}}:
         found |= more
     return found
 
@@ -347,8 +351,12 @@ def make(
     screen.end()
     gallery.write_gallery()
     print(batch.summarize(scale, began, need, wanted, errors))
+    left_out = {item: runs for each in need.values() for item, runs in each.get("left_out", {}).items()}
+    gone = [item for each in need.values() for item in each.get("gone", [])]
+    if left_out:
+        print(say_left_out(left_out, gone))
     made = [needs.read_done(job.name, scale) for job in jobs if not job.runs]
-    failed = bool(status or errors or any(done and done.get("checks") for done in made))
+    failed = bool(status or errors or {*wanted} & {*gone} or any(done and done.get("checks") for done in made))
     if status and not errors:
         print("Not everything could be made; if nothing above says why, try: make figures QUIET=progress")
     return int(failed)

@@ -69,7 +69,8 @@ def find_needs(scale: str, notebooks: str = "", items: str = "") -> tuple[list[s
 
     Returns:
         The IDs of the items, and by notebook {runs, reads, after, error}: training runs, items, the notebooks that make
-        these, and why the notebook does not say what it needs ("" if it does).
+        these, and why the notebook does not say what it needs ("" if it does); perhaps left_out, gone and
+        idle, see `notebook_needs`.
 
     Raises:
         ValueError: unknown scale, notebook or item.
@@ -95,8 +96,11 @@ def find_needs(scale: str, notebooks: str = "", items: str = "") -> tuple[list[s
         names = sorted({*needs, *new})
 
 
-def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, list[str]]:
+def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
     """What a notebook in the percent format needs: names of training `runs`, and items of other notebooks it `reads`.
+
+    If its section does without some runs, `left_out` has them by item, `gone` names the items that lack everything, and
+    `idle` says whether no other item is left to make.
 
     Raises:
         ValueError: a cell fails, or a run's name does not parse.
@@ -133,7 +137,10 @@ def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, l
             parse_run(run, check_data=False)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return {name: list(dict.fromkeys(value)) for name, value in needs.items()}
+    unique = {name: list(dict.fromkeys(value)) for name, value in needs.items()}
+    if left_out := getattr(section, "left_out", None):
+        unique |= {"left_out": left_out, "gone": section.gone, "idle": not section.items}
+    return unique
 
 
 # ---------------------------------------------------------------------------------------------------------- contents

@@ -51,7 +51,8 @@ def plan(
     here, stored = report.device_name(device), set(Store().names())
     wanted, needed = needs.find_needs(scale, notebooks, items)
     to_execute = due(scale, wanted, needed) if to_execute is None else set(to_execute)
-    to_execute = {name for name in to_execute if not needed[name]["error"]}
+    needed = {name: need for name, need in needed.items() if not need.get("idle")}
+    to_execute = {name for name in to_execute if name in needed and not needed[name]["error"]}
     find = functools.cache(lambda name: describe(name, stored))
     names = with_parents(run for need in needed.values() for run in need["runs"])
     missing = [run for run in dict.fromkeys(map(find, names)) if not run.stored]

@@ -116,6 +116,7 @@ def load_pair(
     device: str | None = None,
     *,
     data: str | None = None,
+    test_images: int | None = None,
     matching: str = "AM",
     **options,
 ) -> Pair:
@@ -126,6 +127,7 @@ def load_pair(
         calibration: training images for matching and statistics (5,000 suffice, Jordan et al. 2022, Sec. 4.2).
         device: default `train.default_device()`.
         data: the data set to compare them on. Without it they must have been trained on one, which it is then.
+        test_images: evaluate on so many, always the same; default all.
         matching, **options: how units are matched, one of `MATCHINGS`, and its options; for instance
             ``matching="WM", restarts=10``.
 
@@ -142,7 +144,7 @@ def load_pair(
     a, b = (store.get(run, device) for run in runs)
     dataset = load(data or names[0].data, device=device)
     calibration_batches = iterate(dataset, "train", batch_size=500, limit=calibration)
-    test = iterate(dataset, "test", batch_size=500)
+    test = iterate(dataset, "test", batch_size=500, limit=test_images)
     return Pair(tuple(runs), a, b, dataset, calibration_batches, test, matching, options)
 
 

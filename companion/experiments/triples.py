@@ -32,16 +32,17 @@ class Triple:
     through_a: AlignedNetworks
 
 
-def load_triple(run: str, seeds: Sequence[int | str], restarts: int = 1) -> Triple:
+def load_triple(run: str, seeds: Sequence[int | str], restarts: int = 1, test_images: int | None = None) -> Triple:
     """The networks of three seeds of a run, trained first if they are not stored yet.
 
     Args:
         run: a run name without its seed, such as "digits/resnet20-ln-w1/quick".
         seeds: of A, B and C.
         restarts: of weight matching, see `match_weights`.
+        test_images: evaluate on so many, see `load_pair`.
     """
     name_a, *others = (f"{run}/s{seed}" for seed in seeds)
-    pair = load_pair(others, matching="WM", restarts=restarts)
+    pair = load_pair(others, test_images=test_images, matching="WM", restarts=restarts)
     a = store.get(name_a, pair.dataset.device)
     match = partial(match_weights, data=pair.calibration, restarts=restarts)
     return Triple(a, pair, match_several([a, pair.a, pair.b], match))

@@ -46,6 +46,7 @@ def save_item(
     figure: Any = None,
     *,
     runs: Iterable[str] = (),
+    left_out: Iterable[str] = (),
     seconds: float | None = None,
     device: Any = None,
     root: str | Path | None = None,
@@ -57,6 +58,7 @@ def save_item(
     summary: the few numbers to compare with the paper's, under the names of the index's `published`.
     figure: a matplotlib figure; only items of `kind: table` may leave it out.
     runs: the training runs used; one that is named twice counts once.
+    left_out: training runs that it does without, see section.can_train.
     seconds, device: how long it took and where; default `train.default_device()`.
     root: another figures folder, see `figures_root`.
 
@@ -77,6 +79,7 @@ def save_item(
         "device": device_name(device or default_device()),
         "seeds": seeds,
         "runs": runs,
+        **({"left_out": [*left_out]} if left_out else {}),
         "versions": versions(),
         "seconds": None if seconds is None else round(seconds, 1),
         "summary": {name: _plain(value, f"{item}: summary {name!r}") for name, value in summary.items()},

@@ -8,7 +8,9 @@
 An item that was not asked for is None, so that its cell does nothing.
 """
 
+import functools
 import importlib
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -24,6 +26,12 @@ from companion.experiments.scales import SCALES, check_scale, wanted
 from companion.experiments.tables import Table
 from companion.figures.report import load_item, read_index, save_item
 from companion.runs import costs
+from companion.runs.data import base_name, is_there
+from companion.runs.devices import default_device
+from companion.runs.store import Store
+
+# Data sets that `fast` is made of. Of others it takes those that are there.
+BASIC = ("mnist", "cifar10", "digits", "digits-hard")
 
 
 class Section:
@@ -38,18 +46,30 @@ class Section:
         grid: the needs and settings at the scale.
         runs: names of the training runs that the items need; the batch trains them first.
         reads: items of other notebooks that are summed up; the batch makes them first.
+        left_out: by item, names of runs that it does without, see `can_train`. An item that is not in `items` lacks
+            everything.
         tables: by item, the table that was saved, for a notebook's last checks.
     """
 
     def __init__(self, grid: Callable[[str], Grid], scale: str, items: str = ""):
         self.scale, self._make = check_scale(scale), grid
-        self.grid = grid(scale)
-        self.items = [item for item in self.grid.needs if wanted(item, items)]
+        everything = grid(scale)
+        self.grid = everything.only(_can_be_had()) if scale == "fast" else everything
+        asked = [item for item in everything.needs if wanted(item, items)]
+        self.items = [item for item in asked if item in self.grid.needs]
+        left = {item: set(self.grid.runs([item])) for item in self.items}
+        missing = {item: [run for run in everything.runs([item]) if run not in left.get(item, ())] for item in asked}
+        self.left_out = {item: runs for item, runs in missing.items() if runs}
         self.runs = self.grid.runs(self.items)
         self.reads = [name for item in self.items for name in self.grid.reads.get(item, ())]
         self.tables: dict[str, pd.DataFrame] = {}
         self._pairs: dict[str, list[tuple[str, Pair]]] = {}
         self._measured: dict[str, tuple[list[dict], float]] = {}
+
+    @property
+    def gone(self) -> list[str]:
+        """Items that were asked for and lack everything, so that they are not made."""
+        return [item for item in self.left_out if item not in self.items]
 
     def overview(self) -> pd.DataFrame:
         """What the section has at each scale; says what is not trained yet, and about how long that will take."""
@@ -58,7 +78,27 @@ class Section:
             print(
                 f"{len(missing)} of {len(self.runs)} networks are not trained yet: about {costs.rough(seconds)} here."
             )
+        if self.left_out:
+            print(say_left_out(self.left_out, self.gone))
         return pd.DataFrame({scale: _column(self._make(scale)) for scale in SCALES})
+
+    def example(self, run: str = "", networks: int = 2) -> list[str]:
+        """Names of the runs of some seeds of one network, to look at step by step.
+
+        Args:
+            run: a run name without its seed. If no item that was asked for needs it, the first network that one needs.
+            networks: how many.
+
+        Raises:
+            ValueError: no network has so many seeds.
+        """
+        by_network: dict[str, list[str]] = {}
+        for name in self.runs:
+            by_network.setdefault(name.rpartition("/")[0], []).append(name)
+        enough = {network: names[:networks] for network, names in by_network.items() if len(names) >= networks}
+        if not enough:
+            raise ValueError(f"no network here has {networks} seeds: " + say_left_out(self.left_out, self.gone))
+        return enough.get(run) or next(iter(enough.values()))
 
     def item(self, name: str) -> "Item | None":
         """The item, its clock started; None if it was not asked for, or if items that it sums up are not made yet.
@@ -66,8 +106,9 @@ class Section:
         Raises:
             ValueError: the section has no such item.
         """
-        if name not in self.grid.needs:
-            raise ValueError(f"this section has no item {name!r}; it has: {', '.join(self.grid.needs)}")
+        known = self._make(self.scale).needs
+        if name not in known:
+            raise ValueError(f"this section has no item {name!r}; it has: {', '.join(known)}")
         try:
             return Item(name, self) if name in self.items else None
         except FileNotFoundError as error:
@@ -105,11 +146,12 @@ class Section:
         Args:
             run: a run name without its seed.
             seeds: which; default the section's.
-            **how: matching, its options and so on, see `experiments.pairs.load_pair`.
+            **how: matching, its options and so on, see `experiments.pairs.load_pair`. `test_images` is the grid's.
         """
         seeds = tuple(seeds) or self.grid.seeds
         key = repr((run, seeds, sorted(how.items())))
         if key not in self._pairs:
+            how = {"test_images": self.grid.settings.get("test_images")} | how
             self._pairs[key] = list(pairs_of(run, seeds, **how))
         return self._pairs[key]
 
@@ -153,7 +195,7 @@ class Item:
     def __init__(self, name: str, section: Section):
         self.name, self.section = name, section
         self.networks = section.grid.networks([name])
-        self.reads = {other: load_item(other, section.scale) for other in section.grid.reads.get(name, ())}
+        self.reads = _load(section.grid.reads.get(name, ()), section.scale)
         read = [run for record in self.reads.values() for run in record["runs"]]
         self.runs = list(dict.fromkeys(section.grid.runs([name]) + read))
         self.published: Mapping[str, object] = read_index()[name].get("published", {})
@@ -191,7 +233,11 @@ class Item:
         """
         measured = getattr(table, "attrs", {}).get("seconds", 0)  # for an item before this one, perhaps
         seconds = max(measured, time.perf_counter() - self._start)
-        save_item(self.name, self.section.scale, table, summary or {}, figure, runs=self.runs, seconds=seconds)
+        left_out = self.section.left_out.get(self.name, ())
+        save_item(
+            self.name, self.section.scale, table, summary or {}, figure, runs=self.runs, seconds=seconds,
+            left_out=left_out,
+        )  # fmt: skip
         self.section.tables[self.name] = pd.DataFrame(table)
         if get_ipython() is None:
             return
@@ -199,6 +245,67 @@ class Item:
             display(figure)
         if summary:
             display(beside(self.published, summary))
+
+
+def can_train() -> bool:
+    """Whether notebooks train the networks of `fast` that are not there: $REPAIRLIB_TRAIN, else on a GPU only.
+
+    On a CPU they would take days. Figures are made of those that are stored or come with the repository.
+    """
+    setting = os.environ.get("REPAIRLIB_TRAIN") or str(int(default_device() != "cpu"))
+    if setting not in ("0", "1"):
+        raise ValueError(f"REPAIRLIB_TRAIN is 0 or 1, not {setting!r}")
+    return setting == "1"
+
+
+def _can_be_had() -> Callable[[str], bool]:
+    """Whether a run of `fast` is stored, or can be trained here; runs of `quick` always can, within seconds."""
+    stored, training = {*Store().names()}, can_train()
+
+    @functools.cache
+    def has(run: str) -> bool:
+        data, recipe = run.split("/")[0], run.split("/")[2].partition("~")[0]
+        if run in stored or recipe in ("smoke", "quick", "quick-csiszarik", "imported"):
+            return True
+        return training and (base_name(data) in BASIC or is_there(data))
+
+    return has
+
+
+def say_left_out(left_out: Mapping[str, Iterable[str]], gone: Iterable[str]) -> str:
+    """What is left out, and how to get it.
+
+    Args:
+        left_out, gone: runs by item, and items that are not made for lack of them, see `Section`.
+    """
+    networks = dict.fromkeys(run.rpartition("/")[0] for runs in left_out.values() for run in runs)
+    lines = [f"Left out, because they are not trained: {', '.join(networks) or 'none'}."]
+    if gone := list(gone):
+        lines.append(f"Not made, because nothing is left of them: {', '.join(gone)}.")
+    lines.append(
+        "TRAIN=1 (or REPAIRLIB_TRAIN=1 in the environment) trains them; `make plan SCALE=fast TRAIN=1` says how long "
+        f"that takes. Data sets other than {' and '.join(BASIC[:2])} count if they are in the data folder."
+    )
+    return "\n".join(lines)
+
+
+def _load(reads: Iterable[str], scale: str) -> dict[str, dict]:
+    """What was saved of some items; at `fast`, of those that have been made.
+
+    Raises:
+        FileNotFoundError: one has not been made; at `fast`, none has.
+    """
+    found, missing = {}, None
+    for item in reads:
+        try:
+            found[item] = load_item(item, scale)
+        except FileNotFoundError as error:
+            if scale != "fast":
+                raise
+            missing = error
+    if missing and not found:
+        raise missing
+    return found
 
 
 def stack(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

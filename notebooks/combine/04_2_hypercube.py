@@ -155,7 +155,7 @@ if fig := section.item("combine/algorithm1"):
 # Section 4.2.2. At $\alpha = \frac12$ that is the whole hypercube. All three combinations have the same coefficients.
 
 # %%
-pair = load_pair([f"{grid.resnet}/s1", f"{grid.resnet}/s2"])
+pair = load_pair(section.example(grid.resnet))
 matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
 theta_a, theta_b = pair.a.state_dict(), matching.apply(pair.b).state_dict()
 alpha, theta, generator = 0.5, {}, torch.Generator().manual_seed(0)

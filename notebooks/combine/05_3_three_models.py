@@ -61,8 +61,9 @@ grid = section.grid
 # matched with B directly, and B and C stay as trained.
 
 # %%
-pair = load_pair([f"{grid.resnet}/s2", f"{grid.resnet}/s3"])
-a, b, c = store.get(f"{grid.resnet}/s1", pair.dataset.device), pair.a, pair.b
+first, *others = section.example(grid.resnet, networks=3)
+pair = load_pair(others)
+a, b, c = store.get(first, pair.dataset.device), pair.a, pair.b
 match = functools.partial(repairlib.match_weights, data=pair.calibration, restarts=grid.restarts)
 through_a = repairlib.match_several([a, b, c], match)
 directly = match(b, c)
@@ -93,7 +94,7 @@ pd.DataFrame({"units": units, "same partner (%)": pd.Series(found) * 100, "by ch
 @functools.cache
 def triple_of(run: str, triple: str):
     """Three networks, matched by weights."""
-    return load_triple(run, triple.split("-"), grid.restarts)
+    return load_triple(run, triple.split("-"), grid.restarts, grid.test_images)
 
 
 def measure(fig, rows, *options) -> pd.DataFrame:

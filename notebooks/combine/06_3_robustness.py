@@ -67,7 +67,7 @@ plots_combine.matchings(disturbed)
 # on training images. Then half of the pairs of one layer are deranged.
 
 # %%
-pair = load_pair([f"{grid.tiny}/s1", f"{grid.tiny}/s2"], matching="WM", restarts=grid.restarts)
+pair = load_pair(section.example(grid.tiny), matching="WM", restarts=grid.restarts)
 correlation = group_correlations(pair)
 layer = pair.matching.spec.groups[2]
 half_wrong = derange(pair.matching.permutation, correlation, layer.name, layer.size // 2)

@@ -48,7 +48,7 @@ grid = section.grid
 # repaired.
 
 # %%
-pair = load_pair([f"{grid.MLP}/s1", f"{grid.MLP}/s2"])
+pair = load_pair(section.example(grid.MLP))
 matching = repairlib.match_activations(pair.a, pair.b, pair.calibration)
 aligned_b = matching.apply(pair.b)
 averages = {

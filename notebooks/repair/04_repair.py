@@ -54,8 +54,8 @@ grid = section.grid
 # of every unit of A with every unit of B. The Hungarian algorithm finds the best one-to-one assignment.
 
 # %%
-sampled = grid.networks(["repair/samples"])[0]["run"]
-pair = load_pair([f"{sampled}/s1", f"{sampled}/s2"])
+sampled = grid.settings["MLP of the samples"]
+pair = load_pair(section.example(sampled))
 images = torch.cat([batch for batch, _ in pair.calibration])
 
 

@@ -51,10 +51,9 @@ title = f"{grid.ResNet.split('/')[1].split('-')[0]} on {grid.ResNet.split('/')[0
 
 
 # %%
-def step_by_step(norm):
+def step_by_step(run):
     """Test loss and accuracy of a pair and its averages; what is left of the variance, layer by layer."""
-    run = grid.ResNet.format(norm, grid.settings["width of the paths"])
-    pair = load_pair([f"{run}/s1", f"{run}/s2"], calibration=grid.calibration)
+    pair = load_pair(section.example(run), calibration=grid.calibration)
     aligned_b = repairlib.match_activations(pair.a, pair.b, pair.calibration).apply(pair.b)
     averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)
     repaired = repairlib.Repair(pair.a, aligned_b, pair.calibration)(0.5).model
@@ -63,7 +62,7 @@ def step_by_step(norm):
     return pair.compare(A=pair.a, B=pair.b, **networks), pd.DataFrame(ratios).query("network == 'aligned'")
 
 
-steps = {norm: step_by_step(norm) for norm in ("bn", "ln")}
+steps = {network["series"]: step_by_step(network["run"]) for network in grid.networks(["repair/fig4-right"])}
 pd.concat({norm: accuracies for norm, (accuracies, _) in steps.items()})
 
 # %% [markdown]
@@ -78,17 +77,16 @@ pd.DataFrame({norm: ratios.set_index("layer")["ratio"] for norm, (_, ratios) in 
 # ## Three norms, every width (Fig. 4, left)
 #
 # Now every two seeds of every network. The barrier is the largest rise at one of the points of the path. The authors'
-# released code looks at the middle only, and so do `smoke` and `quick`. It also re-estimates BatchNorms:
+# released code looks at the middle only, and so do all scales but `paper`. It also re-estimates BatchNorms:
 # `fig.rows(bn="reset")`. What is measured once serves all figures.
 
 # %%
 HOW = {"alphas": equal_steps(grid.settings["points of a barrier"]), "calibration": grid.calibration}
-NARROWEST, WIDEST = grid.widths[0], grid.widths[-1]
 
 if fig := section.item("repair/fig4-left"):
     table = fig.rows(**HOW)
     loss = barrier_means(table, ("series", "width"), "loss")
-    summary = name_means(loss, [NARROWEST, WIDEST])
+    summary = name_means(loss)  # of the narrowest and of the widest
     if 16 in grid.widths:
         summary["bn_ln_loss_barrier_at_16x"] = max(loss["REPAIR"]["bn", 16], loss["REPAIR"]["ln", 16])
     fig.save(table, plots.barriers(table, "width", title=title), summary)
@@ -103,7 +101,7 @@ if fig := section.item("repair/fig4-left"):
 # %%
 if fig := section.item("repair/fig10-left"):
     table = fig.rows(**HOW)
-    summary = name_means(barrier_means(table, ("series", "width"), "accuracy"), [WIDEST])
+    summary = name_means(barrier_means(table, ("series", "width"), "accuracy"), [table["width"].max()])
     fig.save(table, plots.barriers(table, "width", metric="accuracy", title=title), summary)
 
 # %% [markdown]
@@ -142,7 +140,8 @@ if fig := section.item("repair/fig8-left"):
 #
 # ## Along the path (Fig. 4, right)
 #
-# The paper's networks are 4x wide. Lines are means over pairs of seeds. Bands go from the lowest pair to the highest.
+# The paper's networks are 4x wide, those of `fast` 1x. Lines are means over pairs of seeds. Bands go from the lowest
+# pair to the highest.
 # `both_after` is the lower of the two norms' accuracies after REPAIR; in the paper they are equal.
 
 # %%
@@ -160,7 +159,7 @@ def midpoints(table, metric):
 if fig := section.item("repair/fig4-right"):
     table = fig.rows(**PATHS)
     summary = {name: 100 * accuracy for name, accuracy in midpoints(table, "accuracy").items()}
-    summary["both_after"] = min(summary["bn_after"], summary["ln_after"])
+    summary["both_after"] = min(summary[name] for name in ("bn_after", "ln_after") if name in summary)
     figure = plots.path(table, title=f"{title}, {grid.settings['width of the paths']:g}x wide")
     fig.save(table, figure, summary)
 

@@ -34,8 +34,9 @@ section.overview()
 # `quick` has the digits of `digits-hard` and narrow ResNets with a stem for small images. Its ResNet26 has ResNet50's
 # bottleneck blocks, two in each stage.
 #
-# `fast` and `paper` need ImageNet in `data/imagenet/{train,val}/<class>/` and days on a GPU. If you have trained
-# networks, nothing is trained with `recipe = "imported"`. Store two of each model first, for instance with
+# `fast` has CIFAR-10 and such networks of full depth. `paper` needs ImageNet in
+# `data/imagenet/{train,val}/<class>/` and days on a GPU. If you have trained networks, nothing is trained with
+# `recipe = "imported"`. Store two of each model first, for instance with
 # `python -m companion.runs.store import imagenet@224/torchvision-resnet50/imported/s1 FILE.safetensors`.
 
 # %%
@@ -50,7 +51,7 @@ from companion.figures.plots import repair as plots
 from companion.figures.section import stack
 
 grid = section.grid
-(resnet50,) = grid.needs["repair/fig5-left"]  # a ResNet26 at `quick`
+resnet50 = grid.networks(["repair/fig5-left"])[0]["run"]  # a ResNet26 at `quick`
 
 # %% [markdown]
 # ## One pair, step by step
@@ -62,7 +63,7 @@ grid = section.grid
 # the activations of all images: 16 GB at a node for 5,000 images of 224 x 224 pixels.
 
 # %%
-pair = load_pair([f"{resnet50['run']}/s{seed}" for seed in grid.seeds[:2]], grid.calibration)
+pair = load_pair(section.example(resnet50), grid.calibration)
 matching = repairlib.match_activations(pair.a, pair.b, pair.calibration)
 aligned_b = matching.apply(pair.b)
 averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)

@@ -48,8 +48,7 @@ PANELS = {  # how each panel of Figs. 6 and 12 is measured and drawn
 # B's units are put into A's order. The two networks are averaged. The average is repaired.
 
 # %%
-smallest = grid.needs["repair/fig6-left"][0]["run"]
-pair = load_pair([f"{smallest}/s1", f"{smallest}/s2"])
+pair = load_pair(section.example())
 matching = repairlib.match_activations(pair.a, pair.b, pair.calibration)
 aligned_b = matching.apply(pair.b)
 averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)
@@ -72,7 +71,7 @@ pair.compare(A=pair.a, B=pair.b, averaged=averaged, repaired=repaired)
 def panel(name: str, metric: str, ax=None):
     """Measure and draw one panel of Fig. 6 or Fig. 12: its table, its picture, its means over pairs."""
     how, axis = PANELS[name]
-    table = section.rows(grid.needs[f"repair/fig6-{name}"], **how)
+    table = section.rows(grid.networks([f"repair/fig6-{name}"]), **how)
     lines = table.assign(series=table["split"]) if name == "right" else table  # a line for each split
     figure = plots.barriers(lines, metric=metric, lines=("--", "-"), ax=ax, **axis)
     return table, figure, barrier_means(lines, ("series", axis["x"]), metric)
@@ -116,8 +115,9 @@ if fig := section.item("repair/fig6-right"):
 # %%
 if fig := section.item("repair/fig12"):
     with plots.style():
-        figure = plt.figure(figsize=(plots.COLUMN_WIDTH, 6.8))
-        places = zip(PANELS, figure.subfigures(3), strict=True)
+        names = [name for name in PANELS if grid.networks([f"repair/fig6-{name}"])]
+        figure = plt.figure(figsize=(plots.COLUMN_WIDTH, 2.3 * len(names)))
+        places = zip(names, figure.subfigures(len(names), squeeze=False)[:, 0], strict=True)
         made = {name: panel(name, "loss", place.subplots()) for name, place in places}
     table = [{"panel": name, **row} for name, (rows, _, _) in made.items() for row in rows.to_dict("records")]
     forms = {"left": "{0}_mlp_w{1:g}_{when}", "middle": "{0}_resnet_w{1:g}_{when}", "right": "{0}_vgg{1:g}_{when}"}

@@ -27,9 +27,9 @@ section = Section(split_data, scale, items)
 section.overview()
 
 # %% [markdown]
-# The paper says of its networks that they are "standard ResNets". Here they are ResNet18s at `fast` and `paper`. At
-# `quick` there are two kinds: wide MLPs of few layers, between which there is next to no barrier, and narrow ResNet20s,
-# between which a barrier is left after REPAIR.
+# The paper says of its networks that they are "standard ResNets", and its data are CIFAR-100. Here they are ResNet18s
+# at `fast` and `paper`; the data of `fast` are CIFAR-10. At `quick` there are two kinds: wide MLPs of few layers,
+# between which there is next to no barrier, and narrow ResNet20s, between which a barrier is left after REPAIR.
 
 # %%
 import pandas as pd

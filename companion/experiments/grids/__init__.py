@@ -1,8 +1,8 @@
 """What each section of a paper trains and measures at every scale; each paper has a module of its own."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 # {"run": a run name without its seed, and columns that name it}, or the whole name of one run
 Network = Mapping[str, object] | str
@@ -32,8 +32,11 @@ class Grid:
         return settings[name]
 
     def networks(self, items: Iterable[str]) -> list[dict]:
-        """The networks that some items need, each once, without those that are whole run names."""
-        found = [network for item in items for network in self.needs[item] if not isinstance(network, str)]
+        """The networks that some items need, each once, without those that are whole run names.
+
+        Items that the grid does not have, perhaps because `only` has dropped them, need none.
+        """
+        found = [network for item in items for network in self.needs.get(item, ()) if not isinstance(network, str)]
         return [dict(pairs) for pairs in dict.fromkeys(tuple(network.items()) for network in found)]
 
     def runs(self, items: Iterable[str]) -> list[str]:
@@ -45,3 +48,30 @@ class Grid:
             else:
                 found += [f"{network['run']}/s{seed}" for seed in network.get("seeds", self.seeds)]
         return list(dict.fromkeys(found))
+
+    def only(self, has: Callable[[str], bool]) -> "Grid":
+        """The grid without the runs that cannot be had.
+
+        A network keeps the seeds that are there if they make a pair; one that has seeds of its own needs them all. An
+        item that nothing is left of is dropped, and so is one that lacks a run that it names in full.
+
+        Args:
+            has: of a run's name, whether it can be had.
+        """
+        needs = {}
+        for item, networks in self.needs.items():
+            left = [found for network in networks if (found := self._having(network, has))]
+            whole = all(network in left for network in networks if isinstance(network, str))
+            if whole and (left or not networks):
+                needs[item] = left
+        return replace(self, needs=needs)
+
+    def _having(self, network: Network, has: Callable[[str], bool]) -> Network | None:
+        """A network with the seeds that can be had; None if these are too few."""
+        if isinstance(network, str):
+            return network if has(network) else None
+        wanted = network.get("seeds", self.seeds)
+        seeds = tuple(seed for seed in wanted if has(f"{network['run']}/s{seed}"))
+        if seeds == tuple(wanted):
+            return network
+        return {**network, "seeds": seeds} if len(seeds) > 1 and "seeds" not in network else None

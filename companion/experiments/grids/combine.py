@@ -5,6 +5,10 @@ from typing import NamedTuple
 from companion.experiments.grids import Grid, Network
 from companion.experiments.scales import by_scale
 
+# Recipes of `fast`. Weight decay is such that the initial weights fade to a tenth within so few epochs.
+RESNET = "fast-csiszarik"
+TINY = "fast-csiszarik~wd7e-4~epochs18~augment=flip+translate"
+
 
 class Combined(NamedTuple):
     """What is combined at one scale.
@@ -13,12 +17,14 @@ class Combined(NamedTuple):
         resnet, tiny: run names of a ResNet with LayerNorm and of a Tiny-10, without their seed.
         seeds: every two of them are a pair.
         restarts: how often weight matching descends; the matching with the best objective counts. The paper makes one.
+        test_images: how many are evaluated on, always the same; None is all. Hundreds of networks are evaluated.
     """
 
     resnet: str
     tiny: str
     seeds: tuple[int, ...]
     restarts: int
+    test_images: int | None
 
 
 def combined(scale: str, width: float | None = None) -> Combined:
@@ -33,14 +39,15 @@ def combined(scale: str, width: float | None = None) -> Combined:
         scale,
         smoke=("digits/resnet8-ln-w{:g}/smoke", "digits/tiny10-ln-w{:g}/smoke"),
         quick=("digits-hard/resnet8-ln-w{:g}/quick-csiszarik", "digits-hard/tiny10-ln-w{:g}/quick-csiszarik"),
-        fast=("cifar10/resnet20-ln-w{:g}/fast-csiszarik", "cifar10/tiny10-ln-w{:g}/fast-csiszarik"),
+        fast=("cifar10/resnet20-ln-w{:g}/" + RESNET, "cifar10/tiny10-ln-w{:g}/" + TINY),
         paper=("cifar10/resnet20-ln-w{:g}/csiszarik", "cifar10/tiny10-ln-w{:g}/csiszarik"),
     )
-    widths = by_scale(scale, smoke=(0.25, 0.25), quick=(2, 2), fast=(4, 4), paper=(32, 16))
+    widths = by_scale(scale, smoke=(0.25, 0.25), quick=(2, 2), fast=(2, 2), paper=(32, 16))
     seeds = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))
     restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)
+    test_images = by_scale(scale, smoke=None, quick=None, fast=2000, paper=None)
     widths = widths if width is None else (width, width)
-    return Combined(resnet.format(widths[0]), tiny.format(widths[1]), seeds, restarts)
+    return Combined(resnet.format(widths[0]), tiny.format(widths[1]), seeds, restarts, test_images)
 
 
 def _networks(scale: str, width: float | None = None) -> tuple[Network, Network]:
@@ -64,8 +71,9 @@ def hypercube(scale: str) -> Grid:
             "tiny": both.tiny,
             "mlp": mlp,
             "restarts": both.restarts,
-            "points": by_scale(scale, smoke=3, quick=5, fast=25, paper=25),
-            "samples": by_scale(scale, smoke=1, quick=2, fast=5, paper=10),
+            "test_images": both.test_images,
+            "points": by_scale(scale, smoke=3, quick=5, fast=9, paper=25),
+            "samples": by_scale(scale, smoke=1, quick=2, fast=1, paper=10),
         },
     )
 
@@ -76,7 +84,12 @@ def stitching(scale: str) -> Grid:
     return Grid(
         needs={"combine/fig6": [resnet], "combine/figB19": [tiny]},
         seeds=both.seeds,
-        settings={"resnet": both.resnet, "tiny": both.tiny, "restarts": both.restarts},
+        settings={
+            "resnet": both.resnet,
+            "tiny": both.tiny,
+            "restarts": both.restarts,
+            "test_images": both.test_images,
+        },
     )
 
 
@@ -96,8 +109,9 @@ def width(scale: str) -> Grid:
             "tiny": both.tiny,
             "widths": widths,
             "restarts": both.restarts,
-            "points": by_scale(scale, smoke=3, quick=5, fast=25, paper=25),
-            "samples": by_scale(scale, smoke=1, quick=1, fast=5, paper=10),
+            "test_images": both.test_images,
+            "points": by_scale(scale, smoke=3, quick=5, fast=9, paper=25),
+            "samples": by_scale(scale, smoke=1, quick=1, fast=1, paper=10),
         },
     )
 
@@ -112,7 +126,8 @@ def min_max(scale: str) -> Grid:
             "resnet": both.resnet,
             "tiny": both.tiny,
             "restarts": both.restarts,
-            "points": by_scale(scale, smoke=3, quick=9, fast=25, paper=25),
+            "test_images": both.test_images,
+            "points": by_scale(scale, smoke=3, quick=9, fast=13, paper=25),
         },
     )
 
@@ -122,7 +137,7 @@ def extrapolation(scale: str) -> Grid:
     both, (resnet, tiny) = combined(scale), _networks(scale)
     fine, finer = [-1 + i / 8 for i in range(25)], [i / 48 for i in range(25)]
     alphas = by_scale(
-        scale, smoke=[-1, 0, 1, 2], quick=[-1, -0.5, -0.25, 0, 0.5, 1, 1.25, 1.5, 2], fast=fine, paper=fine
+        scale, smoke=[-1, 0, 1, 2], quick=[-1, -0.5, -0.25, 0, 0.5, 1, 1.25, 1.5, 2], fast=fine[::2], paper=fine
     )
     return Grid(
         needs={"combine/fig9": [resnet], "combine/fig10": [resnet], "combine/figB23-B24": [tiny]},
@@ -131,12 +146,13 @@ def extrapolation(scale: str) -> Grid:
             "resnet": both.resnet,
             "tiny": both.tiny,
             "restarts": both.restarts,
+            "test_images": both.test_images,
             "alphas": alphas,
             "half_edges": by_scale(
-                scale, smoke=[0, 0.25, 0.5], quick=[0, 0.125, 0.25, 0.375, 0.5], fast=finer, paper=finer
+                scale, smoke=[0, 0.25, 0.5], quick=[0, 0.125, 0.25, 0.375, 0.5], fast=finer[::3], paper=finer
             ),
-            "samples": by_scale(scale, smoke=1, quick=2, fast=5, paper=10),
-            "train_images": by_scale(scale, smoke=200, quick=200, fast=10000, paper=50000),
+            "samples": by_scale(scale, smoke=1, quick=2, fast=1, paper=10),
+            "train_images": by_scale(scale, smoke=200, quick=200, fast=2000, paper=50000),
         },
     )
 
@@ -154,9 +170,10 @@ def three_models(scale: str) -> Grid:
             "wide": wide["run"],
             "tiny": both.tiny,
             "restarts": both.restarts,
+            "test_images": both.test_images,
             "triples": by_scale(scale, smoke=one, quick=each, fast=each, paper=each),
-            "points": by_scale(scale, smoke=3, quick=9, fast=25, paper=25),
-            "steps": by_scale(scale, smoke=2, quick=6, fast=20, paper=20),
+            "points": by_scale(scale, smoke=3, quick=9, fast=13, paper=25),
+            "steps": by_scale(scale, smoke=2, quick=6, fast=6, paper=20),
         },
     )
 
@@ -172,8 +189,9 @@ def functional_difference(scale: str) -> Grid:
             "resnet": both.resnet,
             "tiny": both.tiny,
             "restarts": both.restarts,
-            "points": by_scale(scale, smoke=3, quick=5, fast=25, paper=25),
-            "samples": by_scale(scale, smoke=1, quick=1, fast=5, paper=10),
+            "test_images": both.test_images,
+            "points": by_scale(scale, smoke=3, quick=5, fast=9, paper=25),
+            "samples": by_scale(scale, smoke=1, quick=1, fast=1, paper=10),
         },
     )
 
@@ -187,8 +205,9 @@ def robustness(scale: str) -> Grid:
         settings={
             "tiny": both.tiny,
             "restarts": both.restarts,
+            "test_images": both.test_images,
             "steps": by_scale(scale, smoke=2, quick=4, fast=8, paper=16),
-            "derangements": by_scale(scale, smoke=1, quick=2, fast=3, paper=5),
+            "derangements": by_scale(scale, smoke=1, quick=2, fast=2, paper=5),
             "alphas": by_scale(scale, smoke=[0.5], quick=[0.5], fast=[0.5], paper=[0.25, 0.5, 0.75]),
         },
     )

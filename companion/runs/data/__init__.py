@@ -14,7 +14,7 @@ from companion.runs.data.augmentation import AUGMENTATIONS, augment
 from companion.runs.data.digits import clutter
 from companion.runs.data.folders import DataMissing, Stream
 from companion.runs.data.loader import Loader, iterate
-from companion.runs.data.loading import base_name, check_name, load, title_of
+from companion.runs.data.loading import base_name, check_name, is_there, load, title_of
 from companion.runs.data.registry import (
     DATASETS,
     Dataset,
@@ -28,6 +28,6 @@ from companion.runs.files import project_root
 
 __all__ = [
     "AUGMENTATIONS", "DATASETS", "DataMissing", "Dataset", "Facts", "Loader", "Source", "Split", "Stream", "archives",
-    "augment", "base_name", "check_name", "clutter", "data_root", "digits", "iterate", "load", "project_root",
-    "register", "title_of",
+    "augment", "base_name", "check_name", "clutter", "data_root", "digits", "is_there", "iterate", "load",
+    "project_root", "register", "title_of",
 ]  # fmt: skip

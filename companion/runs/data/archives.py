@@ -13,7 +13,6 @@ from companion.runs.data.folders import DataMissing
 from companion.runs.data.registry import DATASETS, Facts, Source, Split, register
 
 CLASSES: dict[str, str] = {}  # in torchvision.datasets
-FILES: dict[str, str] = {}  # that the class reads, under the root
 
 
 def _read_archive(name: str, root: Path, download: bool) -> tuple[Split, Split]:
@@ -31,7 +30,7 @@ def _read_archive(name: str, root: Path, download: bool) -> tuple[Split, Split]:
     raise DataMissing(
         f"data set {name!r} is not (whole) in {root}"
         + (f", and downloading it failed ({problem})" if download else f" ({problem})")
-        + f". Put torchvision's files there as {root / FILES[name]}, or an image folder "
+        + f". Put torchvision's files there as {root / DATASETS[name].files}, or an image folder "
         f"{root / name}/{{train,test}}/<class>/*, or set REPAIRLIB_DATA to a folder that has either; data/README.md "
         "has sources and checksums"
     ) from problem
@@ -86,8 +85,8 @@ def _download(name: str, root: Path) -> None:
 
 
 def _register(name: str, title: str, family: str, files: str, facts: Facts, upright: bool = False) -> None:
-    CLASSES[name], FILES[name] = family, files
-    register(Source(name, partial(_read_archive, name), facts, title, sort=True, upright=upright))
+    CLASSES[name] = family
+    register(Source(name, partial(_read_archive, name), facts, title, sort=True, files=files, upright=upright))
 
 
 _MNIST = "/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"

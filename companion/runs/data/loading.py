@@ -54,6 +54,14 @@ def check_name(name: str, root: str | Path | None = None) -> str:
     return name
 
 
+def is_there(name: str, root: str | Path | None = None) -> bool:
+    """Whether a data set can be loaded without downloading it: an image folder, torchvision's files, or digits."""
+    root, base = data_root(root), base_name(name).partition("@")[0]
+    if halves_of(root / name) or halves_of(root / base):
+        return True
+    return base in DATASETS and DATASETS[base].is_there(root)
+
+
 def load(
     name: str, root: str | Path | None = None, device: str | torch.device = "cpu", download: bool = True
 ) -> Dataset:

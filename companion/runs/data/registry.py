@@ -125,7 +125,12 @@ class Source:
     facts: Facts | None = None  # so that its costs are known before it is there
     title: str = ""  # in pictures; default: the name
     sort: bool = False  # by content, as its archive and an image folder of it have different orders
+    files: str = ""  # that it reads, as a path below the root
     upright: bool = False  # digits must not be mirrored, nor a part of their strokes cut out or off
+
+    def is_there(self, root: Path) -> bool:
+        """Whether it can be read without a download."""
+        return self.read is not None and (not self.files or (root / self.files.partition("/")[0]).is_dir())
 
 
 DATASETS: dict[str, Source] = {}
