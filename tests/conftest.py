@@ -6,9 +6,10 @@ import torch
 
 @pytest.fixture(autouse=True)
 def fresh_roots(tmp_path_factory, monkeypatch):
-    """Empty $REPAIRLIB_RUNS and $REPAIRLIB_FIGURES, so that no test sees or leaves results in the checkout."""
+    """Empty folders for runs, networks that come with the repository and figures: no test sees the checkout's."""
     root = tmp_path_factory.mktemp("roots")
     monkeypatch.setenv("REPAIRLIB_RUNS", str(root / "runs"))
+    monkeypatch.setenv("REPAIRLIB_NETWORKS", str(root / "networks"))
     monkeypatch.setenv("REPAIRLIB_FIGURES", str(root / "figures"))
 
 

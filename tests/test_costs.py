@@ -17,11 +17,12 @@ PARENT = "digits/mlp2-bn-w8/quick~stop20/s1"  # the first 20 of 80 epochs
 SPEED = {"mlp-bn": [(1000, 1e6), (10_000, 4e6)], "resnet-bn": [(1, 1e8)]}
 
 
-def write_sidecar(name, seconds, device="cpu"):
+def write_sidecar(name, seconds, device="cpu", **facts):
     """A stored run, as far as costs are concerned."""
     folder = Store().path(name)
     folder.mkdir(parents=True)
     info = dict.fromkeys(("sha256", "recipe", "shape", "classes", "metrics")) | {"seconds": seconds, "device": device}
+    info |= facts
     (folder / "run.json").write_text(json.dumps(info))
 
 
@@ -115,6 +116,15 @@ def test_stored_runs_tell_how_long_it_takes():
     _, seconds = costs.estimate([large.name], "cpu")  # another network of that kind, at the speed of those
     rate = (small.train_flops / 3 + small.train_flops / 5) / 2
     assert seconds == pytest.approx(large.train_flops / rate)
+
+
+def test_runs_that_come_with_the_repository_are_not_missing(monkeypatch, tmp_path):
+    write_sidecar(MLP.format(1), 1000.0, processor="another processor")
+    Store().root.rename(tmp_path / "networks")
+    monkeypatch.setenv("REPAIRLIB_NETWORKS", str(tmp_path / "networks"))
+    assert costs.estimate([MLP.format(1)], "cpu") == ([], 0)
+    write_sidecar(MLP.format(2), 3.0)
+    assert costs.estimate([MLP.format(3)], "cpu") == ([MLP.format(3)], 3.0)  # and tell nothing about this processor
 
 
 def test_the_run_that_is_continued_is_missing_too():

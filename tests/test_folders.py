@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ from torchvision.transforms import functional as vision
 
 from companion.runs import store
 from companion.runs import train as training
-from companion.runs.data import DataMissing, folders, iterate, load
+from companion.runs.data import DATASETS, DataMissing, Source, folders, iterate, load
 from companion.runs.models import build
 from companion.runs.train import find_recipe, fit, parse_run
 
@@ -203,6 +205,121 @@ def test_imagenets_own_folders(root):
 def test_images_of_several_sizes_are_only_streamed(root):
     with pytest.raises(DataMissing, match=r"resize all images of .*shapes to one size, or .*: shapes@"):
         load("shapes", root)
+
+
+# decoded once
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """An image folder of 24 images of one size."""
+    random = np.random.RandomState(0)
+    for half, count in (("train", 9), ("test", 3)):
+        for label in ("cats", "dogs"):
+            folder = tmp_path / "pets" / half / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.randint(256, size=(5, 7, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths of the images that are decoded, in their order."""
+    paths, real = [], folders._open
+    monkeypatch.setattr(folders, "_open", lambda path: paths.append(path) or real(path))
+    return paths
+
+
+def same(first, second):
+    return first.digest() == second.digest() and first.mean == second.mean and first.std == second.std
+
+
+def test_a_folder_is_decoded_once(pets, opened):
+    first = load("pets", pets)
+    assert len(opened) == 24 and [path.name for path in (pets / ".decoded").iterdir()] == ["pets.safetensors"]
+    again, half = load("pets", pets), load("pets-first75", pets)
+    assert len(opened) == 24 and same(first, again) and torch.equal(half.test.images, first.test.images)
+    assert again.shape == (3, 5, 7) and again.train.images.dtype == torch.uint8
+    with pytest.raises(ValueError, match="unknown data set '.decoded'"):
+        load(".decoded", pets)
+    with pytest.raises(ValueError) as caught:
+        load("pet", pets)
+    assert ".decoded" not in str(caught.value)
+    load("pets@4", pets)  # a streamed folder has no copy
+    assert len([*(pets / ".decoded").iterdir()]) == 1
+
+
+def changed(folder):
+    Image.new("RGB", (7, 5), "red").save(folder / "0.png")
+
+
+def added(folder):
+    Image.new("RGB", (7, 5), "red").save(folder / "99.png")
+
+
+def removed(folder):
+    (folder / "0.png").unlink()
+
+
+def renamed(folder):
+    (folder / "0.png").rename(folder / "9.png")  # the last one now
+
+
+def moved(folder):
+    (folder / "0.png").rename(folder.parent / "cats" / "99.png")  # another label
+
+
+@pytest.mark.parametrize("change", [changed, added, removed, renamed, moved])
+def test_the_copy_is_renewed_when_a_file_changes(pets, opened, change, tmp_path_factory):
+    before = load("pets", pets)
+    change(pets / "pets" / "train" / "dogs")
+    opened.clear()
+    after = load("pets", pets)
+    assert len(opened) == len(after.train) + len(after.test) and not same(before, after)
+    assert same(after, load("pets", pets)) and len(opened) == len(after.train) + len(after.test)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "pets").symlink_to(pets / "pets")
+    assert same(after, load("pets", elsewhere))  # decoded anew
+
+
+def test_grey_images_keep_their_one_channel_in_the_copy(pets, opened):
+    for path in (pets / "pets").rglob("*.png"):
+        picture(path)[1].convert("L").save(path)
+    assert load("pets", pets).shape == load("pets", pets).shape == (1, 5, 7) and len(opened) == 24
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", None])
+def test_a_damaged_copy_is_written_anew(pets, opened, content):
+    first, copy = load("pets", pets), pets / ".decoded" / "pets.safetensors"
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:-5] if content is None else content)
+    assert same(load("pets", pets), first) and len(opened) == 48 and copy.read_bytes() == whole
+
+
+def test_a_root_that_cannot_be_written_has_no_copy(pets, opened):
+    (pets / ".decoded").touch()  # no folder, and so nothing can be written below it
+    assert same(load("pets", pets), load("pets", pets)) and len(opened) == 48
+    assert sorted(path.name for path in pets.iterdir()) == [".decoded", "pets"]
+
+
+def test_the_order_of_a_registered_data_set_comes_after_decoding(pets, opened, monkeypatch):
+    unsorted = load("pets", pets)
+    source = Source("pets", None, sort=True)
+    monkeypatch.setitem(DATASETS, "pets", source)
+    by_content = load("pets", pets)
+    assert len(opened) == 24 and torch.equal(by_content.train.images, unsorted.train.sorted().images)
+    assert not torch.equal(by_content.train.images, unsorted.train.images)
+
+
+def test_processes_that_decode_at_the_same_time_agree(pets):
+    script = "import sys; from companion.runs.data import load; print(load('pets', sys.argv[1]).digest())"
+    start = {"stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", script, str(pets)], **start) for _ in range(2)]
+    digests = {process.communicate()[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert digests == {load("pets", pets).digest()}
+    assert [path.name for path in (pets / ".decoded").iterdir()] == ["pets.safetensors"]
 
 
 @pytest.mark.parametrize("name,words", [

@@ -612,6 +612,171 @@ def test_imported_runs_are_never_trained_and_others_never_imported(store, tmp_pa
         assert training.parse_run(f"cifar10/{name}/imported/s1").recipe == "imported"
 
 
+# networks that come with the repository
+
+
+@pytest.fixture
+def shipping(tmp_path):
+    """A folder of networks with one in it, which was trained in 31 minutes."""
+    origin = Store(tmp_path / "origin", shipped=tmp_path / "networks")
+    origin.save(RUN, model(), METRICS | {"processor": "AMD EPYC", "seconds": 1860.0})
+    origin.ship(RUN)
+    return origin
+
+
+@pytest.fixture
+def user(tmp_path, shipping):
+    """A store that has nothing but what comes with the repository."""
+    return Store(tmp_path / "runs", shipped=tmp_path / "networks")
+
+
+def test_a_shipped_run_is_copied_once_and_never_trained(user, shipping, monkeypatch, capsys):
+    monkeypatch.setattr(storing, "train", no_training)
+    assert user.has(RUN) and user.names() == [RUN] and user.info(RUN) == shipping.info(RUN)
+    assert equal(bits(user.load(RUN)), bits(model())) and not user.root.exists()  # looking and loading writes nothing
+    assert equal(bits(user.get(RUN)), bits(model()))
+    said = f"{RUN}: comes with repairlib (trained in 31 min on AMD EPYC; test accuracy 50.0%)\n"
+    assert capsys.readouterr().out == said
+    assert tree(user.path(RUN)) == tree(shipping.path(RUN)) and user.names() == [RUN]  # bit for bit
+    assert equal(bits(user.get(RUN)), bits(model())) and capsys.readouterr().out == ""
+    user.delete(RUN)
+    assert equal(bits(user.get(RUN, progress=False)), bits(model())) and capsys.readouterr().out == ""
+
+
+def test_a_root_that_cannot_be_written_reads_shipped_runs(shipping, tmp_path, monkeypatch):
+    monkeypatch.setattr(storing, "train", no_training)
+    (tmp_path / "file").touch()
+    user = Store(tmp_path / "file" / "runs", shipped=shipping.shipped.root)
+    assert equal(bits(user.get(RUN)), bits(model())) and equal(bits(user.get(RUN)), bits(model()))
+    before = tree(shipping.shipped.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(storing.os, "fsync", Full(os.fsync, 1))
+        full = Store(tmp_path / "full", shipped=shipping.shipped.root)
+        assert equal(bits(full.get(RUN)), bits(model())) and not full.path(RUN).exists()
+    assert tree(shipping.shipped.root) == before
+
+
+def test_what_was_trained_here_wins_over_what_ships(user, monkeypatch):
+    user.save(RUN, model(seed=1), METRICS)
+    monkeypatch.setattr(storing, "train", no_training)
+    assert equal(bits(user.get(RUN)), bits(model(seed=1)))
+
+
+def test_the_default_store_has_what_ships_and_others_have_not(shipping, monkeypatch, tmp_path):
+    monkeypatch.setenv("REPAIRLIB_NETWORKS", str(shipping.shipped.root))
+    monkeypatch.setattr(storing, "train", no_training)
+    assert Store().names() == [RUN] and not Store(tmp_path / "other").has(RUN)
+    assert equal(bits(storing.get(RUN)), bits(model())) and (Store().root / RUN).is_dir()
+    monkeypatch.delenv("REPAIRLIB_NETWORKS")
+    assert Store().shipped.root == storing.project_root() / "data" / "networks"
+
+
+def test_shipped_runs_need_no_data_set(shipping, tmp_path, monkeypatch):
+    name = RUN.replace("digits", "pets")
+    for half in ("train", "test"):
+        (tmp_path / "data" / "pets" / half).mkdir(parents=True)
+    save(origin := Store(shipping.root, tmp_path / "data", shipping.shipped.root), name)
+    origin.ship(name)
+    monkeypatch.setattr(storing, "train", no_training)
+    assert equal(bits(Store(tmp_path / "runs", tmp_path / "none", shipping.shipped.root).get(name)), bits(model()))
+
+
+def cut_packed(path):
+    packed = path / storing.PACKED
+    packed.write_bytes(packed.read_bytes()[:-9])
+    return packed, "was altered or truncated"
+
+
+def other_packed(path):
+    (path / storing.PACKED).write_bytes(storing.pack(safetensors.torch.save(bits(model(seed=7)))))
+    return path / storing.PACKED, "was altered or truncated.*sha256"
+
+
+def no_packed(path):
+    (path / storing.PACKED).unlink()
+    return path / storing.WEIGHTS, "is missing"
+
+
+@pytest.mark.parametrize("damage", [cut_packed, other_packed, no_packed, lose_sidecar, truncate_sidecar])
+def test_a_damaged_shipped_run_is_named_and_can_be_trained(user, damage):
+    path, words = damage(user.shipped.path(RUN))
+    for ask in (user.get, user.load):
+        with pytest.raises(CorruptCheckpoint, match=words) as caught:
+            ask(RUN)
+        assert str(caught.value).startswith(str(path)) and not user.path(RUN).exists()
+    assert main(str(caught.value).split("`")[1].split()[3:]) == 0  # the way out that the message gives
+    assert not user.has(RUN)
+    user.get(RUN, train_device="cpu", progress=False)
+    assert user.info(RUN)["metrics"]["test_accuracy"] != METRICS["test_accuracy"]  # trained
+
+
+def test_a_damaged_copy_of_a_shipped_run_is_copied_again(user, monkeypatch):
+    monkeypatch.setattr(storing, "train", no_training)
+    user.get(RUN)
+    flip_a_bit(user.path(RUN))
+    with pytest.raises(CorruptCheckpoint, match="copies it again") as caught:
+        user.get(RUN)
+    assert main(str(caught.value).split("`")[1].split()[3:]) == 0
+    assert equal(bits(user.get(RUN)), bits(model()))
+
+
+def test_a_shipped_run_of_another_recipe_is_stale(user, monkeypatch):
+    smoke = training.RECIPES["smoke"]
+    monkeypatch.setitem(smoke, "mlp", replace(smoke["mlp"], lr=0.123))
+    with pytest.raises(StaleRun, match=f"{RUN} was trained with lr=0.1, and its recipe now has 0.123") as caught:
+        user.get(RUN)
+    assert not user.path(RUN).exists()
+    assert main(str(caught.value).split("`")[1].split()[3:]) == 0 and not user.has(RUN)
+
+
+def test_shipping_by_the_command_line(store, tmp_path, monkeypatch, capsys):
+    networks, root = tmp_path / "networks", ["--root", str(store.root)]
+    monkeypatch.setenv("REPAIRLIB_NETWORKS", str(networks))
+    other = RUN.replace("s1", "s2")
+    save(store)
+    save(store, other, seed=1)
+    assert main([*root, "ship", RUN]) == 0 and main([*root, "ship", RUN]) == 0  # a second time changes nothing
+    line, again = capsys.readouterr().out.splitlines()
+    size = sum(path.stat().st_size for path in (networks / RUN).iterdir())
+    assert line == again == f"{RUN}: ships; all networks together take {size / 1e6:.2f} MB"
+    assert (networks / RUN / "run.json").read_bytes() == (store.path(RUN) / "run.json").read_bytes()
+    assert main([*root, "list"]) == 0
+    assert capsys.readouterr().out == f"{RUN}  50.00%  comes with the repository\n{other}  50.00%\n"
+    assert main([*root, "delete", RUN]) == 0 and main([*root, "check"]) == 0
+    assert capsys.readouterr().out == f"{RUN}  ok\n{other}  ok\n"
+    assert main([*root, "delete", RUN]) == 1
+    command = capsys.readouterr().err.split("`")[1].split()  # removes it from where it comes from
+    cut_packed(networks / RUN)
+    assert main([*root, "check"]) == 1 and f"{networks / RUN}/model.packed was altered" in capsys.readouterr().err
+    save(store)  # a run that is whole in the store does not hide that
+    assert main([*root, "check"]) == 1 and "was altered" in capsys.readouterr().err
+    assert main(command[3:]) == 0 and not (networks / RUN).exists()
+
+
+def test_what_does_not_ship(shipping, monkeypatch):
+    other = RUN.replace("s1", "s2")
+    save(shipping, CHILD)
+    with pytest.raises(ValueError, match=f"run {CHILD} continues {RUN}, and only runs that continue none"):
+        shipping.ship(CHILD)
+    with pytest.raises(FileNotFoundError, match="is not stored"):
+        shipping.ship(other)
+    flip_a_bit(save(shipping, other))
+    with pytest.raises(CorruptCheckpoint):
+        shipping.ship(other)
+    shipping.delete(other)
+    save(shipping, other)
+    size = sum(path.stat().st_size for path in shipping.shipped.path(RUN).iterdir())
+    monkeypatch.setattr(storing, "SHIPPED", int(1.9 * size))
+    with pytest.raises(ValueError, match=rf"together may take .* MB; there are:\n   0.0\d MB  {RUN}$"):
+        shipping.ship(other)
+    shipping.delete(RUN, children=True)
+    save(shipping, RUN, seed=9)
+    monkeypatch.undo()
+    with pytest.raises(FileExistsError, match="is not overwritten"):
+        shipping.ship(RUN)
+    assert shipping.shipped.names() == [RUN] and equal(bits(shipping.shipped.load(RUN)), bits(model()))
+
+
 # several processes
 
 

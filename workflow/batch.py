@@ -34,7 +34,7 @@ from companion.figures.gallery import duration, relative
 from companion.runs.data import project_root
 from companion.runs.files import atomic_write
 
-PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_DATA")
+PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_NETWORKS", "REPAIRLIB_DATA")
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from companion.runs import models, train
 from companion.runs.data import DATASETS, Dataset, Facts, Split, base_name, data_root
 from companion.runs.data.folders import halves_of, stream_folder
+from companion.runs.devices import device_name
 from companion.runs.names import lineage, parse_run, recipe_of
 from companion.runs.recipes import Recipe
 from companion.runs.store import Store
@@ -124,7 +125,7 @@ def estimate(runs: Iterable[str], device: str | None = None, *, speed: Speed | N
         speed: FLOP/s by kind of network; default from stored runs, else measured within about a second.
 
     Returns:
-        (names of the runs that are not stored, seconds); NaN if the data of one are unknown. Imported runs count as
+        (names of the runs that have to be trained, seconds); NaN if the data of one are unknown. Imported runs count as
         missing and take no time.
 
     Raises:
@@ -172,8 +173,8 @@ def train_seconds(
 
 
 def _past(device: str, kinds: set[str]) -> list[tuple[Run, float, float]]:
-    """Stored runs of some kinds of network that were trained on such a device, their FLOP/s and seconds."""
-    store, found = Store(), []
+    """Stored runs of some kinds of network that were trained on this device, their FLOP/s and seconds."""
+    store, found, here = Store(), [], device_name(device)
     families = {kind.partition("-")[0] for kind in kinds}
     for name in store.names():
         try:
@@ -181,6 +182,9 @@ def _past(device: str, kinds: set[str]) -> list[tuple[Run, float, float]]:
                 continue  # before its FLOPs are counted
             run, info = describe(name), store.info(name)
             trained_here = torch.device(info["device"]).type == torch.device(device).type
+            trained_here &= (
+                info.get("processor", here) == here
+            )  # one that comes with the repository was trained elsewhere
             if run.model.kind in kinds and trained_here and run.recipe.name != "imported" and run.facts:
                 found.append((run, run.train_flops / info["seconds"], info["seconds"]))
         except (ValueError, KeyError, RuntimeError):  # it is damaged, or of a recipe that is gone

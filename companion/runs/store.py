@@ -1,4 +1,5 @@
 """The store of trained networks: ask for a run by name; it is loaded if it is there and trained if it is not.
+Some come with the repository, compressed, and need not be trained.
 
     get("digits/resnet20-bn-w1/quick/s1")          python -m companion.runs.store train digits/resnet20-bn-w1/quick/s1
 
@@ -9,6 +10,9 @@ A run is a folder `<root>/<data>/<model>/<recipe>/s<seed>` with the weights (mod
 (run.json: recipe, metrics, versions, device, seconds, and the digest of the weights). It is there whole or not at
 all, it is never overwritten, and it is trained once however many processes ask for it. A run that continues another
 one, `<run>/<recipe>/s<seed>`, is a folder in that one's; the other is trained first, and its digest is kept.
+
+A run that comes with the repository is such a folder in `data/networks`, with the weights compressed (model.packed).
+Whoever asks for it gets it from there into the store.
 """
 
 import argparse
@@ -37,6 +41,7 @@ from companion.runs import models
 from companion.runs.data import DataMissing, load, project_root
 from companion.runs.devices import default_device, device_name
 from companion.runs.files import write_folder
+from companion.runs.packing import pack, unpack
 from companion.runs.train import (
     DivergedError,
     Recipe,
@@ -51,7 +56,8 @@ from companion.runs.train import (
 from repairlib.names import nearest
 
 __all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "get", "parse_run"]
-WEIGHTS, SIDECAR = "model.safetensors", "run.json"
+WEIGHTS, PACKED, SIDECAR = "model.safetensors", "model.packed", "run.json"
+SHIPPED = 25_000_000  # bytes that all networks in the repository may take together
 # What a sidecar says beside the metrics, of the network and how it was made.
 FACTS = ("shape", "classes", "device", "processor", "precision", "tf32", "threads", "seconds", "data_sha256", "source")
 
@@ -64,18 +70,32 @@ class StaleRun(RuntimeError):
     """A stored run was trained by another recipe, or continues other weights, than its name stands for today."""
 
 
+def shipped_root() -> Path:
+    """The folder of the networks that come with the repository: $REPAIRLIB_NETWORKS, else the checkout's."""
+    return Path(os.environ.get("REPAIRLIB_NETWORKS") or project_root() / "data" / "networks").expanduser().resolve()
+
+
 class Store:
     """Trained networks by run name.
 
     Args:
         root: default $REPAIRLIB_RUNS, else `data/runs` in the checkout. A read-only root serves what it holds.
         data_root: where data sets are (see data.load).
+        shipped: folder of networks that are there, too, and need not be trained; default `shipped_root()`, but none
+            if a root is given.
     """
 
-    def __init__(self, root: str | os.PathLike | None = None, data_root: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        root: str | os.PathLike | None = None,
+        data_root: str | os.PathLike | None = None,
+        shipped: str | os.PathLike | None = None,
+    ):
         default = os.environ.get("REPAIRLIB_RUNS") or project_root() / "data" / "runs"
         self.root = Path(root or default).expanduser().resolve()
         self.data_root = data_root
+        shipped = shipped or (None if root else shipped_root())
+        self.shipped = Store(shipped, data_root) if shipped else None
 
     def get(
         self,
@@ -87,6 +107,7 @@ class Store:
     ) -> nn.Module:
         """Load a network by run name; train and save it first if it is not there, and before it the run it continues.
 
+        A run that comes with the repository is not trained but copied into the root, or only read if that is read-only.
         All processes of torchrun must ask for it; the first locks and saves it.
 
         Args:
@@ -104,7 +125,9 @@ class Store:
             DataMissing, DivergedError: training failed.
         """
         first = processes()[0] == 0
-        if not broadcast(self.has(name)):
+        if broadcast(self._ships(name)):
+            broadcast(self._copy_shipped(name, progress) if first else None)
+        elif not broadcast(self.has(name)):
             before, parent = self._parse(name).parent, None
             if before:
                 parent = self.get(str(before), train_device=train_device, progress=progress)
@@ -139,7 +162,7 @@ class Store:
         if run.recipe != "imported":
             named = dataclasses.replace(run, recipe="imported")
             raise ValueError(f"run {name} cannot be imported, as its recipe says how it was trained; name it {named}")
-        if self.has(name):
+        if self._holds(name):
             raise FileExistsError(f"{self.path(name)} exists and is not overwritten")
         start, content = time.perf_counter(), file.read_bytes()
         try:
@@ -181,16 +204,11 @@ class Store:
             CorruptCheckpoint: its files are damaged.
             StaleRun: its recipe, or that or the weights of a run it continues, have changed since it was trained.
         """
+        if self._ships(name):
+            return self.shipped.load(name, device)
         run, info = self._parse(name), self.info(name)
         self._check_fresh(run, info)
-        path = self.path(name) / WEIGHTS
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise self._corrupt(name, path, "is missing") from None
-        if (digest := hashlib.sha256(content).hexdigest()) != info["sha256"]:
-            raise self._corrupt(name, path, f"was altered or truncated (sha256 {digest[:12]}..., expected "
-                                            f"{str(info['sha256'])[:12]}...; {len(content)} bytes)")  # fmt: skip
+        path, content = self._read(name)
         try:
             with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
                 model = models.build(run.model, tuple(info["shape"]), info["classes"])
@@ -214,9 +232,40 @@ class Store:
         with self._lock(name):
             self._save(name, model, metrics)
 
+    def ship(self, name: str) -> int:
+        """Put a stored run into the folder of networks that come with the repository: see data/README.md.
+
+        Its weights are compressed without loss, its sidecar is as it is.
+
+        Returns:
+            Bytes that all networks in that folder take now.
+
+        Raises:
+            FileNotFoundError, CorruptCheckpoint, StaleRun: it cannot be loaded.
+            FileExistsError: it is in that folder with other weights.
+            ValueError: it continues another run, or all networks together would take more than `SHIPPED`.
+        """
+        self.load(name)
+        if parent := self._parse(name).parent:
+            raise ValueError(
+                f"run {name} continues {parent}, and only runs that continue none come with the repository"
+            )
+        shipped = self.shipped or Store(shipped_root(), self.data_root)
+        sizes = {each: sum(path.stat().st_size for path in shipped.path(each).iterdir()) for each in shipped.names()}
+        if shipped.has(name) and shipped.info(name)["sha256"] == self.info(name)["sha256"]:
+            return sum(sizes.values())
+        files = {PACKED: pack(self._read(name)[1]), SIDECAR: (self.path(name) / SIDECAR).read_bytes()}
+        size = sum(map(len, files.values()))
+        if size + sum(sizes.values()) > SHIPPED:
+            there = "".join(f"\n{taken / 1e6:7.2f} MB  {each}" for each, taken in sizes.items())
+            raise ValueError(f"run {name} takes {size / 1e6:.2f} MB, and all networks in {shipped.root} together may "
+                             f"take {SHIPPED / 1e6:.0f} MB; there are:{there}")  # fmt: skip
+        write_folder(shipped.path(name), files)
+        return size + sum(sizes.values())
+
     def has(self, name: str) -> bool:
-        """Whether a run is stored."""
-        return self.path(name).is_dir()
+        """Whether a run need not be trained: it is stored, or comes with the repository."""
+        return self._holds(name) or self._ships(name)
 
     def path(self, name: str) -> Path:
         """Folder of a run."""
@@ -229,6 +278,8 @@ class Store:
             FileNotFoundError: the run is not there.
             CorruptCheckpoint: the sidecar is missing or damaged.
         """
+        if self._ships(name):
+            return self.shipped.info(name)
         path = self.path(name) / SIDECAR
         if not path.parent.is_dir():
             stored = self.names()
@@ -246,18 +297,19 @@ class Store:
         return info
 
     def names(self) -> list[str]:
-        """Names of all stored runs in natural order; a run stands before those that continue it."""
+        """Names of all runs that need not be trained in natural order; a run stands before those that continue it."""
         found, level = [], [path for path in self.root.glob("*/*/*/s*") if path.is_dir()]
         while level:
             found += level
             level = [path for folder in level for path in folder.glob("*/s*") if path.is_dir()]
-        names = (path.relative_to(self.root).as_posix() for path in found)
+        names = {path.relative_to(self.root).as_posix() for path in found}
+        names.update(self.shipped.names() if self.shipped else ())
         return sorted(names, key=lambda n: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", n)])
 
     def children(self, name: str) -> list[str]:
-        """Names of all stored runs that continue a run, directly or not."""
+        """Names of all runs in the root that continue a run, directly or not."""
         run = str(self._parse(name))
-        return [other for other in self.names() if other.startswith(f"{run}/")]
+        return [other for other in self.names() if other.startswith(f"{run}/") and (self.root / other).is_dir()]
 
     def delete(self, name: str, *, children: bool = False) -> None:
         """Remove a stored run.
@@ -268,9 +320,13 @@ class Store:
 
         Raises:
             FileNotFoundError: it is not there.
-            ValueError: stored runs continue it.
+            ValueError: stored runs continue it, or it is not in the root but comes with the repository.
         """
         folder = self.path(name)
+        if self._ships(name):
+            raise ValueError(
+                f"run {name} comes with the repository; remove it there with {self.shipped._deletion(name)}"
+            )
         with self._lock(name):
             if not folder.is_dir():
                 self.info(name)  # raises, with a hint
@@ -284,8 +340,46 @@ class Store:
     def _parse(self, name: str) -> RunName:
         """Parse a run name; what is stored needs no data set to be read."""
         run = parse_run(name, check_data=False)
-        stored = (self.root / str(run)).is_dir() and not name.startswith(".")
+        roots = [self.root, *([self.shipped.root] if self.shipped else ())]
+        stored = any((root / str(run)).is_dir() for root in roots) and not name.startswith(".")
         return run if stored else parse_run(name, self.data_root)
+
+    def _holds(self, name: str) -> bool:
+        """Whether a run is in the root."""
+        return self.path(name).is_dir()
+
+    def _ships(self, name: str) -> bool:
+        """Whether a run is not in the root but comes with the repository."""
+        return self.shipped is not None and not self._holds(name) and self.shipped.has(name)
+
+    def _read(self, name: str) -> tuple[Path, bytes]:
+        """The file of a run's weights, and its content, unpacked and verified."""
+        folder = self.path(name)
+        path = folder / (PACKED if (folder / PACKED).exists() else WEIGHTS)
+        try:
+            content = unpack(path.read_bytes()) if path.name == PACKED else path.read_bytes()
+        except FileNotFoundError:
+            raise self._corrupt(name, path, "is missing") from None
+        except ValueError as error:
+            raise self._corrupt(name, path, f"was altered or truncated ({error})") from error
+        expected, digest = str(self.info(name)["sha256"]), hashlib.sha256(content).hexdigest()
+        if digest != expected:
+            raise self._corrupt(name, path, f"was altered or truncated (sha256 {digest[:12]}..., expected "
+                                            f"{expected[:12]}...; {len(content)} bytes)")  # fmt: skip
+        return path, content
+
+    def _copy_shipped(self, name: str, progress: bool) -> None:
+        """Copy a run that comes with the repository into the root, and say so; a read-only root stays as it is."""
+        self.shipped.load(name)  # raises if it cannot be used
+        files = {WEIGHTS: self.shipped._read(name)[1], SIDECAR: (self.shipped.path(name) / SIDECAR).read_bytes()}
+        try:
+            with self._lock(name):
+                if not self._holds(name):  # another process may have copied it meanwhile
+                    write_folder(self.path(name), files)
+        except OSError:
+            pass
+        if progress:
+            print(f"{self._parse(name)}: comes with repairlib ({_origin(self.info(name))})", flush=True)
 
     def _save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
         """Write a run; the caller holds its lock."""
@@ -345,8 +439,12 @@ class Store:
         )
 
     def _corrupt(self, name: str, path: Path, problem: str) -> CorruptCheckpoint:
-        again = "import it again" if self._parse(name).recipe == "imported" else f"get({name!r}) trains it again"
-        return CorruptCheckpoint(f"{path} {problem}; remove the run with {self._deletion(name)} and {again}")
+        if self.shipped and self.shipped.has(name):
+            again = f"get({name!r}) copies it again"
+        else:
+            again = "import it again" if self._parse(name).recipe == "imported" else f"get({name!r}) trains it again"
+        restore = ", or restore its files with git" if path.with_name(PACKED).exists() else ""
+        return CorruptCheckpoint(f"{path} {problem}; remove the run with {self._deletion(name)} and {again}{restore}")
 
     def _deletion(self, name: str) -> str:
         """The command that deletes a run, with those that continue it."""
@@ -359,30 +457,41 @@ def get(name: str, device: str | torch.device = "cpu", progress: bool = True) ->
     return Store().get(name, device, progress=progress)
 
 
+def _origin(info: Mapping) -> str:
+    """Where a network comes from, and how good it is, in words."""
+    seconds, accuracy = info.get("seconds", 0), info["metrics"].get("test_accuracy")
+    took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    made = f"trained in {took} on {info.get('processor', info.get('device'))}"
+    if "source" in info:
+        made = f"imported from {info['source']['file']}"
+    return made if accuracy is None else f"{made}; test accuracy {accuracy:.1%}"
+
+
 def _non_finite(model: nn.Module) -> str | None:
     """Name of the first entry of the state dict that has a NaN or an infinity."""
     return next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line: train, import, delete, list or check runs; the exit code is 1 if anything is wrong."""
+    """Run the command line: train, import, delete, ship, list or check runs; exit code 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m companion.runs.store", description="Trained networks by run name.")
     parser.add_argument("--root", help="where runs are stored (default: $REPAIRLIB_RUNS, else data/runs)")
     parser.add_argument("--data-root", help="where data sets are (default: $REPAIRLIB_DATA, else data)")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train runs that are not stored yet, and those that they continue")
     deleting = commands.add_parser("delete", help="remove runs")
-    for command in (training, deleting):
+    shipping = commands.add_parser("ship", help="copy stored runs, compressed, to those that come with the repository")
+    for command in (training, deleting, shipping):
         command.add_argument("names", nargs="+", metavar="NAME")
     deleting.add_argument("--children", action="store_true", help="and the runs that continue them")
     importing = commands.add_parser("import", help="store a network that was trained elsewhere")
     importing.add_argument("names", nargs=1, metavar="NAME", help="DATA/MODEL/imported/sSEED")
     importing.add_argument("file", metavar="FILE.safetensors", help="its state dict")
     importing.add_argument("--no-evaluate", action="store_true", help="leave out its accuracy")
-    commands.add_parser("list", help="list stored runs with their test accuracy")
-    commands.add_parser("check", help="verify every stored run")
+    commands.add_parser("list", help="list runs with their test accuracy, and which come with the repository")
+    commands.add_parser("check", help="verify every stored run, and those that come with the repository")
     options = parser.parse_args(arguments)
-    store = Store(options.root, options.data_root)
+    store = Store(options.root, options.data_root, shipped_root())
     failures = 0
     names = options.names if hasattr(options, "names") else store.names()
     if options.command == "delete":
@@ -396,10 +505,15 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}: imported" + (f", test accuracy {metrics['test_accuracy']:.2%}" if metrics else ""))
             elif options.command == "delete":
                 store.delete(name, children=options.children)
+            elif options.command == "ship":
+                print(f"{name}: ships; all networks together take {store.ship(name) / 1e6:.2f} MB")
             elif options.command == "list":
-                print(f"{name}  {store.info(name)['metrics'].get('test_accuracy', float('nan')):.2%}")
+                accuracy = store.info(name)["metrics"].get("test_accuracy", float("nan"))
+                print(f"{name}  {accuracy:.2%}" + ("  comes with the repository" if store.shipped.has(name) else ""))
             else:
                 store.load(name)
+                if store.shipped.has(name):
+                    store.shipped.load(name)
                 print(f"{name}  ok")
         except (CorruptCheckpoint, StaleRun, DataMissing, DivergedError, ValueError, OSError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -1,5 +1,8 @@
 """Image folders: read whole if all images are of one size, or decoded batch by batch, as ImageNet must be.
 
+What is read whole is decoded once: a copy of the pixels stays beside the folder, in `.decoded/<name>.safetensors`, and
+is used as long as no file of the folder changes.
+
 A folder holds `{train,test}/<class>/*`, or `{train,val}` like ImageNet's own; classes are in alphabetical order. Named
 `<folder>@<side>` it is streamed: images of any size, grey or in colour, are decoded by threads while the batches before
 them are used, and come out as [3, side, side].
@@ -17,9 +20,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from companion.runs.files import atomic_write
 
 # Of ImageNet's pixels / 255. All streamed folders are normalised by them, so that torchvision's weights fit.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -153,6 +160,38 @@ def read_folder(folder: Path) -> list[tuple[Tensor, Tensor]]:
     """
     halves = _list_images(folder)
     paths = [path for half, _ in halves for path in half]
+    copy, state = folder.parent / ".decoded" / f"{folder.name}.safetensors", _state(folder, paths)
+    images = _read_copy(copy, state)
+    if not images:
+        decoded = _decode(folder, paths)
+        images = {"train": decoded[: len(halves[0][0])], "test": decoded[len(halves[0][0]) :]}
+        try:
+            atomic_write(copy, safetensors.torch.save(images, {"state": state}))
+        except OSError:  # the root is read-only, or full
+            pass
+    return [(images[half], labels) for half, (_, labels) in zip(("train", "test"), halves, strict=True)]
+
+
+def _state(folder: Path, paths: Iterable[str]) -> str:
+    """A digest of the names, sizes and times of change of some files in a folder."""
+    begin = len(str(folder))
+    files = (f"{path[begin:]} {file.st_size} {file.st_mtime_ns}\n" for path in paths if (file := os.stat(path)))
+    return hashlib.sha256("".join(files).encode()).hexdigest()
+
+
+def _read_copy(path: Path, state: str) -> dict[str, Tensor]:
+    """Images of both halves from a copy that was made of the files as they are; empty if there is none."""
+    try:
+        with safe_open(path, "pt") as copy:
+            if (copy.metadata() or {}).get("state") == state:
+                return {half: copy.get_tensor(half) for half in ("train", "test")}
+    except (OSError, SafetensorError):  # it is not there, or damaged
+        pass
+    return {}
+
+
+def _decode(folder: Path, paths: list[str]) -> Tensor:
+    """Decode images of one size; see `read_folder`."""
     arrays = []
     pool = ThreadPoolExecutor(8)
     try:
@@ -168,12 +207,8 @@ def read_folder(folder: Path) -> list[tuple[Tensor, Tensor]]:
     finally:
         pool.shutdown(cancel_futures=True)
     channels = max(array.shape[2] for array in arrays)  # among colour images, grey ones get three channels
-    images = (np.broadcast_to(array, (*array.shape[:2], channels)) for array in arrays)
-    stacks = (np.stack([next(images) for _ in half]) for half, _ in halves)
-    return [
-        (torch.from_numpy(stack.transpose(0, 3, 1, 2).copy()), labels)
-        for stack, (_, labels) in zip(stacks, halves, strict=True)
-    ]
+    images = np.stack([np.broadcast_to(array, (*array.shape[:2], channels)) for array in arrays])
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def _list_images(folder: Path) -> list[tuple[tuple[str, ...], Tensor]]:
