@@ -95,7 +95,7 @@ ALL = {"none": ["none"], "AM": ["none", "RESET", "REPAIR"]}
 
 def paths(network: dict) -> pd.DataFrame:
     """All paths of the ResNet50; the aligned ones of another network."""
-    matchings = ALL if network["run"] == resnet50["run"] else {"AM": ["none", "REPAIR"]}
+    matchings = ALL if network["run"] == resnet50 else {"AM": ["none", "REPAIR"]}
     return section.rows([network], matchings=matchings, **how)
 
 

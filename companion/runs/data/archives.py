@@ -84,9 +84,9 @@ def _download(name: str, root: Path) -> None:
             shutil.rmtree(incoming, ignore_errors=True)
 
 
-def _register(name: str, title: str, family: str, files: str, facts: Facts, upright: bool = False) -> None:
+def _register(name: str, title: str, family: str, files: str, facts: Facts, **others: bool) -> None:
     CLASSES[name] = family
-    register(Source(name, partial(_read_archive, name), facts, title, sort=True, files=files, upright=upright))
+    register(Source(name, partial(_read_archive, name), facts, title, files=files, **others))
 
 
 _MNIST = "/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
@@ -94,7 +94,7 @@ _register("mnist", "MNIST", "MNIST", f"MNIST{_MNIST}", Facts(60_000, 10_000, (1,
 _register("fashionmnist", "FashionMNIST", "FashionMNIST", f"FashionMNIST{_MNIST}",
           Facts(60_000, 10_000, (1, 28, 28), 10))  # fmt: skip
 _register("svhn", "SVHN", "SVHN", "SVHN/{train,test}_32x32.mat", Facts(73_257, 26_032, (3, 32, 32), 10), upright=True)
-_register("cifar10", "CIFAR-10", "CIFAR10", "cifar-10-batches-py/*", Facts(50_000, 10_000, (3, 32, 32), 10))
-_register("cifar100", "CIFAR-100", "CIFAR100", "cifar-100-python/*", Facts(50_000, 10_000, (3, 32, 32), 100))
+_register("cifar10", "CIFAR-10", "CIFAR10", "cifar-10-batches-py/*", Facts(50_000, 10_000, (3, 32, 32), 10), sort=True)
+_register("cifar100", "CIFAR-100", "CIFAR100", "cifar-100-python/*", Facts(50_000, 10_000, (3, 32, 32), 100), sort=True)
 # Not to be downloaded: an image folder that you must have, see data/README.md.
 register(Source("imagenet", None, Facts(1_281_167, 50_000, (3, 224, 224), 1000), "ImageNet"))

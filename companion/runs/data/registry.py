@@ -124,7 +124,7 @@ class Source:
     read: Callable[[Path, bool], tuple[Split, Split]] | None  # of (root, download); None: it is an image folder
     facts: Facts | None = None  # so that its costs are known before it is there
     title: str = ""  # in pictures; default: the name
-    sort: bool = False  # by content, as its archive and an image folder of it have different orders
+    sort: bool = False  # by content, because it is about both as an archive and as image folders, in other orders
     files: str = ""  # that it reads, as a path below the root
     upright: bool = False  # digits must not be mirrored, nor a part of their strokes cut out or off
 
