@@ -68,6 +68,7 @@ def test_one_form_of_changes(changes, canonical):
     ("qu~lr0.03~lr0.05", "the second of lr"), ("qu~lr1,5", "'1,5' is not a number like"), ("qu~", "unknown change ''"),
     ("qu~epochs1.5", "not a whole number"), ("qu~stop160", "must lie in order within 160 epochs"),
     ("qu~schedule=constant~milestones=0.5", "step needs them, and only it"), ("qu~nobias1", "takes no value"),
+    ("quick~single", "is what .quick. does anyway"),
     ("qv~lr0.03", "unknown recipe 'qv'; the nearest is 'qu'"), ("imported~lr0.1", "cannot be changed"),
     ("qu~start1", "name that run before it, like <data>/<model>/<recipe>~stop1/s1/qu~start1/s2"),
     ("qu~nobias", "name that run before it, or end the name of the model in -nobias"),

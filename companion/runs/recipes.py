@@ -200,6 +200,10 @@ def _flag(text: str) -> bool:
     return True
 
 
+def _no_flag(text: str) -> bool:
+    return not _flag(text)
+
+
 class Change(NamedTuple):
     """A field of a recipe that run names may change, and how its value is read."""
 
@@ -223,6 +227,7 @@ CHANGES = {
     "until": Change("until", _number),
     "start": Change("start", _whole),
     "stop": Change("stop", _whole),
+    "single": Change("bf16", _no_flag),
     "nobias": Change("nobias", _flag),
 }
 
@@ -308,13 +313,13 @@ def _change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 def _write(value: Any) -> str:
     """Write the value of a change in its one form: 0.03, 5e-4 (below 0.01), =uniform, =flip+translate, =none.
 
-    >>> [_write(value) for value in (0.03, 5e-4, 20, "uniform", ("flip", "translate"), (), True)]
-    ['0.03', '5e-4', '20', '=uniform', '=flip+translate', '=none', '']
+    >>> [_write(value) for value in (0.03, 5e-4, 20, "uniform", ("flip", "translate"), (), True, False)]
+    ['0.03', '5e-4', '20', '=uniform', '=flip+translate', '=none', '', '']
     """
     if isinstance(value, (tuple, str)):
         words = [value] if isinstance(value, str) else value
         return "=" + ("+".join(word if isinstance(word, str) else _write(word) for word in words) or "none")
-    if value is True:
+    if isinstance(value, bool):
         return ""
     number = Decimal(repr(value)).normalize()
     return f"{number:e}" if 0 < number < Decimal("0.01") else f"{number:f}"
