@@ -143,6 +143,7 @@ def test_fast_does_without_networks_that_are_not_there_and_says_so(half, capsys,
     assert work.left_out == {LEFT: missing, MIDDLE: missing}
     assert work.item(MIDDLE) is None and [n["width"] for n in work.item(LEFT).networks] == [8]
     assert work.example() == half == work.example("cifar10/mlp2-fused-w16/fast")
+    assert work.example("cifar10/mlp2-fused-w16/fast", otherwise=RUN) == [f"{RUN}/s1", f"{RUN}/s2"]
     with pytest.raises(ValueError, match="no network here has 3 seeds: Left out, because .* cifar10/mlp2-fused-w16"):
         work.example(networks=3)
     work.overview()

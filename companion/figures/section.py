@@ -82,11 +82,12 @@ class Section:
             print(say_left_out(self.left_out, self.gone))
         return pd.DataFrame({scale: _column(self._make(scale)) for scale in SCALES})
 
-    def example(self, run: str = "", networks: int = 2) -> list[str]:
+    def example(self, run: str = "", otherwise: str = "", networks: int = 2) -> list[str]:
         """Names of the runs of some seeds of one network, to look at step by step.
 
         Args:
-            run: a run name without its seed. If no item that was asked for needs it, the first network that one needs.
+            run: a run name without its seed.
+            otherwise: what is taken if no item that was asked for needs `run`; default: a network that one needs.
             networks: how many.
 
         Raises:
@@ -96,6 +97,8 @@ class Section:
         for name in self.runs:
             by_network.setdefault(name.rpartition("/")[0], []).append(name)
         enough = {network: names[:networks] for network, names in by_network.items() if len(names) >= networks}
+        if run not in enough and otherwise:
+            return [f"{otherwise}/s{seed}" for seed in range(1, networks + 1)]
         if not enough:
             raise ValueError(f"no network here has {networks} seeds: " + say_left_out(self.left_out, self.gone))
         return enough.get(run) or next(iter(enough.values()))
