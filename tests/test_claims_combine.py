@@ -129,3 +129,24 @@ def test_a_claim_can_be_confirmed_and_refuted(claim, item):
 
 def test_every_item_of_a_claim_is_made():
     assert {item for claim in claims("combine").values() for item in claim.items} <= set(read_index())
+
+
+@pytest.mark.parametrize("claim, item", JUDGED, ids=lambda value: getattr(value, "name", value))
+def test_one_pair_is_enough(claim, item):
+    each = "triple" if "triple" in CASES[item][0][0] else "pair"
+    one = [row for row in CASES[item][0] if row[each] == CASES[item][0][0][each]]
+    if item in ("combine/fig12", "combine/figB25-B26"):
+        one = [row | {name: 2 * row[name] for name in row if name.endswith(("wrong", "correct"))} for row in one]
+    assert all(finding.holds for finding in claim.judge(pd.DataFrame(one), item))
+
+
+@pytest.mark.parametrize("item", ["combine/fig7", "combine/figB21"])
+def test_one_width_says_nothing_about_width(item):
+    claim, one = claims()["combine/width-necessary"], [row for row in CASES[item][0] if row["width"] == 1]
+    (finding,) = claim.judge(pd.DataFrame(one), item)
+    assert finding.holds is None and finding.text.startswith("width 1 is the only one: uniform 30 points; bernoulli 3")
+
+
+def test_networks_of_one_model_are_judged():
+    (finding,) = claims()["combine/not-vacuous"].judge(pd.DataFrame(labels(12)), "combine/figB25-B26")
+    assert finding.holds and finding.text.startswith("tiny: ")

@@ -152,3 +152,45 @@ def test_layernorm_is_judged_at_every_width_in_nats_and_on_a_path_in_points():
     widths, path = (pd.DataFrame(CASES[item][0]) for item in ("repair/fig4-middle", "repair/fig4-right"))
     assert claim.judge(widths, "repair/fig4-middle")[0].text == "1x: before, BatchNorm 2, LayerNorm 0.5 nats"
     assert claim.judge(path, "repair/fig4-right")[0].text == "before, BatchNorm 80, LayerNorm 30 points"
+
+
+def part(item: str, **kept) -> list[dict]:
+    """The table that shows a claim, without the rows that have other values in some column."""
+    return [row for row in CASES[item][0] if all(row[column] == value for column, value in kept.items())]
+
+
+@pytest.mark.parametrize(
+    "claim, item, table, text",
+    [
+        ("width-helps", "fig4-left", part("repair/fig4-left", width=1), "BatchNorm 0.5 nats at width 1, the only one"),
+        (
+            "width-helps",
+            "fig6-middle",
+            part("repair/fig6-middle", width=2),
+            "digits 20 points at width 2, the only one",
+        ),
+        ("layernorm-special", "fig4-middle", part("repair/fig4-middle", series="bn"), "no networks with LayerNorm"),
+        ("layernorm-special", "fig4-right", part("repair/fig4-right", series="ln"), "no networks with BatchNorm"),
+        (
+            "layernorm-special",
+            "fig4-middle",
+            barriers({"bn": [0.2]}) + barriers({"ln": [0.2, 0.1]})[12:],
+            "no width has",
+        ),
+        ("depth-flat", "fig6-right", part("repair/fig6-right", depth=1), "before 30 points at depth 1, the only one"),
+        ("deeper-with-repair", "fig3-right", depths(4, 4, 4), "the deepest network has 4 layers and needs no REPAIR"),
+    ],
+)
+def test_a_claim_about_what_is_missing_is_not_judged(claim, item, table, text):
+    findings = claims("repair")[f"repair/{claim}"].judge(pd.DataFrame(table), f"repair/{item}")
+    assert findings[0].text.startswith(text) and str(findings[0]) == f"not judged: {findings[0].text}"
+    assert all(finding.holds is None for finding in findings)
+
+
+def test_the_rest_of_a_claim_is_judged():
+    table = barriers({"bn": [0.5, 0.2], "ln": [0.4]})  # LayerNorm at one width
+    bn, ln = claims("repair")["repair/width-helps"].judge(pd.DataFrame(table), "repair/fig4-left")
+    assert bn.holds and ln.holds is None
+    table = part("repair/fig4-middle", pair="1-2")  # one pair, one width
+    findings = claims("repair")["repair/layernorm-special"].judge(pd.DataFrame(table), "repair/fig4-middle")
+    assert [finding.holds for finding in findings] == [True, True]

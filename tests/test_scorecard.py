@@ -39,7 +39,32 @@ def test_what_has_not_been_made_is_not_judged(made_up):
 def test_a_table_of_an_earlier_version_is_not_judged():
     report.save_item(ITEM, "quick", [{"y": 1}], {})
     (row,) = scorecard.judge(CLAIM, "quick")
-    assert row["verdict"] == "not judged" and "no 'x'; make it again" in row["ours"]
+    assert row["verdict"] == "not judged" and row["ours"] == "not judged: the saved table has no 'x'; make it again"
+
+
+def test_the_verdict_is_on_what_could_be_judged(monkeypatch):
+    def judge(frame: pd.DataFrame, item: str) -> list[Finding]:
+        return [Finding(f"x is {x}", {1: True, 0: False}.get(x)) for x in frame["x"] if x < 3]
+
+    claim = Claim("repair/made-up", "x is not 0", "1", (ITEM,), judge)
+    for values, verdict in {(1, 2): "holds", (0, 2): "does not hold", (0, 1, 2): "holds in part"}.items():
+        report.save_item(ITEM, "quick", [{"x": x} for x in values], {})
+        (row,) = scorecard.judge(claim, "quick")
+        assert row["verdict"] == verdict and row["ours"].endswith("; not judged: x is 2")
+    for values, text in {(2,): "not judged: x is 2", (3,): "not judged: the table is empty"}.items():
+        report.save_item(ITEM, "quick", [{"x": x} for x in values], {})
+        (row,) = scorecard.judge(claim, "quick")
+        assert (row["verdict"], row["ours"]) == ("not judged", text)
+
+
+def test_scales_of_an_item_stand_side_by_side(made_up):
+    runs = [f"digits/mlp{depth}-bn-w8/quick/s1" for depth in range(1, 6)]
+    for item, scale in ((ITEM, "quick"), (OTHER, "quick"), (ITEM, "fast")):
+        report.save_item(item, scale, [{"x": 1}], {}, runs=runs[: 5 if scale == "quick" else 1])
+    rows = scorecard.scorecard()
+    assert [(row["item"], row["scale"]) for row in rows] == [(ITEM, "quick"), (ITEM, "fast"), (OTHER, "quick")]
+    assert [row["networks"] for row in rows[:2]] == ["5: digits/mlp1-bn-w8 to digits/mlp5-bn-w8", "digits/mlp1-bn-w8"]
+    assert f"Not made at `fast`, and so not judged there: {OTHER}." in scorecard.markdown(rows)
 
 
 def test_markdown_has_a_table_for_each_claim(made_up):

@@ -97,7 +97,7 @@ def _place(entry: dict[str, Any]) -> str:
 
 def _scorecard(rows: list[dict[str, Any]]) -> str:
     """The claims of one paper, a line for each item and scale they were judged on; an item's name leads to it."""
-    columns = ("statement", "published", "item", "ours", "verdict", "scale", "seeds")
+    columns = ("statement", "published", "item", "ours", "verdict", "scale", "networks", "seeds")
     lines = ["".join(f"<th>{name.replace('statement', 'claim')}</th>" for name in columns)]
     for i, row in enumerate(rows):
         again = i > 0 and row["claim"] == rows[i - 1]["claim"]

@@ -27,7 +27,8 @@ def judge(claim: str | Claim, scale: str, root: str | Path | None = None) -> lis
 
     Returns:
         One row for each of its items that has been made: {claim, statement, item, published, ours, verdict ("holds",
-        "holds in part", "does not hold" or "not judged"), scale, device, seeds (in words)}.
+        "holds in part", "does not hold" or "not judged"), scale, networks, device, seeds (in words)}. The verdict is
+        on what could be judged.
 
     Raises:
         ValueError: unknown claim or scale.
@@ -41,26 +42,40 @@ def judge(claim: str | Claim, scale: str, root: str | Path | None = None) -> lis
         except FileNotFoundError:
             continue
         try:
-            findings = claim.judge(pd.DataFrame(record["table"]), item)
-            held = sum(finding.holds for finding in findings)
-            verdict = "holds" if held == len(findings) else "holds in part" if held else "does not hold"
+            findings = claim.judge(pd.DataFrame(record["table"]), item) or [Finding("the table is empty", None)]
         except KeyError as error:  # a table of an earlier version
-            findings, verdict = [Finding(f"the saved table has no {error}; make it again", False)], "not judged"
-        # In a finding that did not come out as claimed, a reader should not have to look for the reason.
-        ours = "; ".join(finding.text if finding.holds else f"**not**: {finding.text}" for finding in findings)
+            findings = [Finding(f"the saved table has no {error}; make it again", None)]
+        judged = [finding.holds for finding in findings if finding.holds is not None]
+        verdict = "holds" if all(judged) else "holds in part" if any(judged) else "does not hold"
+        verdict = verdict if judged else "not judged"
         rows.append({"claim": claim.name, "statement": claim.statement, "item": item, "published": claim.published,
-                     "ours": ours, "verdict": verdict, "scale": scale, "device": record["device"],
+                     "ours": "; ".join(map(str, findings)), "verdict": verdict, "scale": scale,
+                     "networks": _networks(record["runs"]), "device": record["device"],
                      "seeds": ", ".join(map(str, record["seeds"]))})  # fmt: skip
     return rows
 
 
+def _networks(runs: Sequence[str]) -> str:
+    """Which networks these are, or how many if they are more than three.
+
+    >>> _networks(["digits/vgg11-bn-w1/quick/s1", "digits/vgg11-bn-w1/quick/s2"])
+    'digits/vgg11-bn-w1'
+    """
+    names = list(dict.fromkeys("/".join(run.split("/")[:2]) for run in runs))
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)}: {names[0]} to {names[-1]}"
+
+
 def scorecard(paper: str = "", scales: Iterable[str] = SCALES[1:], root: str | Path | None = None) -> list[dict]:
-    """All claims of a paper (all papers) as rows of `judge`, claim by claim, then scale by scale.
+    """All claims of a paper (all papers) as rows of `judge`, claim by claim and item by item, scales side by side.
 
     Not at `smoke` unless asked for: what is not trained shows nothing.
     """
     scales = list(scales)
-    return [row for claim in claims(paper) for scale in scales for row in judge(claim, scale, root)]
+    rows = []
+    for claim in claims(paper).values():
+        judged = [row for scale in scales for row in judge(claim, scale, root)]
+        rows += sorted(judged, key=lambda row: claim.items.index(row["item"]))
+    return rows
 
 
 def markdown(rows: Sequence[dict]) -> str:
@@ -70,8 +85,9 @@ def markdown(rows: Sequence[dict]) -> str:
         "",
         "What the papers claim, and what the tables made by `make figures` show; verdicts are computed from these.",
         "At `quick` networks are small and on scikit-learn's digits, at `fast` and `paper` on the papers' data.",
+        "What a table lacks the networks for is *not judged*, and counts in no verdict.",
     ]
-    columns = ["item", "ours", "verdict", "scale", "device", "seeds"]
+    columns = ["item", "ours", "verdict", "scale", "networks", "device", "seeds"]
     for name, group in pd.DataFrame(rows).groupby("claim", sort=False) if rows else ():
         first = group.iloc[0]
         lines += [
@@ -84,4 +100,7 @@ def markdown(rows: Sequence[dict]) -> str:
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(str(row[column]).replace('|', '/') for column in columns)} |"
                   for row in group.to_dict("records")]  # fmt: skip
+        made = set(group["item"][group["scale"] == "fast"])
+        if missing := [item for item in claims()[name].items if item not in made]:
+            lines += ["", f"Not made at `fast`, and so not judged there: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"

@@ -57,6 +57,8 @@ def width_necessary(frame: pd.DataFrame, item: str) -> list[Finding]:
         mean = 100 * of.groupby("width")["accuracy_barrier"].mean()
         text = f"{scheme} {' → '.join(f'{value:.3g}' for value in mean)} points"
         found.append(Finding(text, mean.iloc[-1] < mean.iloc[0]))
+    if len(mean) == 1:
+        return [Finding(f"width {mean.index[0]:g} is the only one: {'; '.join(each.text for each in found)}", None)]
     found[0] = Finding(f"widths {', '.join(f'{w:g}' for w in mean.index)}: {found[0].text}", found[0].holds)
     return found
 

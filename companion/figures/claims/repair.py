@@ -26,6 +26,16 @@ def _middle(frame: pd.DataFrame, by: str = "network", metric: str = "accuracy") 
     return middle * (100 if metric == "accuracy" else 1)
 
 
+def _sizes(sizes: Iterable[float], what: str) -> str:
+    """Sizes in words.
+
+    >>> _sizes([1, 2], "width"), _sizes([1], "width")
+    ('widths 1, 2', 'width 1')
+    """
+    words = [f"{size:g}" for size in sizes]
+    return f"{what}{'s' if len(words) > 1 else ''} {', '.join(words)}"
+
+
 def _arrow(values: Iterable[float], digits: int = 3) -> str:
     return " → ".join(f"{value:.{digits}g}" for value in values)
 
@@ -66,6 +76,8 @@ def deeper_with_repair(frame: pd.DataFrame, item: str) -> list[Finding]:
     mean = frame.groupby(["network", "depth"])["accuracy"].mean()
     deepest = {name: max(mean[name].index[mean[name] > 0.9], default=0) for name in mean.index.levels[0]}
     closed = deepest["aligned + REPAIR closed form"]
+    if deepest["aligned"] == frame["depth"].max():
+        return [Finding(f"the deepest network has {deepest['aligned']} layers and needs no REPAIR", None)]
     return [
         Finding(f"closed form {closed} layers, without {deepest['aligned']}", closed > deepest["aligned"]),
         *(
@@ -79,7 +91,7 @@ def barrier_reduction(frame: pd.DataFrame, item: str) -> list[Finding]:
     found = []
     for (row, norm), rows in frame.groupby(["row", "norm"], sort=False):
         mean = rows.groupby("width")["reduction"].mean()
-        widths = f" at widths {', '.join(f'{width:g}' for width in mean.index)}" if len(mean) > 1 else ""
+        widths = f" at {_sizes(mean.index, 'width')}" if len(mean) > 1 else ""
         name = f"{row}, {NORMS.get(norm, norm)}" if norm != "none" else row
         found.append(Finding(f"{name}: {_arrow(mean, 2)} %{widths}", mean.between(60, 100).all()))
     return found
@@ -91,16 +103,19 @@ def width_helps(frame: pd.DataFrame, item: str) -> list[Finding]:
     found = []
     for series in after.index.unique(0):
         values, rows = after[series].sort_index(), frame[(frame["series"] == series) & (frame["renorm"] == "REPAIR")]
+        text = f"{NORMS.get(series, series)} {_arrow(values)} {unit} at {_sizes(values.index, 'width')}"
+        if len(values) == 1:
+            found.append(Finding(f"{text}, the only one", None))
+            continue
         by_pair = barriers(rows).pivot_table(index="pair", columns="width", values=f"{metric}_barrier")
         falls = by_pair[values.index[-1]] < by_pair[values.index[0]]
-        text = (
-            f"{NORMS.get(series, series)} {_arrow(values)} {unit} at widths {', '.join(f'{w:g}' for w in values.index)}"
-        )
         found.append(Finding(text + _over(rows, falls), values.iloc[-1] < values.iloc[0]))
     return found
 
 
 def layernorm_special(frame: pd.DataFrame, item: str) -> list[Finding]:
+    if missing := [NORMS[norm] for norm in ("bn", "ln") if norm not in set(frame["series"])]:
+        return [Finding(f"no networks with {' or '.join(missing)}", None)]
     if item == "repair/fig4-right":  # along the path of one width: how far the midpoint lies below the ends
         networks = {"none": "aligned", "REPAIR": "aligned + REPAIR"}
         named = name_networks(frame)
@@ -114,7 +129,7 @@ def layernorm_special(frame: pd.DataFrame, item: str) -> list[Finding]:
         gaps = {
             f"{width:g}x: ": {w: [means.loc[(s, width), w] for s in ("bn", "ln")] for w in means} for width in widths
         }
-    found = []
+    found = [] if gaps else [Finding("no width has both BatchNorm and LayerNorm", None)]
     for where, gap in gaps.items():
         bn, ln = gap["none"]
         found.append(Finding(f"{where}before, BatchNorm {bn:.3g}, LayerNorm {ln:.3g} {unit}", ln < bn / 2))
@@ -130,9 +145,11 @@ def depth_flat(frame: pd.DataFrame, item: str) -> list[Finding]:
     )
     mean = mean.droplevel(0).sort_index()
     rise = mean.iloc[-1] - mean.iloc[0]
-    depths = ", ".join(map(str, mean.index))
+    before = f"before {_arrow(mean['none'])} points at {_sizes(mean.index, 'depth')}"
+    if len(mean) == 1:
+        return [Finding(f"{before}, the only one; after {_arrow(mean['REPAIR'])}", None)]
     return [
-        Finding(f"before {_arrow(mean['none'])} points at depths {depths}", rise["none"] > FLAT),
+        Finding(before, rise["none"] > FLAT),
         Finding(f"after {_arrow(mean['REPAIR'])} points", abs(rise["REPAIR"]) < FLAT),
     ]
 
