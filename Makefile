@@ -68,8 +68,8 @@ docs: $(INSTALLED)  ## write the API reference of repairlib, from its docstrings
 sync: $(INSTALLED)  ## write every notebook's .ipynb anew from its .py, without outputs
 	@$(VENV)/bin/python workflow/batch.py sync
 
-readme: figures  ## write the committed pages of quick: docs/gallery.md with its pictures, and docs/scorecard.md
-	@cp figures/scorecard.md docs/ && $(VENV)/bin/python workflow/batch.py docs
+readme: figures  ## write the committed pages of quick and fast: docs/gallery.md with its pictures, scorecard, fidelity
+	@cp figures/scorecard.md docs/ && $(VENV)/bin/python workflow/batch.py docs && $(VENV)/bin/python docs/fidelity.py
 
 clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fast and paper
 	rm -rf build .snakemake figures/smoke figures/quick figures/.staging figures/gallery.html \

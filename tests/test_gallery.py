@@ -55,22 +55,58 @@ def test_gallery_links_notebooks_with_their_output(project):
     assert '<a href="smoke/repair/03_variance_collapse.html">' in gallery.write_gallery().read_text()
 
 
-def test_docs_show_every_item_with_small_pictures(project, monkeypatch):
+def drawing():
     figure, axes = plt.subplots()
     axes.plot([1, 2], [0.7, 0.4])
-    report.save_item("repair/sec3-theory", "quick", [{"layer": 1}], {"corr": 0.5}, figure)
+    return figure
+
+
+def test_docs_show_every_item_with_small_pictures(project, monkeypatch):
+    report.save_item("repair/sec3-theory", "quick", [{"layer": 1}], {"corr": 0.5}, drawing())
     report.save_item("repair/equivalence", "quick", [{"layer": 1}], {"error": 1.25e-7})  # a table
     page = gallery.write_docs()
     assert page == project / "docs" / "gallery.md"
     text = page.read_text()
     assert all(f"### {item}\n" in text for item in report.read_index())
-    assert "| corr | 0.4 | 0.5 |" in text and "| error | 1.25e-07 |" in text
+    assert "| | paper | `quick` |" in text and "| corr | 0.4 | 0.5 |" in text and "| error | 1.25e-07 |" in text
     assert "make figures SCALE=fast ITEMS=repair/samples" in text  # not made
     assert "](../notebooks/repair/03_variance_collapse.ipynb)" in text
     (picture,) = (page.parent / "gallery").iterdir()
-    assert f"![repair/sec3-theory](gallery/{picture.name})" in text
+    assert f"![repair/sec3-theory at quick](gallery/{picture.name})" in text
     with Image.open(picture) as image:
         assert image.width == gallery.WIDTH and image.mode == "P"
     monkeypatch.setattr(gallery, "LIMIT", 1000)
     with pytest.raises(ValueError, match="the pictures of docs/gallery.md take 0.0 MB"):
         gallery.write_docs()
+
+
+def test_docs_show_fast_beside_quick(project):
+    for scale, seeds in {"quick": (1, 2, 3), "fast": (1, 2)}.items():
+        runs = [f"digits/mlp2-bn-w8/quick/s{seed}" for seed in seeds]
+        report.save_item("repair/sec3-theory", scale, [{"layer": 1}], {"corr": seeds[-1] / 8}, drawing(), runs=runs)
+    report.save_item("repair/fig2-left", "fast", [{"layer": 1}], {"decay": 3}, drawing())  # there only
+    (project / "docs" / "gallery").mkdir(parents=True)
+    (project / "docs" / "gallery" / "of_before.png").write_bytes(b"")
+    text = gallery.write_docs().read_text()
+    here = report.device_name("cpu")
+    assert (
+        f"""
+| `quick` | `fast` |
+| --- | --- |
+| ![repair/sec3-theory at quick](gallery/repair_sec3_theory.png) \
+| ![repair/sec3-theory at fast](gallery/repair_sec3_theory_fast.png) |
+| {here}; seeds 1, 2, 3 | {here}; seeds 1, 2 |
+
+| | paper | `quick` | `fast` |
+|---|---|---|---|
+| corr | 0.4 | 0.375 | 0.25 |
+| variance | 0.7 |  |  |
+"""
+        in text
+    )
+    assert (
+        f"| `fast` |\n| --- |\n| ![repair/fig2-left at fast](gallery/repair_fig2_left_fast.png) |\n| {here} |" in text
+    )
+    assert {path.name for path in (project / "docs" / "gallery").iterdir()} == {
+        "repair_sec3_theory.png", "repair_sec3_theory_fast.png", "repair_fig2_left_fast.png"
+    }  # fmt: skip

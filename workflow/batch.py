@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.what == "gallery":
             print(gallery.write_gallery())
         elif options.what == "docs":
-            print(gallery.write_docs(scales.check_scale(options.scale)))
+            print(gallery.write_docs())
         elif options.what == "sync":
             print("\n".join(str(path) for path in sync()) or "all in line")
         elif options.what == "copy":

@@ -175,42 +175,38 @@ CONTENT
 
 # ------------------------------------------------------------------------------------------------- docs/gallery.md
 
+SHOWN = ("quick", "fast")  # scales, side by side
 WIDTH, COLORS, LIMIT = 640, 64, 5_000_000  # pixels; of a picture's palette; bytes of all pictures together
 
 
-def write_docs(scale: str = "quick") -> Path:
-    """Write docs/gallery.md and docs/gallery/*.png from the items made at a scale; returns the path of the page.
+def write_docs() -> Path:
+    """Write docs/gallery.md and docs/gallery/*.png from the items made at `quick` and `fast`; the path of the page.
 
     Raises:
         ValueError: the pictures are larger than 5 MB in all.
     """
-    root, index, docs = report.figures_root() / scale, report.read_index(), project_root() / "docs"
-    lines = [
-        "# Gallery",
-        "",
-        f"Every figure and table of the papers as `make figures` makes it at the scale `{scale}`: with small networks",
-        "on scikit-learn's digits, in minutes on a laptop. The papers use other data and larger networks, so expect",
-        "the same phenomena and other numbers. [scorecard.md](scorecard.md) says which claims hold. `make readme`",
-        "writes this page.",
-    ]
-    pictures: dict[str, bytes] = {}
+    root, docs = report.figures_root(), project_root() / "docs"
+    lines, pictures = [DOCS], {}
     for paper, title in PAPERS.items():
-        entries = {item: entry for item, entry in index.items() if item.startswith(f"{paper}/")}
-        lines += ["", f"## {title}"] if entries else []
+        entries = {item: entry for item, entry in report.read_index().items() if item.startswith(f"{paper}/")}
+        lines += [f"## {title}"] if entries else []
         for item, entry in entries.items():
-            path = root / f"{entry['output']}.json"
             notebook = f"[{entry['notebook']}](../notebooks/{entry['notebook']}.ipynb)"
-            lines += ["", f"### {item}", "", f"{entry['what']} The paper's {_place(entry)}; notebook {notebook}.", ""]
-            if not path.exists():
-                lines.append(f"Not made at this scale: `make figures SCALE=fast ITEMS={item}`.")
-                continue
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if path.with_suffix(".png").exists():
-                name = f"{entry['output'].replace('/', '_')}.png"
-                pictures[name] = _small(path.with_suffix(".png"))
-                lines.append(f"![{item}](gallery/{name})")
-            if numbers := _markdown_numbers(entry.get("published", {}), record["summary"]):
-                lines += ["", *numbers]
+            lines.append(f"### {item}\n\n{entry['what']} The paper's {_place(entry)}; notebook {notebook}.")
+            paths = {scale: root / scale / f"{entry['output']}.json" for scale in SHOWN}
+            records = {s: json.loads(path.read_text(encoding="utf-8")) for s, path in paths.items() if path.exists()}
+            drawn = {scale: paths[scale].with_suffix(".png") for scale in records}
+            drawn = {scale: path for scale, path in drawn.items() if path.exists()}
+            names = {scale: f"{entry['output'].replace('/', '_')}{SUFFIXES[scale]}.png" for scale in drawn}
+            pictures |= {names[scale]: _small(path) for scale, path in drawn.items()}
+            if records:
+                images = {scale: f"![{item} at {scale}](gallery/{name})" for scale, name in names.items()}
+                lines.append("\n".join(_side_by_side(records, images)))
+            else:
+                lines.append(f"Not made: `make figures SCALE=fast ITEMS={item}`.")
+            summaries = {scale: record["summary"] for scale, record in records.items()}
+            if numbers := _markdown_numbers(entry.get("published", {}), summaries):
+                lines.append("\n".join(numbers))
     if (size := sum(map(len, pictures.values()))) > LIMIT:
         raise ValueError(f"the pictures of docs/gallery.md take {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
     folder = docs / "gallery"
@@ -219,8 +215,29 @@ def write_docs(scale: str = "quick") -> Path:
             path.unlink()
     for name, content in pictures.items():
         atomic_write(folder / name, content)
-    atomic_write(docs / "gallery.md", "\n".join(lines).rstrip() + "\n")
+    atomic_write(docs / "gallery.md", "\n\n".join(lines) + "\n")
     return docs / "gallery.md"
+
+
+DOCS = """# Gallery
+
+Every figure and table of the papers as `make figures` makes it, at the scales `quick` and, as far as it is made there,
+`fast`. `quick` has small networks on scikit-learn's digits and takes minutes on a laptop: expect the phenomena and
+other numbers. `fast` has the papers' data and architectures with shortened training; [fidelity.md](fidelity.md) sets
+its numbers beside those that the papers print. [scorecard.md](scorecard.md) says which claims hold. `make readme`
+writes this page."""
+SUFFIXES = {"quick": "", "fast": "_fast"}  # of pictures' names
+
+
+def _side_by_side(records: dict[str, dict[str, Any]], images: dict[str, str]) -> list[str]:
+    """The pictures of an item at each scale, and where each was made from which seeds, as a table of Markdown."""
+    scales = list(images or records)
+    facts = []
+    for scale in scales:
+        seeds = ", ".join(map(str, records[scale]["seeds"]))
+        facts.append(records[scale]["device"] + (f"; seeds {seeds}" if seeds else ""))
+    rows = [[f"`{scale}`" for scale in scales], ["---"] * len(scales), list(images.values()), facts]
+    return [f"| {' | '.join(row)} |" for row in rows if row]
 
 
 def _small(path: Path) -> bytes:
@@ -234,12 +251,14 @@ def _small(path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _markdown_numbers(published: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The paper's numbers beside ours, as lines of Markdown."""
-    names = list(dict.fromkeys([*published, *ours]))
+def _markdown_numbers(published: dict[str, Any], ours: dict[str, dict[str, Any]]) -> list[str]:
+    """The paper's numbers beside ours at each scale, as a table of Markdown."""
+    names = list(dict.fromkeys([*published, *(name for summary in ours.values() for name in summary)]))
     if not names:
         return []
-    columns = ([("paper", published)] if published else []) + [("ours", ours)]
+    columns = ([("paper", published)] if published else []) + [
+        (f"`{scale}`", summary) for scale, summary in ours.items()
+    ]
     lines = [f"| | {' | '.join(title for title, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
         cells = [_cell(numbers.get(name, "")).replace("|", "/") for _, numbers in columns]

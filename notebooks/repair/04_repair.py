@@ -163,6 +163,8 @@ if fig := section.item("repair/fig3-middle"):
     for name, network in {"not_aligned": ("none", "none"), "before": ("AM", "none"), "after": ("AM", "REPAIR")}.items():
         summary[f"midpoint_{name}"] = 100 * mean.loc[(*network, 0.5), "accuracy"]
         summary[f"loss_rise_{name}"] = mean.loc[(*network, 0.5), "loss"] - ends["loss"]
+    before, after = (summary["endpoints"] - summary[f"midpoint_{when}"] for when in ("before", "after"))
+    summary |= {"barrier_after": after, "reduction": 100 * (1 - after / before)}
     fig.save(table, plots.path(table, title=title_of(grid.ResNet)), summary)
 
 # %% [markdown]

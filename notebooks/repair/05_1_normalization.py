@@ -160,6 +160,8 @@ if fig := section.item("repair/fig4-right"):
     table = fig.rows(**PATHS)
     summary = {name: 100 * accuracy for name, accuracy in midpoints(table, "accuracy").items()}
     summary["both_after"] = min(summary[name] for name in ("bn_after", "ln_after") if name in summary)
+    ends = table[table["alpha"].isin([0, 1])].groupby("series")["accuracy"].mean()
+    summary |= {f"{norm}_endpoints": 100 * accuracy for norm, accuracy in ends.items()}
     figure = plots.path(table, title=f"{title}, {grid.settings['width of the paths']:g}x wide")
     fig.save(table, figure, summary)
 
