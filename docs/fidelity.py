@@ -6,7 +6,6 @@ Every number of figures/index.yml is measured on the table of its item at `fast`
 is typed in by hand. Why ours differ is read off run names and recipes: those of the table against those of `paper`.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +27,9 @@ from companion.experiments.tables import (
 from companion.figures.gallery import PAPERS
 from companion.figures.report import load_item, read_index
 from companion.runs.data import title_of
-from companion.runs.files import atomic_write, project_root
+from companion.runs.files import atomic_write
 from companion.runs.names import parse_run, recipe_of
+from companion.runs.store import Store, shipped_root
 
 SCALE = "fast"
 PAGE = Path(__file__).with_name("fidelity.md")
@@ -47,7 +47,8 @@ REST = """
 ## Not compared yet
 
 Published numbers that no table at `fast` shows, or only one of other widths, and the networks that each would need
-beside those that are trained. Those with the recipes `jordan` and `csiszarik` are wider than any of `fast`.
+beside those that are trained. Those with the recipes `jordan` and `csiszarik` are wider than any of `fast`. `make
+figures SCALE=fast TRAIN=1 ITEMS=repair/fig3-middle` trains those of `fast` and measures them.
 """
 HYPERPARAMETERS = ("combine/tableA1",)  # items whose numbers are not measured
 
@@ -448,19 +449,46 @@ def listing(values: Sequence) -> str:
 
 
 def _has_points(frame: pd.DataFrame, value: float) -> bool:
-    return "alpha" in frame and frame["alpha"].nunique() == value
+    """Whether a table has paths, or schemes of combination, of so many points."""
+    column = "alpha" if "alpha" in frame else "x"
+    if column not in frame:
+        return False
+    schemes = frame["scheme"] if "scheme" in frame else pd.Series("", frame.index)
+    return frame[column].groupby(schemes).nunique().max() == value
+
+
+def _has_scheme(name: str) -> Callable[[pd.DataFrame, float], bool]:
+    return lambda frame, value: "scheme" in frame and name in set(frame["scheme"])
+
+
+def _has_column(*names: str) -> Callable[[pd.DataFrame, float], bool]:
+    return lambda frame, value: any(name in frame for name in names)
+
+
+def _always(frame: pd.DataFrame, value: float) -> bool:
+    return True
 
 
 # Settings of a section that measurements depend on: in words, and whether a table depends on one.
 SETTINGS: Mapping[str, tuple[str, Callable[[pd.DataFrame, float], bool]]] = {
     "points of a path": ("points of the path", _has_points),
     "points of a barrier": ("points of the path", _has_points),
-    "points": ("points of the path", _has_points),
-    "calibration": ("calibration images", lambda frame, value: True),
-    "restarts": ("descents of weight matching", lambda frame, value: True),
-    "samples": ("networks drawn at each point", lambda frame, value: "sample" in frame),
+    "points": ("points", _has_points),
+    "alphas": ("points of the line", lambda frame, value: "k" in frame or _has_scheme("extrapolation")(frame, value)),
+    "half_edges": ("sizes of boxes", _has_scheme("centred")),
+    "samples": ("networks drawn at each point", _has_column("sample")),
+    "steps": ("steps", _has_column("w_a", "k")),
+    "derangements": ("derangements", _has_column("k")),
+    "restarts": ("descents of weight matching", _always),
+    "calibration": ("calibration images", _always),
+    "test_images": ("test images", _always),
     "train_images": ("training images evaluated", lambda frame, value: "train" in {*frame.get("split", ())}),
 }
+
+
+def _setting(value: Any) -> Any:
+    """A setting as a number: of a list, how long it is."""
+    return "all" if value is None else len(value) if isinstance(value, list) else value
 
 
 def why(item: str, record: Mapping[str, Any]) -> str:
@@ -470,13 +498,14 @@ def why(item: str, record: Mapping[str, Any]) -> str:
     for key in ours:
         if set(ours[key]) != set(papers[key]):
             parts.append(f"{key} {listing(ours[key])} ({listing(papers[key])})")
-    settings, paper_settings = grid_of(item, SCALE).settings, grid_of(item, "paper").settings
+    grids_of = grid_of(item, SCALE), grid_of(item, "paper")
     for key, (name, concerns) in SETTINGS.items():
-        if key in settings and settings[key] != paper_settings[key] and concerns(frame, settings[key]):
-            parts.append(f"{name} {settings[key]} ({paper_settings[key]})")
+        if key in grids_of[0].settings:
+            here, there = (_setting(grid.settings[key]) for grid in grids_of)
+            parts += [f"{name} {here} ({there})"] if here != there and concerns(frame, here) else []
     parts.append(f"seeds {listing(record['seeds'])}")
-    sidecars = [project_root() / "data" / "networks" / run / "run.json" for run in record["runs"]]
-    infos = [json.loads(path.read_text(encoding="utf-8")) for path in sidecars if path.exists()]
+    store = Store(shipped_root())
+    infos = [store.info(run) for run in record["runs"] if store.has(run)]
     how = sorted({f"{info['precision']} on {info['processor']}" for info in infos if "precision" in info})
     parts += [f"trained in {' and '.join(how)}"] if how else []
     return "; ".join([*parts, f"measured on {record['device']}"])
@@ -520,7 +549,7 @@ def page() -> str:
             records[item] = load_item(item, SCALE)
         except FileNotFoundError:
             pass
-    trained = {run for record in records.values() for run in record["runs"]}
+    trained = {run for record in records.values() for run in record["runs"]} | {*Store(shipped_root()).names()}
     lines, rest = [HEADER.rstrip("\n")], [REST.rstrip("\n")]
     for paper, title in PAPERS.items():
         entries = {

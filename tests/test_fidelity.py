@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,11 +10,13 @@ import pandas as pd
 import pytest
 
 from companion.figures import report
+from companion.runs.store import shipped_root
 
 ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("fidelity", ROOT / "docs" / "fidelity.py")
 fidelity = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fidelity)
+
 
 INDEX = {item: entry["published"] for item, entry in report.read_index().items() if "published" in entry}
 END = {"end_loss": 0.1, "end_accuracy": 0.9}
@@ -177,11 +180,39 @@ def test_page_says_what_differs_and_what_is_missing():
     (line,) = [line for line in text.splitlines() if line.startswith("* Fig. B.15 to B.18: ")]
     assert "width 2 (16)" in line and "descents of weight matching 5 (1)" in line
     rest = text.partition("## Not compared")[2]
-    assert "`cifar10/resnet18-bn-w1/fast/{s1,s2}`: Fig. 3, middle (95.5 %, 66.0 %, 94.1 %, 1.5 points, 90 %)" in rest
+    network = fidelity.runs_of("repair/fig3-middle", "fast")[0].removesuffix("/s1")
+    assert f"* 2 networks, `{network}/{{s1,s2}}`: Fig. 3, middle (95.5 %, 66.0 %, 94.1 %, 1.5 points, 90 %)." in rest
     assert "Fig. 4, right" not in rest and "(0.32 nats, 7 points, " in rest  # three schemes of Tiny-10 are missing
-    assert "resnet20-ln-w1/fast/" in rest and "tableA1" not in text and "77.0" not in text
+    assert "resnet20-ln-w32/jordan/" in rest and "tableA1" not in text and "77.0" not in text
 
 
 def test_trained_networks_are_not_needed_again():
-    save("repair/fig3-left", [{"network": "aligned", "channel": 0, "variance": 1.0}], ["cifar10/resnet18-bn-w1/fast"])
+    network = fidelity.runs_of("repair/fig3-middle", "fast")[0].removesuffix("/s1")
+    save("repair/fig3-left", [{"network": "aligned", "channel": 0, "variance": 1.0}], [network])
     assert "* No more networks: Fig. 3, middle (" in fidelity.page()
+
+
+def test_sidecars_of_networks_in_the_repository_say_how_they_were_trained():
+    runs = [f"cifar10/resnet20-bn-w1/fast/s{seed}" for seed in (1, 2)]
+    record = {"table": paths(series="bn"), "runs": runs, "seeds": [1, 2], "device": "a CPU"}
+    assert "trained in" not in fidelity.why("repair/fig4-right", record)
+    for run in runs:
+        (shipped_root() / run).mkdir(parents=True)
+        info = dict.fromkeys(("sha256", "recipe", "shape", "classes", "metrics"), 0)
+        (shipped_root() / run / "run.json").write_text(
+            json.dumps(info | {"precision": "bfloat16", "processor": "a GPU"})
+        )
+    assert "; trained in bfloat16 on a GPU; measured on a CPU" in fidelity.why("repair/fig4-right", record)
+
+
+def test_settings_count_where_a_table_depends_on_them():
+    runs = fidelity.runs_of("combine/fig9", "fast")
+    line = [{"scheme": "extrapolation", "sample": 0, "x": 0, "split": split} for split in ("test", "train")]
+    record = {"table": line, "runs": runs, "seeds": [1, 2, 3], "device": "a CPU"}
+    here, there = (fidelity.grid_of("combine/fig9", scale).settings for scale in ("fast", "paper"))
+    text = fidelity.why("combine/fig9", record)
+    assert f"points of the line {len(here['alphas'])} ({len(there['alphas'])})" in text and "sizes of boxes" not in text
+    assert f"training images evaluated {here['train_images']} (50000)" in text
+    boxes = [{"scheme": "centred", "sample": 0, "x": 0, "split": "test"}]
+    text = fidelity.why("combine/fig10", record | {"table": boxes})
+    assert "sizes of boxes" in text and "points of the line" not in text and "training images" not in text
