@@ -37,14 +37,16 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
     tensor([1., 0., 1., 1.])
     """
     check_compatible(state_a, state_b)
-    generator = torch.Generator().manual_seed(seed)
     out = {name: a.clone() for name, a in state_a.items()}
-    for name in sorted(state_a):
+    sizes = {name: a.numel() for name, a in sorted(state_a.items()) if a.is_floating_point()}
+    # Drawn on the CPU, where a seed means the same everywhere, and moved at once: each copy waits for a GPU.
+    u = torch.rand(sum(sizes.values()), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    u = u.to(next(iter(state_a.values()), u).device, non_blocking=True)
+    for name, drawn in zip(sizes, u.split([*sizes.values()]), strict=True):
         a, b = state_a[name], state_b[name]
-        if a.is_floating_point():
-            c = quantile(torch.rand(a.shape, generator=generator, dtype=torch.float32)).to(a)
-            mixed = torch.where(c == 0, a, torch.where(c == 1, b, (1 - c) * a + c * b))
-            out[name] = clamp_variance(name, mixed)
+        c = quantile(drawn.view(a.shape)).to(a)
+        mixed = torch.where(c == 0, a, torch.where(c == 1, b, (1 - c) * a + c * b))
+        out[name] = clamp_variance(name, mixed)
     return out
 
 
@@ -213,7 +215,6 @@ def stitch(state_a: State, state_b: State, layer: int, parts: Mapping[str, Seque
     if not 0 <= layer <= len(parts):
         raise ValueError(f"layer must be from 0 to {len(parts)}, the number of layers, not {layer}")
     position = {name: i for i, part in enumerate(parts.values()) for name in part}
-    for name in state_a:
-        if name not in position:
-            raise ValueError(f"no layer has {name!r}; parts must be layers(model, example) of this architecture")
+    if missing := [name for name in state_a if name not in position]:
+        raise ValueError(f"no layer has {missing[0]!r}; parts must be layers(model, example) of this architecture")
     return {name: (a if position[name] < layer else state_b[name]).clone() for name, a in state_a.items()}

@@ -41,12 +41,17 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
                 kinds = f"{states[0][name].dtype} in {first}, {value.dtype} in {which}"
                 raise ValueError(f"{name!r} is {kinds}; convert one of the networks, for instance with .float()")
     for which, state in zip(names, states, strict=False):
-        for name, value in state.items():
-            # One pass for the extremes, which NaN carries into, is some 20 times as fast as isfinite().all().
-            if value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
-                raise ValueError(
-                    f"{kind}{which}: {name!r} holds NaN or infinity; was its training stopped or its file damaged?"
-                )
+        if bad := non_finite(state):
+            raise ValueError(f"{kind}{which}: {bad!r} holds NaN or infinity; was training stopped, or a file damaged?")
+
+
+def non_finite(state: State) -> str | None:
+    """Name of the first entry that holds NaN or infinity; None if all are finite."""
+    floating = {name: x for name, x in state.items() if x.is_floating_point() and x.numel()}
+    # Extremes, which NaN carries into, are some 20 times as fast as isfinite().all(); read at once, a GPU stops once.
+    extremes = [extreme for x in floating.values() for extreme in x.aminmax()]
+    finite = torch.stack(extremes).isfinite().tolist() if extremes else []
+    return next((name for name, *both in zip(floating, finite[::2], finite[1::2], strict=True) if not all(both)), None)
 
 
 def clamp_variance(name: str, value: Tensor) -> Tensor:
@@ -136,22 +141,20 @@ def bias_depths(model: nn.Module, example: Tensor) -> dict[str, int]:
     names = aliases(model)
     depth: dict[fx.Node, int] = {}
     depths: dict[str, int] = {}
+    refused = "no homogeneous interpolation: {}; use interpolate_states".format
     for node in net.nodes:
         depth[node] = max((depth[source] for source in node.all_input_nodes), default=0)
         if not _is_homogeneous(net, node):
             what = f"node '{node.name}' ({net.kinds[node.name] or node.target})"
-            raise ValueError(f"no homogeneous interpolation: {what} does not scale with its input; "
-                             "use interpolate_states")  # fmt: skip
+            raise ValueError(refused(f"{what} does not scale with its input"))
         if net.kinds[node.name] in ("conv", "linear"):
             depth[node] += 1
             layer = net.modules[node.target]
             if not names.pop(id(layer.weight), None):
-                raise ValueError(f"no homogeneous interpolation: {node.target}.weight is used twice or computed from "
-                                 "other parameters, so that its layer has no depth of its own")  # fmt: skip
+                raise ValueError(refused(f"{node.target}.weight is used twice or computed, so its layer has no depth"))
             depths |= dict.fromkeys(names.pop(id(layer.bias), []), depth[node])
     for left in names.values():
-        raise ValueError(f"no homogeneous interpolation: {left[0]!r} is no weight or bias of a layer that is used; "
-                         "use interpolate_states")  # fmt: skip
+        raise ValueError(refused(f"{left[0]!r} is no weight or bias of a layer that is used"))
     return depths
 
 

@@ -20,7 +20,7 @@ def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9
     """Entries of a tensor along several axes, by default the second and those after it."""
     for axis, places in zip(axes, index, strict=False):
         if len(places) != x.shape[axis] or not torch.equal(places, torch.arange(len(places))):
-            x = x.index_select(axis, places.to(x.device))
+            x = x.index_select(axis, places.to(x.device, non_blocking=True))  # waits for no GPU
     return x
 
 
@@ -62,13 +62,12 @@ class _Product:
         self.index = index
         return True
 
-    def gain(self, old: Tensor, new: Tensor) -> float:
+    def gain(self, old: Tensor, new: Tensor) -> Tensor:
         """Change of ``sum_i C[i, p(i)]`` from one permutation to another, in float64 and from the weights."""
         moved = torch.nonzero(old != new).flatten()
-        a, b_new, b_old = (
-            x[at.to(x.device)].double() for x, at in ((self.a, moved), (self.b, new[moved]), (self.b, old[moved]))
-        )
-        return float((a * _select(b_new - b_old, self.index)).sum())
+        places = ((self.a, moved), (self.b, new[moved]), (self.b, old[moved]))
+        a, b_new, b_old = (x[at.to(x.device, non_blocking=True)].double() for x, at in places)
+        return (a * _select(b_new - b_old, self.index)).sum()
 
 
 class WeightCost:
@@ -113,20 +112,17 @@ class WeightCost:
 
     def objective(self) -> float:
         """``<theta_A, P(theta_B)>`` in float64, over the tensors that some group indexes."""
-        total = 0.0
-        for tensor, axes in self.on.items():
-            b = _select(self.b[tensor], [self.places(tensor, axis) for axis in axes], axes)
-            total += float((self.a[tensor].double() * b.double()).sum())
-        return total
+        places = {name: [self.places(name, axis) for axis in axes] for name, axes in self.on.items()}
+        products = (self.a[x].double() * _select(self.b[x], places[x], on).double() for x, on in self.on.items())
+        return float(sum(product.sum() for product in products))
 
     def gain(self, group: str, perm: Tensor) -> float:
         """Change of the objective when a group moves to `perm`."""
         old = self.permutation[group]
         if len({tensor for tensor, _ in self.products[group]}) == len(self.products[group]):
-            return sum(product.gain(old, perm) for _, product in self.products[group])
+            return float(sum(product.gain(old, perm) for _, product in self.products[group]))
         # Where one group lies on two axes of a tensor, C holds only for the permutation that it was computed with.
-        before = self.objective()
-        self.permutation[group] = perm
+        before, self.permutation[group] = self.objective(), perm
         after, self.permutation[group] = self.objective(), old
         return after - before
 
@@ -137,7 +133,7 @@ class WeightCost:
             Objective at the start and after every sweep; it never decreases.
         """
         history = [self.objective()]
-        scale = sum(float(self.a[n].norm() * self.b[n].norm()) for n in self.on)  # its largest value
+        scale = float(sum((self.a[n].norm() * self.b[n].norm()).double() for n in self.on))  # its largest value
         names, solved = list(self.products), set()
         for _ in range(sweeps):
             gained = 0.0

@@ -35,7 +35,6 @@ def label_agreement(
         One row a network: counts of examples {a_correct, a_wrong, b_correct, b_wrong, both_correct, both_wrong,
         neither_correct, neither_wrong}.
     """
-    truth = torch.cat([y for _, y in batches])
     net = copy.deepcopy(model)  # takes up one state after the other
 
     def labels(state: State) -> torch.Tensor:
@@ -43,14 +42,16 @@ def label_agreement(
         return predict(net, batches).argmax(1)
 
     of_a, of_b = map(labels, ends)
+    truth = torch.cat([y for _, y in batches]).to(of_a.device)
     rows = []
     with bar(len(states) if isinstance(states, Sized) else None, "networks", "net") as networks:
         for of in map(labels, states):
-            like_a, like_b, right = of == of_a, of == of_b, of == truth.to(of.device)
+            like_a, like_b, right = of == of_a, of == of_b, of == truth
             groups = {"a": like_a & ~like_b, "b": like_b & ~like_a, "both": like_a & like_b,
                       "neither": ~like_a & ~like_b}  # fmt: skip
-            rows.append({f"{name}_{word}": int((group & ok).sum()) for name, group in groups.items()
-                         for word, ok in (("correct", right), ("wrong", ~right))})  # fmt: skip
+            counts = {f"{name}_{word}": (group & ok).sum() for name, group in groups.items()
+                      for word, ok in (("correct", right), ("wrong", ~right))}  # fmt: skip
+            rows.append(dict(zip(counts, torch.stack([*counts.values()]).tolist(), strict=True)))
             networks.update()
     return rows
 

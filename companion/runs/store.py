@@ -53,6 +53,7 @@ from companion.runs.train import (
     recipe_of,
     train,
 )
+from repairlib.interpolate import non_finite
 from repairlib.names import nearest
 
 __all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "get", "parse_run"]
@@ -186,7 +187,7 @@ class Store:
                 raise ValueError(f"{file} has {key} of shape {found}; {run.model} with {dataset.classes} classes and "
                                  f"images {dataset.shape} has {expected[key]}")  # fmt: skip
         model.load_state_dict(state, strict=False)
-        if key := _non_finite(model):
+        if key := non_finite(model.state_dict()):
             raise ValueError(f"{file} holds non-finite values in {key}")
         metrics = measure(model.eval().to(dataset.device), dataset, name, ["test"] if evaluate else [])
         facts = {"shape": dataset.shape, "classes": dataset.classes, "device": str(dataset.device)}
@@ -217,7 +218,7 @@ class Store:
             raise self._corrupt(
                 name, path, f"does not fit the model {run.model} ({' '.join(str(error).split())})"
             ) from error
-        if key := _non_finite(model):
+        if key := non_finite(model.state_dict()):
             raise self._corrupt(name, path, f"holds non-finite values in {key}")
         return model.eval().to(device)
 
@@ -384,7 +385,7 @@ class Store:
     def _save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
         """Write a run; the caller holds its lock."""
         run = self._parse(name)
-        if key := _non_finite(model):
+        if key := non_finite(model.state_dict()):
             raise ValueError(f"run {name} is not saved: {key} holds non-finite values")
         content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()})
         facts = [name for name in FACTS if name in metrics]
@@ -465,11 +466,6 @@ def _origin(info: Mapping) -> str:
     if "source" in info:
         made = f"imported from {info['source']['file']}"
     return made if accuracy is None else f"{made}; test accuracy {accuracy:.1%}"
-
-
-def _non_finite(model: nn.Module) -> str | None:
-    """Name of the first entry of the state dict that has a NaN or an infinity."""
-    return next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
 
 
 def main(arguments: list[str] | None = None) -> int:
