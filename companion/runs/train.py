@@ -1,7 +1,8 @@
 """Training: of a run by its name, and of any network by a recipe.
 
-`train("digits/resnet20-bn-w1/quick/s1")` gives the same network bit for bit on the same CPU. Started by torchrun, its
-processes train one network together (see `fit`).
+`train("digits/resnet20-bn-w1/quick/s1")` gives the same network bit for bit on the same CPU. On a GPU it gives another
+one each time, as cuDNN adds up in an order that varies. Started by torchrun, its processes train one network together
+(see `fit`).
 """
 
 import math
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,8 +24,10 @@ from companion.runs.data import Dataset, iterate, load
 from companion.runs.devices import default_device, device_name, has_bfloat16, tensor_float32
 from companion.runs.names import RunName, lineage, parse_run, recipe_of
 from companion.runs.recipes import RECIPES, Recipe, find_recipe
+from companion.runs.steps import GraphStep, Step
 from repairlib.corrections import fold_batchnorms
 from repairlib.evaluation import evaluate
+from repairlib.interpolate import non_finite
 from repairlib.progress import bar
 
 __all__ = [
@@ -78,8 +80,9 @@ def train(
 
     The seed gives the initial weights and, separately, the order and augmentation of the data; the global generator is
     left alone. The number of threads is fixed ($REPAIRLIB_THREADS, default 1), because sums over another number of
-    parts round differently. A `fused` network is trained with BatchNorm and then fused. If torchrun started several
-    processes (see `fit`), the first one evaluates and prints.
+    parts round differently. On a GPU their order varies, so that the same name gives another network each time. A
+    `fused` network is trained with BatchNorm and then fused. If torchrun started several processes (see `fit`), the
+    first one evaluates and prints.
 
     Args:
         run: its name.
@@ -113,9 +116,7 @@ def train(
     start = time.perf_counter()
     trained = replace(run.model, norm="bn") if run.model.norm == "fused" else run.model
     with _fixed_threads() as threads, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            run.seed
-        )  # weights are drawn on the CPU; generators of GPUs are not touched
+        torch.default_generator.manual_seed(run.seed)  # of the CPU, where weights are drawn, and of no GPU
         model = models.build(trained, dataset.shape, dataset.classes, how.init)
         if run.parent:
             values = parent.state_dict()
@@ -173,7 +174,8 @@ def fit(
     Batches that are not full are left out, unless the whole set is smaller than one. If `recipe.bf16` is set, the
     network computes in bfloat16 where the device has it (see `precision`), under autocast: weights, their gradients and
     the optimizer's state stay float32. Epoch k of a seed always has the same order and augmentation, also if it is the
-    first that is trained (`recipe.start`); the momentum is zero before the first step.
+    first that is trained (`recipe.start`); the momentum is zero before the first step. On a GPU no step waits for the
+    device, and $REPAIRLIB_GRAPH=1 makes the whole step one CUDA graph, which is faster for narrow networks.
 
     Started by `torchrun --nproc_per_node N`, each of N processes takes an N-th of every batch, with the draws that it
     gets in one process, and gradients are averaged: the same steps up to rounding, but for BatchNorm, which normalises
@@ -211,13 +213,11 @@ def fit(
     per_epoch = len(dataset.train) // batch_size
     first = recipe.start * per_epoch
     steps = recipe.trained_epochs * per_epoch
-    optimizer = torch.optim.SGD(
-        model.parameters(), recipe.lr, recipe.momentum,
-        weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, foreach=True,
-    )  # fmt: skip
+    graph = cuda and number == 1 and os.environ.get("REPAIRLIB_GRAPH") == "1"
+    take_step = (GraphStep if graph else Step)(net, recipe, half)
     losses = torch.zeros(steps, device=device)
     step, checked, stopped = 0, 0, False
-    with bar(steps, name, "step", progress and rank == 0) as steps_done:
+    with bar(steps, name, "step", progress and rank == 0) as steps_done, _fastest_convolutions():
         for epoch in range(recipe.start + recipe.trained_epochs):
             batches = iterate(
                 dataset, "train", batch_size, recipe.augment, generator,
@@ -226,18 +226,14 @@ def fit(
             if epoch < recipe.start:
                 continue  # its order is drawn, as if it were trained
             for x, y in batches:
-                optimizer.param_groups[0]["lr"] = recipe.lr_at(first + step, per_epoch)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                    loss = F.cross_entropy(net(x), y, label_smoothing=recipe.label_smoothing)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses[step] = loss.detach()
+                loss = take_step(x, y, recipe.lr_at(first + step, per_epoch))
+                losses[step] = loss
                 step += 1
                 if callback is not None:
-                    stopped = broadcast(bool(callback(first + step, model, loss.detach())))
+                    stopped = broadcast(bool(callback(first + step, model, loss)))
                     model.train()
-                if not cuda or step % 50 == 0 or step == steps or stopped:  # on a GPU, reading a loss waits for it
+                # Reading a loss waits for the device.
+                if device.type == "cpu" or step % 50 == 0 or step == steps or stopped:
                     if number > 1:  # the mean of all parts, so that all processes stop at the same step
                         dist.all_reduce(losses[checked:step])
                         losses[checked:step] /= number
@@ -252,10 +248,9 @@ def fit(
                 break
     for buffer in model.buffers() if number > 1 else ():
         dist.broadcast(buffer, 0)
-    for key, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise DivergedError(f"{name}: {key} became non-finite at step {step} (the last), where the loss was still "
-                                f"{float(losses[step - 1]):.6g}; try a smaller learning rate")  # fmt: skip
+    if key := non_finite(model.state_dict()):
+        raise DivergedError(f"{name}: {key} became non-finite at step {step} (the last), where the loss was still "
+                            f"{float(losses[step - 1]):.6g}; try a smaller learning rate")  # fmt: skip
     return losses[:step].cpu()
 
 
@@ -271,6 +266,17 @@ def _fixed_threads() -> Iterator[int]:
         yield int(setting)
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms on the first batch, which all others are like, and keep the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _check_losses(losses: Tensor, start: int, stop: int, name: str) -> None:
