@@ -148,10 +148,11 @@ class Section:
 
         Args:
             run: a run name without its seed.
-            seeds: which; default the section's.
+            seeds: which; default those that the section's grid has of it.
             **how: matching, its options and so on, see `experiments.pairs.load_pair`. `test_images` is the grid's.
         """
-        seeds = tuple(seeds) or self.grid.seeds
+        of_run = {network["run"]: network.get("seeds") for network in self.grid.networks(self.grid.needs)}
+        seeds = tuple(seeds) or of_run.get(run) or self.grid.seeds
         key = repr((run, seeds, sorted(how.items())))
         if key not in self._pairs:
             how = {"test_images": self.grid.settings.get("test_images")} | how

@@ -140,7 +140,8 @@ if fig := section.item("combine/algorithm1"):
     table = fig.measure(match_rows, **WM)
     found = {"similarity_before": ("as_trained", "first"), "similarity_after": ("similarity", "last")}
     ends = table.groupby(["model", "pair"], sort=False).agg(**found, sweeps=("sweep", "last"))
-    mean = ends.groupby(level="model", sort=False).mean().set_axis(["resnet", "tiny"])
+    mean = ends.groupby(level="model", sort=False).mean()
+    mean.index = ["resnet" if model.startswith("resnet") else "tiny" for model in mean.index]
     summary = {f"{column}_{name}": row[column] for name, row in mean.iterrows() for column in mean}
     fig.save(table, plots_combine.descents(table), summary)
 

@@ -122,7 +122,7 @@ def count_labels(network: dict, panels: list[tuple[str, str]]) -> pd.DataFrame:
     for scheme, matching in panels:
         for name, pair in section.pairs(network["run"], **WM):
             rows = label_rows(pair, scheme, SCHEMES[scheme].grid(grid.points), grid.samples, matching)
-            found += [{**network, "pair": name, **row} for row in rows]
+            found += [{"run": network["run"], "model": network["model"], "pair": name, **row} for row in rows]
     return pd.DataFrame(found)
 
 
@@ -153,11 +153,11 @@ if fig := section.item("combine/fig12"):
 
 # %%
 if fig := section.item("combine/figB25-B26"):
-    tiny, resnet = fig.networks
-    of_tiny = count_labels(tiny, ALL)
-    table = pd.concat([of_tiny, count_labels(resnet, LINEAR)])
-    title = f"{title_of(grid.tiny)}, {title_of(grid.resnet)}"
-    fig.save(table, plots_combine.agreement(table, title=title), differences(of_tiny))
+    panels = {grid.tiny: ALL, grid.resnet: LINEAR}
+    tables = {network["run"]: count_labels(network, panels[network["run"]]) for network in fig.networks}
+    table = pd.concat(tables.values())
+    figure = plots_combine.agreement(table, title=", ".join(map(title_of, tables)))
+    fig.save(table, figure, differences(tables.get(grid.tiny, table)))
 
 # %% [markdown]
 # The numbers are those of Tiny-10; those of the ResNet stand above. Tiny-10s differ on 2.6 % of the images, and A errs
