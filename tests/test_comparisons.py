@@ -105,11 +105,11 @@ def test_correlations_are_of_matched_units_behind_the_nonlinearity(pair):
         with torch.no_grad():
             a, b = (torch.relu(net.get_submodule(f"ln{i}")(net.get_submodule(name)(y)))
                     for net, y in ((pair.a, a), (pair.b, b)))  # fmt: skip
-        columns = a.double().numpy().T, b[:, pair.matching.permutation[name]].double().numpy().T
+        columns = a.double().cpu().numpy().T, b[:, pair.matching.permutation[name]].double().cpu().numpy().T
         alive = np.logical_and(*(column.std(1) > 0 for column in columns))
         expected = [np.corrcoef(u, v)[0, 1] if ok else 0 for u, v, ok in zip(*columns, alive, strict=True)]
         assert alive.sum() > 8 and np.ptp(expected) > 0.5
-        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+        np.testing.assert_allclose(found[name].cpu(), expected, atol=1e-5)
 
 
 def test_the_least_correlated_pairs_are_deranged_and_others_stay(pair):

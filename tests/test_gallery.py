@@ -88,7 +88,7 @@ def test_docs_show_fast_beside_quick(project):
     (project / "docs" / "gallery").mkdir(parents=True)
     (project / "docs" / "gallery" / "of_before.png").write_bytes(b"")
     text = gallery.write_docs().read_text()
-    here = report.device_name("cpu")
+    here = report.device_name(report.default_device())
     assert (
         f"""
 | `quick` | `fast` |

@@ -3,6 +3,7 @@ import pytest
 
 from companion.figures import report, scorecard
 from companion.figures.claims import Claim, Finding
+from companion.runs.devices import default_device
 
 ITEM, OTHER = "repair/equivalence", "repair/table1"  # tables, which need no figure
 
@@ -25,7 +26,7 @@ def test_verdicts_come_from_saved_tables(values, verdict):
     (row,) = scorecard.judge(CLAIM, "quick")
     assert (row["verdict"], row["item"], row["scale"], row["seeds"]) == (verdict, ITEM, "quick", "2")
     assert row["ours"].count("**not**") == values.count(0)
-    assert row["device"] == report.device_name("cpu")
+    assert row["device"] == report.device_name(default_device())
 
 
 def test_what_has_not_been_made_is_not_judged(made_up):
