@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -134,3 +135,12 @@ def test_index_is_complete():
 def test_environment_says_where():
     where = report.environment()
     assert where["cores"] == os.cpu_count() and where["device"] == where["cpu"] and "torch" in where["versions"]
+
+
+@pytest.mark.parametrize("git", ["", FileNotFoundError("git")])
+def test_environment_takes_the_commit_that_it_is_told_where_git_knows_none(git, monkeypatch):
+    monkeypatch.setattr(report, "_git", Mock(side_effect=[git]))
+    monkeypatch.setenv("REPAIRLIB_COMMIT", "abc")
+    assert report.environment()["commit"] == "abc"
+    monkeypatch.setattr(report, "_git", Mock(side_effect=["def\n", ""]))
+    assert report.environment()["commit"] == "def"

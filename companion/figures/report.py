@@ -142,14 +142,17 @@ def load_item(item: str, scale: str, root: str | Path | None = None) -> dict[str
 
 
 def environment(device: Any = "cpu") -> dict[str, Any]:
-    """Where results were made: interpreter, machine, device, package versions, commit."""
+    """Where results were made: interpreter, machine, device, package versions, commit.
+
+    The commit is git's, or $REPAIRLIB_COMMIT where only the files of the checkout are.
+    """
     try:
-        commit = _git("rev-parse", "--verify", "HEAD").strip() or None
+        commit = _git("rev-parse", "--verify", "HEAD").strip()
         # What a run writes itself is no change of the code.
         if commit and _git("status", "--porcelain", "-uno", "--", ".", ":!figures", ":!benchmarks/results"):
             commit += "+changes"
     except FileNotFoundError:  # a machine without git
-        commit = None
+        commit = ""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -158,7 +161,7 @@ def environment(device: Any = "cpu") -> dict[str, Any]:
         "device": device_name(device),
         "tf32": tensor_float32(device),
         "versions": versions(),
-        "commit": commit,
+        "commit": commit or os.environ.get("REPAIRLIB_COMMIT") or None,
     }
 
 

@@ -1,0 +1,163 @@
+"""The second call of a visit: train, make figures, and bring home what is done, whenever this is stopped."""
+
+import json
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+from companion.figures import report
+from companion.runs import packing
+from companion.runs.devices import default_device
+from companion.runs.names import parse_run
+from gpu import archive, jobs
+from gpu.jobs import Job
+from gpu.machine import FILES, HOME, PIECE, ROOT, START, Machine, elapsed, say
+
+RESERVE = 20.0  # seconds before the end of the budget in which nothing runs but the last packing
+FIGURES = 2  # notebooks at once
+ACCURACY = {"bn": 0.8, "fused": 0.8}  # on the test set at `fast`; less means that something is wrong
+LOWEST = 0.6  # for networks of any other kind
+# What comes back of figures and logs, if it does not all fit: these first.
+FIRST = (".json", ".log", ".png", ".ipynb", ".svg", ".html")
+
+
+def work(
+    machine: Machine, budget: float, scale: str, items: list[str], extra: list[str], *, again: bool = False
+) -> int:
+    """Train the networks of items and make the items, most valuable first, until the budget is spent.
+
+    Args:
+        machine: this one.
+        budget: seconds since the start of the process.
+        scale: smoke, quick, fast or paper.
+        items: full IDs, in order of value; empty for the plan's.
+        extra: runs to train after those.
+        again: make also items that are committed.
+
+    Returns:
+        The exit code: 0, or 3 if images are missing.
+    """
+    machine.enter()
+    say(f"images: {machine.unpack('b.bin')}, runs: {unpack_runs(machine)}")
+    if not machine.data_is_whole():
+        say("the other half of the images is not there: look has to run first, on the same machine")
+        return 3
+    from gpu import plan  # needs the wheels
+
+    found, left = plan.find(scale, items or plan.items_of(), again)
+    for item, why in left.items():
+        say(f"{item} is left out: it {why}")
+    timings = machine.read("timings.json")
+    choice = timings.get("choice", {})
+    needed = [run for runs in found.values() for run in runs] + extra
+    seconds = plan.training_seconds(needed, default_device(), timings)
+    todo = plan.make_jobs(scale, found, extra, seconds)
+    say(f"{len(todo)} jobs; training alone takes {sum(seconds.values()):.0f} s; {choice or 'nothing was measured'}")
+    parcel = Parcel(machine, scale)
+    done = jobs.run(
+        todo,
+        {"train": choice.get("trainers", 2), "figure": FIGURES},
+        START + budget - RESERVE,
+        machine.environment(REPAIRLIB_GRAPH="1" if choice.get("graph") else "0"),
+        machine.scratch / "logs",
+        cwd=ROOT,
+        finished=parcel.add,
+        say=say,
+    )
+    machine_jobs = {"scale": scale, "jobs": done, "left out": left, "seconds": round(elapsed(), 1)}
+    (machine.scratch / "work.json").write_text(json.dumps(machine_jobs, indent=1) + "\n")
+    parcel.close()
+    say(f"{sum(row['outcome'] == 'done' for row in done)} of {len(done)} jobs are done")
+    return 0
+
+
+def unpack_runs(machine: Machine) -> str:
+    """Put the trained networks that came along into the store; says how many."""
+    path, number = machine.packed / "runs.bin", 0
+    for name, content in archive.split(path.read_bytes()) if path.exists() else []:
+        target = machine.scratch / "runs" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.name == "model.packed":
+            target, content, number = target.with_name("model.safetensors"), packing.unpack(content), number + 1
+        target.write_bytes(content)
+    return str(number)
+
+
+class Parcel:
+    """What comes home: made anew after every job, in a thread, so that a kill loses only what is not done."""
+
+    def __init__(self, machine: Machine, scale: str):
+        self.machine, self.scale = machine, scale
+        self.pool, self.waiting = ThreadPoolExecutor(1), []
+        self.packed: dict[str, bytes] = {}
+
+    def add(self, job: Job) -> str:
+        """Take in what a job made; says what is wrong with it, if anything is."""
+        self.waiting.append(self.pool.submit(self._take, job))
+        if job.kind == "train":
+            return self._judge(job.name)
+        made = self.machine.scratch / "figures" / self.scale / f"{report.read_index()[job.name]['output']}.json"
+        return "" if made.exists() else "its notebook made nothing"
+
+    def close(self) -> None:
+        """Write all once more, when that is possible, and raise what went wrong before."""
+        self.waiting.append(self.pool.submit(self.write))
+        self.pool.shutdown()
+        for each in self.waiting:
+            each.result()
+
+    def _take(self, job: Job) -> None:
+        if job.kind == "train":
+            weights = self.machine.scratch / "runs" / job.name / "model.safetensors"
+            self.packed[job.name] = packing.pack(weights.read_bytes())
+        self.write()
+
+    def _judge(self, run: str) -> str:
+        accuracy = self._sidecar(run)["metrics"]["test_accuracy"]
+        norm = parse_run(run, check_data=False).model.norm
+        if self.scale == "fast" and accuracy < ACCURACY.get(norm, LOWEST):
+            return f"TOO INACCURATE: {accuracy:.1%} ON THE TEST SET"
+        say(f"  {run}: {accuracy:.2%}")
+        return ""
+
+    def _sidecar(self, run: str) -> dict:
+        return json.loads((self.machine.scratch / "runs" / run / "run.json").read_text())
+
+    def write(self) -> None:
+        """Write results.tar.gz, then runs.0, runs.1, ...: small networks first, as more of them fit."""
+        results = self._results()
+        room = min((FILES - 2) * PIECE, HOME - len(results))  # a file may be left half-written
+        chosen: dict[str, bytes] = {}
+        for name, content in sorted(self.packed.items(), key=lambda pair: len(pair[1])):
+            if len(content) + sum(map(len, chosen.values())) + 2**16 < room:
+                chosen |= {f"{name}/run.json": json.dumps(self._sidecar(name), indent=2).encode()}
+                chosen |= {f"{name}/model.packed": content}
+        self._put("results.tar.gz", results)
+        for number, piece in enumerate(archive.pieces(archive.join(chosen), PIECE) if chosen else []):
+            self._put(f"runs.{number}", piece)
+
+    def _put(self, name: str, content: bytes) -> None:
+        path = self.machine.out / name
+        if not path.exists() or path.read_bytes() != content:
+            temporary = path.with_name("unfinished")
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+
+    def _results(self) -> bytes:
+        """Figures, logs, timings and sidecars as one .tar.gz of at most one file's size."""
+        scratch = self.machine.scratch
+        files = [path for folder in ("figures", "logs") for path in (scratch / folder).rglob("*") if path.is_file()]
+        files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(scratch).parts)]
+        files += sorted((scratch / "runs").rglob("run.json"))
+        files += [path for path in scratch.glob("*.json")]
+        named = [(path.relative_to(scratch).as_posix(), path) for path in files]
+        build = ROOT / "build" / self.scale
+        named += [(f"failed/{path.name}", path) for path in build.rglob("*.partial.ipynb")] if build.exists() else []
+        named.sort(key=lambda pair: (FIRST.index(pair[1].suffix) if pair[1].suffix in FIRST else len(FIRST), pair[0]))
+        target, size = scratch / "results.tmp", 0
+        with tarfile.open(target, "w:gz", compresslevel=6) as tar:
+            for name, path in named:
+                size += path.stat().st_size + 1024  # more than it takes compressed
+                if size < PIECE:
+                    tar.add(path, name)
+        return target.read_bytes()
