@@ -99,6 +99,14 @@ def test_a_job_that_does_not_fit_is_not_started_and_a_shorter_one_is(run, tmp_pa
     assert not (tmp_path / "long").exists()
 
 
+def test_jobs_that_slow_one_another_down_start_only_if_both_will_be_done(run, tmp_path):
+    both = [("a", "sleep 1.2; touch a", {"seconds": 2}), ("b", "test -e a", {"seconds": 2})]
+    assert set(run(*both, places=2, seconds=4, slows={"k": 0.0}).values()) == {"done", "failed (1): it printed nothing"}
+    (tmp_path / "a").unlink()
+    outcomes = run(*both, places=2, seconds=4, slows={"k": 1.0})
+    assert outcomes == {"a": "done", "b": "done"} or outcomes["b"].startswith("not started")
+
+
 def test_what_runs_at_the_deadline_is_ended_with_its_children(run, tmp_path):
     start = time.monotonic()
     outcomes = run(("a", "sh -c 'sleep 3; touch late' & sleep 60"), ("b", "touch b"), seconds=1)
@@ -139,7 +147,8 @@ def test_networks_come_from_the_grids_and_before_their_figures(monkeypatch):
     names = [job.name for job in todo]
     assert names[0] == found[name][1] and stored not in names and names.count(names[0]) == 1
     by_name = {job.name: job for job in todo}
-    assert by_name[name].needs == (names[0],) and by_name[name].alone == "repair/04_repair"
+    both = by_name[f"{name},repair/fig3-left"]  # one execution of their notebook
+    assert both.needs == (names[0],) and both.alone == "repair/04_repair" and both.command[-1] == both.name
     assert by_name[names[0]].seconds == 7 + plan.START
     assert by_name["digits/mlp2-plain-w8/smoke/s1/retrain/s2"].needs == ("digits/mlp2-plain-w8/smoke/s1",)
 

@@ -68,6 +68,7 @@ def run(
     logs: Path,
     *,
     cwd: Path,
+    slows: Mapping[str, float] | None = None,
     finished: Callable[[Job], str] = lambda job: "",
     say: Callable[[str], None] = print,
 ) -> list[dict]:
@@ -80,6 +81,7 @@ def run(
         environment: of the processes.
         logs: folder of their output.
         cwd: where they run.
+        slows: by kind, by how much of its time a job takes longer for each other one that runs; default not at all.
         finished: called after each that succeeded; says what is wrong with it all the same, if anything is.
         say: prints a line.
 
@@ -91,8 +93,9 @@ def run(
     def alike(job: Job) -> int:
         return sum(each.job.kind == job.kind for each in running)
 
-    def fits(job: Job, sharing: int) -> bool:  # jobs of one kind slow one another down
-        return time.monotonic() + SPARE * job.seconds * sharing < deadline
+    def fits(job: Job, others: int = 0) -> bool:
+        slower = 1 + (slows or {}).get(job.kind, 0) * others
+        return time.monotonic() + SPARE * job.seconds * slower < deadline
 
     def close(job: Job, text: str, took: float = 0.0) -> None:
         outcome[job.name], seconds[job.name] = text, round(took, 1)
@@ -117,11 +120,11 @@ def run(
                 taken = alike(job) >= places[job.kind] or (
                     job.alone and job.alone in [each.job.alone for each in running]
                 )
-                if broken or not fits(job, 1):
+                if broken or not fits(job):
                     waiting.remove(job)
                     why = f"{broken[0]} is not there" if broken else f"it would take {job.seconds:.0f} s"
                     close(job, f"not started: {why}")
-                elif ready and not taken and fits(job, 1 + alike(job)):
+                elif ready and not taken and fits(job, alike(job)):
                     waiting.remove(job)
                     log = logs / f"{job.name.replace('/', '__')}.log"
                     running.append(Running(job, environment, log, cwd))

@@ -243,7 +243,19 @@ def everything(machine: Machine, deadline: float) -> str:
     environment = machine.environment(
         REPAIRLIB_RUNS=str(folder / "runs"), REPAIRLIB_FIGURES=str(folder / "figures")
     )  # fmt: skip
-    tests = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "4",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_cuda.py",
+    ]
     todo = [Job("tests", "test", tuple(tests))] if (ROOT / "tests" / "test_cuda.py").exists() and names else []
     for name in names:
         command = (sys.executable, "workflow/batch.py", f"notebooks/{name}.py", "--scale", "smoke")

@@ -13,30 +13,31 @@ from companion.runs.names import parse_run
 from companion.runs.store import Store
 from gpu.jobs import Job
 
-# Blocks of items, with the seconds that we expect each to take on an H100 once its networks are there, of which 20 go
-# into starting a notebook. A block shares networks; those come first that give most items for a second of training.
+# Blocks of items, with the seconds that we expect each to take on an H100 once its networks are there and its notebook
+# is started. A block shares networks; those come first that give most items for a second of training.
 BLOCKS: dict[str, dict[str, float]] = {
-    "VGG11": {"repair/fig2-middle": 25},
-    "ResNet18": {"repair/fig3-left": 30, "repair/fig3-middle": 35, "repair/equivalence": 30},
-    "halves of the data": {"repair/fig7": 30, "repair/fig13": 30},
+    "VGG11": {"repair/fig2-middle": 5},
+    "ResNet18": {"repair/fig3-left": 10, "repair/fig3-middle": 15, "repair/equivalence": 10},
+    "halves of the data": {"repair/fig7": 10, "repair/fig13": 10},
     "Tiny-10": {
-        "combine/figB19": 25, "combine/figB22": 30, "combine/figB20": 30, "combine/fig13": 25, "combine/fig14": 35,
-        "combine/figB23-B24": 35, "combine/figB15-B18": 40,
+        "combine/figB19": 5, "combine/figB22": 10, "combine/figB20": 10, "combine/fig13": 5, "combine/fig14": 15,
+        "combine/figB23-B24": 15, "combine/figB15-B18": 20,
     },
-    "ResNet20, narrow": {"repair/fig4-right": 25, "repair/fig10-right": 25},
+    "ResNet20, narrow": {"repair/fig4-right": 5, "repair/fig10-right": 5},
     "ResNet20 with LayerNorm": {
-        "combine/fig6": 30, "combine/fig8": 30, "combine/fig11a": 30, "combine/algorithm1": 30, "combine/fig9": 35,
-        "combine/fig2": 40, "combine/fig3": 40, "combine/fig4": 40, "combine/fig5": 40, "combine/fig11b": 35,
-        "combine/fig10": 40, "combine/figB25-B26": 45, "combine/fig12": 40,
+        "combine/fig6": 10, "combine/fig8": 10, "combine/fig11a": 10, "combine/algorithm1": 10, "combine/fig9": 15,
+        "combine/fig2": 20, "combine/fig3": 20, "combine/fig4": 20, "combine/fig5": 20, "combine/fig11b": 15,
+        "combine/fig10": 20, "combine/figB25-B26": 25, "combine/fig12": 20,
     },
-    "VGG, deeper": {"repair/fig6-right": 30},
+    "VGG, deeper": {"repair/fig6-right": 10},
     "ResNet50": {
-        "repair/fig2-right": 30, "repair/fig5-left": 45, "repair/fig8-right": 45, "repair/fig9": 45,
-        "repair/fig14": 45,
+        "repair/fig2-right": 10, "repair/fig5-left": 25, "repair/fig8-right": 25, "repair/fig9": 25,
+        "repair/fig14": 25,
     },
-    "Tiny-10 of other widths": {"combine/figB21": 50},
+    "Tiny-10 of other widths": {"combine/figB21": 30},
 }  # fmt: skip
-START = 8.0  # seconds in which a training starts: imports, CUDA's context, the data
+# Seconds in which a training starts (imports, CUDA's context, the data), and a notebook.
+START, NOTEBOOK = 8.0, 20.0
 
 
 def items_of(blocks: Iterable[str] = BLOCKS) -> list[str]:
@@ -77,7 +78,7 @@ def find(scale: str, items: Sequence[str], again: bool = False) -> tuple[dict[st
 
 
 def make_jobs(scale: str, found: Mapping[str, Sequence[str]], extra: Sequence[str], seconds: Mapping) -> list[Job]:
-    """Jobs that train networks and make items, in the order of the items.
+    """Jobs that train networks and make items, in the order of the items; one makes those of a block and notebook.
 
     Args:
         scale: smoke, quick, fast or paper.
@@ -85,27 +86,31 @@ def make_jobs(scale: str, found: Mapping[str, Sequence[str]], extra: Sequence[st
         extra: runs to train after all others.
         seconds: of a training, by run name.
     """
-    index, expected = report.read_index(), {k: v for block in BLOCKS.values() for k, v in block.items()}
-    stored, jobs = set(Store().names()), {}
+    index, stored = report.read_index(), set(Store().names())
+    expected = {item: (block, value) for block, items in BLOCKS.items() for item, value in items.items()}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in found:
+        groups.setdefault((expected.get(item, ("",))[0], index[item]["notebook"]), []).append(item)
+    jobs: dict[str, Job] = {}
 
-    def train(run: str) -> None:
-        command = (sys.executable, "-m", "companion.runs.store", "train", run)
-        *before, run = costs.with_parents([run])
-        if run not in stored:
-            needed = tuple(name for name in before if name not in stored)
-            jobs.setdefault(run, Job(run, "train", command, seconds.get(run, 60.0) + START, needed))
+    def train(runs: Iterable[str]) -> tuple[str, ...]:
+        """Add what trains some runs; says which of them and of their parents are not stored."""
+        new = [run for run in costs.with_parents(runs) if run not in stored]
+        for run in new:
+            if run not in jobs:
+                before = tuple(name for name in costs.with_parents([run])[:-1] if name not in stored)
+                command = (sys.executable, "-m", "companion.runs.store", "train", run)
+                jobs[run] = Job(run, "train", command, seconds.get(run, 60.0) + START, before)
+        return tuple(new)
 
-    for item, runs in found.items():
-        every = costs.with_parents(runs)
-        for run in every:
-            train(run)
-        notebook = index[item]["notebook"]
-        command = (sys.executable, "workflow/batch.py", f"notebooks/{notebook}.py", "--scale", scale, "--items", item)
-        needed = tuple(run for run in every if run in jobs)
+    for (_, notebook), items in groups.items():
+        name = ",".join(items)
+        command = (sys.executable, "workflow/batch.py", f"notebooks/{notebook}.py", "--scale", scale, "--items", name)
+        took = NOTEBOOK + sum(expected.get(item, ("", 30.0))[1] for item in items)
+        needed = train(run for item in items for run in found[item])
         # Two jobs of one notebook would wait for one another.
-        jobs[item] = Job(item, "figure", command, expected.get(item, 60.0), needed, alone=notebook)
-    for run in costs.with_parents(extra):
-        train(run)
+        jobs[name] = Job(name, "figure", command, took, needed, alone=notebook)
+    train(extra)
     return list(jobs.values())
 
 

@@ -14,7 +14,8 @@ from gpu.jobs import Job
 from gpu.machine import FILES, HOME, PIECE, ROOT, START, Machine, elapsed, say
 
 RESERVE = 20.0  # seconds before the end of the budget in which nothing runs but the last packing
-FIGURES = 2  # notebooks at once
+FIGURES = 5  # notebooks at once, which wait for Python more than for the GPU
+SLOWS = {"train": 1.0, "figure": 0.2}  # see jobs.run
 ACCURACY = {"bn": 0.8, "fused": 0.8}  # on the test set at `fast`; less means that something is wrong
 LOWEST = 0.6  # for networks of any other kind
 # What comes back of figures and logs, if it does not all fit: these first.
@@ -61,6 +62,7 @@ def work(
         machine.environment(REPAIRLIB_GRAPH="1" if choice.get("graph") else "0"),
         machine.scratch / "logs",
         cwd=ROOT,
+        slows=SLOWS,
         finished=parcel.add,
         say=say,
     )
@@ -96,8 +98,9 @@ class Parcel:
         self.waiting.append(self.pool.submit(self._take, job))
         if job.kind == "train":
             return self._judge(job.name)
-        made = self.machine.scratch / "figures" / self.scale / f"{report.read_index()[job.name]['output']}.json"
-        return "" if made.exists() else "its notebook made nothing"
+        index, folder = report.read_index(), self.machine.scratch / "figures" / self.scale
+        missing = [item for item in job.name.split(",") if not (folder / f"{index[item]['output']}.json").exists()]
+        return f"its notebook did not make {', '.join(missing)}" if missing else ""
 
     def close(self) -> None:
         """Write all once more, when that is possible, and raise what went wrong before."""
