@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
@@ -207,6 +208,6 @@ def test_a_notebook_runs_on_it(tmp_path, monkeypatch):
     shutil.copy(project_root() / "notebooks" / "repair" / "04_repair.py", notebook)
     for module in (batch, needs):
         monkeypatch.setattr(module, "project_root", lambda: tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(project_root()))
+    monkeypatch.setenv("PYTHONPATH", str(project_root()), prepend=os.pathsep)
     batch.execute(notebook, "smoke", "repair/fig3-left")
     assert report.load_item("repair/fig3-left", "smoke")["device"] == device_name("cuda")
