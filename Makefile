@@ -21,7 +21,9 @@ RUN       := $(VENV)/bin/python -m
 # Silent but for errors.
 PIP       := $(RUN) pip install -qq --disable-pip-version-check --no-deps
 INSTALLED := $(VENV)/.installed
-export REPAIRLIB_TRAIN ?= $(TRAIN)
+ifneq ($(TRAIN),)
+export REPAIRLIB_TRAIN := $(TRAIN)
+endif
 SHELL     := bash
 .DELETE_ON_ERROR:
 

@@ -114,5 +114,5 @@ def test_a_grid_keeps_what_can_be_had():
         "nothing": [],
     }
     assert needs("cifar10/a/r/s1", "cifar10/a/r/s3", "digits/c/r/s1")["whole"] == [pair, "digits/c/r/s1"]
-    assert needs("cifar10/a/r/s1") == {"nothing": []}
+    assert needs("cifar10/a/r/s1") == needs("digits/c/r/s1") == {"nothing": []}
     assert grid.only(lambda run: False).networks(["both"]) == []

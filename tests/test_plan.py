@@ -146,3 +146,16 @@ def test_bad_questions_are_answered(project, capsys):
     text = make_plan()  # of the other notebook
     assert "fails: " in text and "unknown recipe 'smok'; the nearest is 'smoke'" in text
     assert line(text, "Notebooks to execute")[3:6] == ["1", "of", "2"]
+
+
+def test_a_notebook_that_nothing_is_left_of_is_not_planned_and_is_said(project, monkeypatch):
+    gone = "class section: runs, reads, items, left_out, gone = [], [], [], {'repair/fig6-left': ['a/b/fast/s1']}, "
+    write_notebook(project, "two", f"[]\n{gone}['repair/fig6-left']")
+    write_notebook(project, "one", "[]\nreads = ['repair/fig6-left']")
+    index = {"repair/fig6-left": {"notebook": "two", "output": "x"}}
+    monkeypatch.setattr(report, "read_index", lambda: index)
+    text = make_plan(to_execute=["one"])
+    assert "Notebooks to execute                         1 of 1" in text
+    assert "Left out, because they are not trained: a/b/fast.\nNot made, because nothing is left of them" in text
+    wanted = needs.find_needs("smoke")[1]
+    assert jobs.due("smoke", [], wanted) == {"one"}

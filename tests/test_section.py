@@ -142,10 +142,9 @@ def test_fast_does_without_networks_that_are_not_there_and_says_so(half, capsys,
     missing = [f"cifar10/mlp2-fused-w16/fast/s{seed}" for seed in (1, 2)]
     assert work.left_out == {LEFT: missing, MIDDLE: missing}
     assert work.item(MIDDLE) is None and [n["width"] for n in work.item(LEFT).networks] == [8]
-    assert work.example() == half == work.example("cifar10/mlp2-fused-w16/fast")
-    assert work.example("cifar10/mlp2-fused-w16/fast", otherwise=RUN) == [f"{RUN}/s1", f"{RUN}/s2"]
-    with pytest.raises(ValueError, match="no network here has 3 seeds: Left out, because .* cifar10/mlp2-fused-w16"):
+    with pytest.raises(ValueError, match="no network here has 3 seeds. Left out, because .* cifar10/mlp2-fused-w16"):
         work.example(networks=3)
+    capsys.readouterr()
     work.overview()
     said = capsys.readouterr().out
     assert f"not trained: cifar10/mlp2-fused-w16/fast.\nNot made, because nothing is left of them: {MIDDLE}" in said
@@ -179,3 +178,33 @@ def test_what_was_left_out_is_saved(half, monkeypatch):
     work.item(LEFT).save([{"x": 1}], figure)
     assert section.load_item(LEFT, "fast")["left_out"] == work.left_out[LEFT]
     assert work.item(SUMMARY).reads[LEFT]["table"] == [{"x": 1}]
+
+
+def test_an_example_is_what_is_asked_for_or_says_that_it_is_not(half, capsys):
+    there, other = "cifar10/mlp2-fused-w8/fast", "cifar10/mlp2-fused-w16/fast"
+    work = Section(fast_grid, "fast", LEFT)
+    assert work.example(there) == half == work.example() and capsys.readouterr().out == ""
+    assert work.example(other) == half
+    assert capsys.readouterr().out == f"Step by step with {there}, because {other} is not trained.\n"
+    assert work.example(other, RUN) == [f"{RUN}/s1", f"{RUN}/s2"]  # of smoke, which can always be trained
+    for items in ("", LEFT, SUMMARY):  # at other scales, whatever is asked for
+        assert Section(fast_grid, "quick", items).example(other, RUN) == [f"{other}/s1", f"{other}/s2"]
+
+
+def test_an_item_that_was_made_of_more_stays(half, monkeypatch, capsys):
+    record = {"item": LEFT, "runs": [*half, "cifar10/mlp2-fused-w16/fast/s1"], "table": [], "summary": {}}
+    monkeypatch.setattr(section, "load_item", lambda item, scale: record)
+    work = Section(fast_grid, "fast")
+    assert work.item(LEFT) is None
+    assert capsys.readouterr().out == f"{LEFT} was made of more networks than are here, and stays as it is.\n"
+    record["runs"] = half
+    assert work.item(LEFT) is not None
+
+
+def test_a_stored_network_whose_data_are_not_there_is_left_out(here, monkeypatch):
+    stored = [f"{data}/mlp2-fused-w8/fast/s{seed}" for data in ("mnist", "svhn") for seed in (1, 2)]
+    monkeypatch.setattr(section.Store, "names", lambda self: stored)
+    monkeypatch.setenv("REPAIRLIB_DATA", str(here / "data"))
+    monkeypatch.setenv("REPAIRLIB_DEVICE", "cpu")
+    runs = [{"run": run.removesuffix("/s1")} for run in stored[::2]]
+    assert Section(lambda scale: Grid({LEFT: runs}, (1, 2)), "fast").left_out == {LEFT: stored[2:]}

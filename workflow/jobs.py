@@ -356,7 +356,9 @@ def make(
     if left_out:
         print(say_left_out(left_out, gone))
     made = [needs.read_done(job.name, scale) for job in jobs if not job.runs]
-    failed = bool(status or errors or {*wanted} & {*gone} or any(done and done.get("checks") for done in made))
+    failed = bool(
+        status or errors or {*needs.find_items(items)} & {*gone} or any(done and done.get("checks") for done in made)
+    )
     if status and not errors:
         print("Not everything could be made; if nothing above says why, try: make figures QUIET=progress")
     return int(failed)

@@ -258,7 +258,9 @@ def is_up_to_date(name: str, scale: str, items: list[str], need: dict[str, Any])
     for key in {"", key_of(name, ",".join(items))}:  # an execution for all items counts for some
         then = done.get("saw", {}).get(key)
         if then and then["code"] == code and all(
-            digest and then[kind].get(entry) == digest for kind in now for entry, digest in now[kind].items()
+            (digest or kind == "reads") and then[kind].get(entry) == digest
+            for kind in now
+            for entry, digest in now[kind].items()
         ):  # fmt: skip
             return True
     return False

@@ -54,7 +54,8 @@ class Section:
     def __init__(self, grid: Callable[[str], Grid], scale: str, items: str = ""):
         self.scale, self._make = check_scale(scale), grid
         everything = grid(scale)
-        self.grid = everything.only(_can_be_had()) if scale == "fast" else everything
+        self._has = _can_be_had() if scale == "fast" else lambda run: True
+        self.grid = everything.only(self._has)
         asked = [item for item in everything.needs if wanted(item, items)]
         self.items = [item for item in asked if item in self.grid.needs]
         left = {item: set(self.grid.runs([item])) for item in self.items}
@@ -82,29 +83,31 @@ class Section:
             print(say_left_out(self.left_out, self.gone))
         return pd.DataFrame({scale: _column(self._make(scale)) for scale in SCALES})
 
-    def example(self, run: str = "", otherwise: str = "", networks: int = 2) -> list[str]:
+    def example(self, *runs: str, networks: int = 2) -> list[str]:
         """Names of the runs of some seeds of one network, to look at step by step.
 
         Args:
-            run: a run name without its seed.
-            otherwise: what is taken if no item that was asked for needs `run`; default: a network that one needs.
+            *runs: run names without their seeds. The first counts; at `fast` the first that can be had, else any
+                network of the section. If it is not the first, a line says so.
             networks: how many.
 
         Raises:
-            ValueError: no network has so many seeds.
+            ValueError: no network of the section has so many seeds.
         """
-        by_network: dict[str, list[str]] = {}
-        for name in self.runs:
-            by_network.setdefault(name.rpartition("/")[0], []).append(name)
-        enough = {network: names[:networks] for network, names in by_network.items() if len(names) >= networks}
-        if run not in enough and otherwise:
-            return [f"{otherwise}/s{seed}" for seed in range(1, networks + 1)]
-        if not enough:
-            raise ValueError(f"no network here has {networks} seeds: " + say_left_out(self.left_out, self.gone))
-        return enough.get(run) or next(iter(enough.values()))
+        others = [network["run"] for network in self.grid.networks(self.grid.needs)]
+        for run in [*runs, *others]:
+            found = [f"{run}/s{seed}" for seed in self.grid.seeds if self._has(f"{run}/s{seed}")][:networks]
+            if len(found) == networks:
+                if runs and run != runs[0]:
+                    print(f"Step by step with {run}, because {runs[0]} is not trained.")
+                return found
+        raise ValueError(f"no network here has {networks} seeds. {say_left_out(self.left_out, self.gone)}")
 
     def item(self, name: str) -> "Item | None":
-        """The item, its clock started; None if it was not asked for, or if items that it sums up are not made yet.
+        """The item, its clock started.
+
+        None if it was not asked for, if items that it sums up are not made yet, or if it was made at `fast` of more
+        networks than there are here: then it stays as it is.
 
         Raises:
             ValueError: the section has no such item.
@@ -112,11 +115,23 @@ class Section:
         known = self._make(self.scale).needs
         if name not in known:
             raise ValueError(f"this section has no item {name!r}; it has: {', '.join(known)}")
+        if name not in self.items or self._is_made_of_more(name):
+            return None
         try:
-            return Item(name, self) if name in self.items else None
+            return Item(name, self)
         except FileNotFoundError as error:
             print(error)
             return None
+
+    def _is_made_of_more(self, name: str) -> bool:
+        """Whether an item that does without some runs has been made of all that it would be made of now, and more."""
+        try:
+            made = set(load_item(name, self.scale)["runs"]) if name in self.left_out else set()
+        except FileNotFoundError:
+            return False
+        if more := made > set(self.grid.runs([name])):
+            print(f"{name} was made of more networks than are here, and stays as it is.")
+        return more
 
     def rows(self, networks: Iterable[Mapping[str, object]], **how) -> pd.DataFrame:
         """The long table of some networks; what is measured once is not measured again for another item.
@@ -269,9 +284,9 @@ def _can_be_had() -> Callable[[str], bool]:
     @functools.cache
     def has(run: str) -> bool:
         data, recipe = run.split("/")[0], run.split("/")[2].partition("~")[0]
-        if run in stored or recipe in ("smoke", "quick", "quick-csiszarik", "imported"):
+        if recipe in ("smoke", "quick", "quick-csiszarik", "imported"):
             return True
-        return training and (base_name(data) in BASIC or is_there(data))
+        return (run in stored or training) and (base_name(data) in BASIC or is_there(data))
 
     return has
 
@@ -282,8 +297,9 @@ def say_left_out(left_out: Mapping[str, Iterable[str]], gone: Iterable[str]) -> 
     Args:
         left_out, gone: runs by item, and items that are not made for lack of them, see `Section`.
     """
-    networks = dict.fromkeys(run.rpartition("/")[0] for runs in left_out.values() for run in runs)
-    lines = [f"Left out, because they are not trained: {', '.join(networks) or 'none'}."]
+    networks = list(dict.fromkeys(run.rpartition("/")[0] for runs in left_out.values() for run in runs))
+    some = ", ".join(networks[:3]) + f" and {len(networks) - 3} more" * (len(networks) > 3)
+    lines = [f"Left out, because they are not trained: {some or 'none'}."]
     if gone := list(gone):
         lines.append(f"Not made, because nothing is left of them: {', '.join(gone)}.")
     lines.append(

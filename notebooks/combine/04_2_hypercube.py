@@ -156,7 +156,7 @@ if fig := section.item("combine/algorithm1"):
 # Section 4.2.2. At $\alpha = \frac12$ that is the whole hypercube. All three combinations have the same coefficients.
 
 # %%
-pair = load_pair(section.example(grid.resnet))
+pair = load_pair(section.example(grid.resnet, grid.tiny, "digits-hard/tiny10-ln-w0.5/quick-csiszarik"))
 matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
 theta_a, theta_b = pair.a.state_dict(), matching.apply(pair.b).state_dict()
 alpha, theta, generator = 0.5, {}, torch.Generator().manual_seed(0)

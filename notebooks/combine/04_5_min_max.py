@@ -50,7 +50,7 @@ grid = section.grid
 # weight is chosen by its magnitude, those of LayerNorms too.
 
 # %%
-pair = load_pair(section.example(grid.resnet))
+pair = load_pair(section.example(grid.resnet, grid.tiny))
 matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
 ends = pair.a.state_dict(), matching.apply(pair.b).state_dict()
 largest, smallest = combine.extreme(ends, "max"), combine.extreme(ends, "min")

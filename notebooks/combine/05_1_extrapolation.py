@@ -70,7 +70,7 @@ plots_combine.plane({f"$s$ = {s:g}": box(s, center=0)(uniform).tolist() for s in
 # made half of the way beyond B, and one is drawn from a box about A.
 
 # %%
-pair = load_pair(section.example(grid.resnet))
+pair = load_pair(section.example(grid.resnet, grid.tiny))
 matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
 aligned_b = matching.apply(pair.b)
 halfway_beyond = repairlib.interpolate_models(pair.a, aligned_b, 1.5)

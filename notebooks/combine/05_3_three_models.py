@@ -61,7 +61,7 @@ grid = section.grid
 # matched with B directly, and B and C stay as trained.
 
 # %%
-first, *others = section.example(grid.resnet, networks=3)
+first, *others = section.example(grid.resnet, grid.tiny, networks=3)
 pair = load_pair(others)
 a, b, c = store.get(first, pair.dataset.device), pair.a, pair.b
 match = functools.partial(repairlib.match_weights, data=pair.calibration, restarts=grid.restarts)
@@ -100,7 +100,8 @@ def triple_of(run: str, triple: str):
 def measure(fig, rows, *options) -> pd.DataFrame:
     """The rows of all triples of an item's network."""
     (network,) = fig.networks
-    return pd.DataFrame([{**network, "triple": triple} | row for triple in grid.triples
+    columns = {name: network[name] for name in ("run", "model")}
+    return pd.DataFrame([{**columns, "triple": triple} | row for triple in grid.triples
                          for row in rows(triple_of(network["run"], triple), *options)])  # fmt: skip
 
 

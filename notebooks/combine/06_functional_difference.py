@@ -75,7 +75,7 @@ plots_combine.coefficients(coefficient_samples(RANDOM))
 # networks are compared with those of A and B. Each line of the table counts the test images.
 
 # %%
-pair = load_pair(section.example(grid.resnet))
+pair = load_pair(section.example(grid.resnet, grid.tiny))
 matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
 a, b, trained_b = (model.state_dict() for model in (pair.a, matching.apply(pair.b), pair.b))
 networks = {

@@ -48,7 +48,7 @@ grid = section.grid
 # repaired.
 
 # %%
-pair = load_pair(section.example(grid.MLP, otherwise="digits/mlp8-fused-w128/quick"))
+pair = load_pair(section.example(grid.MLP, "digits/mlp8-fused-w128/quick"))
 matching = repairlib.match_activations(pair.a, pair.b, pair.calibration)
 aligned_b = matching.apply(pair.b)
 averages = {

@@ -55,7 +55,7 @@ grid = section.grid
 
 # %%
 sampled = grid.settings["MLP of the samples"]
-pair = load_pair(section.example(sampled, otherwise="digits/mlp8-fused-w128/quick"))
+pair = load_pair(section.example(sampled, "digits/mlp8-fused-w128/quick"))
 images = torch.cat([batch for batch, _ in pair.calibration])
 
 

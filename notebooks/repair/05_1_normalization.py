@@ -62,7 +62,8 @@ def step_by_step(run):
     return pair.compare(A=pair.a, B=pair.b, **networks), pd.DataFrame(ratios).query("network == 'aligned'")
 
 
-steps = {network["series"]: step_by_step(network["run"]) for network in grid.networks(["repair/fig4-right"])}
+paths = grid.networks(["repair/fig4-right"]) or grid.networks(section.items)[:1]
+steps = {network["series"]: step_by_step(network["run"]) for network in paths}
 pd.concat({norm: accuracies for norm, (accuracies, _) in steps.items()})
 
 # %% [markdown]

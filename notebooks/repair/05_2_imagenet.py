@@ -51,7 +51,7 @@ from companion.figures.plots import repair as plots
 from companion.figures.section import stack
 
 grid = section.grid
-resnet50 = grid.networks(["repair/fig5-left"])[0]["run"]  # a ResNet26 at `quick`
+resnet50 = f"{grid.data}/{grid.models[1]}/{grid.recipe}"  # a ResNet26 at `quick`
 
 # %% [markdown]
 # ## One pair, step by step

@@ -48,7 +48,7 @@ PANELS = {  # how each panel of Figs. 6 and 12 is measured and drawn
 # B's units are put into A's order. The two networks are averaged. The average is repaired.
 
 # %%
-pair = load_pair(section.example())
+pair = load_pair(section.example(grid.MLP.format(grid.data[0], grid.units[0])))
 matching = repairlib.match_activations(pair.a, pair.b, pair.calibration)
 aligned_b = matching.apply(pair.b)
 averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)

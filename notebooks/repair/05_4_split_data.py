@@ -41,7 +41,9 @@ from companion.experiments.tables import name_networks
 from companion.figures.plots import repair as plots
 from companion.runs import store
 
-grid, pairs = section.grid, split_pairs(scale)
+grid = section.grid
+pairs = [pair for pair in split_pairs(scale) if {*pair["halves"]} <= {*grid.runs(grid.needs)}]
+assert pairs, "networks of both halves of the data are needed, see above"
 
 # %% [markdown]
 # ## One pair, step by step

@@ -49,9 +49,8 @@ grid = section.grid
 
 # %%
 if fig := section.item("repair/fig1-left"):
-    tables = {series: fig.reads[f"repair/fig2-{panel}"]["table"] for series, panel in
-              {"MLP": "left", "VGG": "middle", "ResNet": "right"}.items()}  # fmt: skip
-    table = [{"series": series, **row} for series, rows in tables.items() for row in rows
+    series = {"repair/fig2-left": "MLP", "repair/fig2-middle": "VGG", "repair/fig2-right": "ResNet"}
+    table = [{"series": series[name], **row} for name, record in fig.reads.items() for row in record["table"]
              if row["network"] in ("aligned", "aligned + REPAIR")]  # fmt: skip
     ratio = pd.DataFrame(table).groupby(["series", "network", "layer"])["ratio"].mean().groupby(level=[0, 1])
     summary = {f"{series}, {network}, least": least for (series, network), least in ratio.min().items()}
@@ -104,8 +103,9 @@ if fig := section.item("repair/fig11"):
     tables = {name: name_networks(record["table"]) for name, record in fig.reads.items()}
     tables = {name: table[table["network"].isin(DRAWN)] for name, table in tables.items()}
     with plots.style():
-        figure = plt.figure(figsize=(plots.COLUMN_WIDTH, 7.6))
-        for (name, table), place in zip(tables.items(), figure.subfigures(3), strict=True):
+        figure = plt.figure(figsize=(plots.COLUMN_WIDTH, 7.6 * len(tables) / 3))
+        places = figure.subfigures(len(tables), squeeze=False)[:, 0]
+        for (name, table), place in zip(tables.items(), places, strict=True):
             model, on, data = title_of(fig.reads[name]["runs"][0].rpartition("/")[0]).partition(" on ")
             title = ("several networks" if "series" in table else model) + on + data
             plots.path(table, metric="loss", title=title, ax=place.subplots())

@@ -53,7 +53,7 @@ class Grid:
         """The grid without the runs that cannot be had.
 
         A network keeps the seeds that are there if they make a pair; one that has seeds of its own needs them all. An
-        item that nothing is left of is dropped, and so is one that lacks a run that it names in full.
+        item that no network is left of is dropped, and so is one that lacks a run that it names in full.
 
         Args:
             has: of a run's name, whether it can be had.
@@ -61,8 +61,9 @@ class Grid:
         needs = {}
         for item, networks in self.needs.items():
             left = [found for network in networks if (found := self._having(network, has))]
+            kinds = {isinstance(network, str) for network in networks}
             whole = all(network in left for network in networks if isinstance(network, str))
-            if whole and (left or not networks):
+            if whole and kinds == {isinstance(network, str) for network in left}:
                 needs[item] = left
         return replace(self, needs=needs)
 

@@ -159,8 +159,9 @@ def extrapolation(scale: str) -> Grid:
 
 def three_models(scale: str) -> Grid:
     """Sections 5.3 and 5.4: three networks, B and C in A's order of units; a triple is the seeds of A, B and C."""
-    both, (resnet, tiny) = combined(scale), _networks(scale)
-    wide = resnet if scale != "paper" else _networks(scale, width=40)[0]
+    both = combined(scale)
+    resnet, tiny = ({**network, "seeds": (1, 2, 3)} for network in _networks(scale))
+    wide = resnet if scale != "paper" else {**_networks(scale, width=40)[0], "seeds": (1, 2, 3)}
     one, each = ["1-2-3"], ["1-2-3", "2-3-1", "3-1-2"]
     return Grid(
         needs={"combine/fig11a": [resnet], "combine/figB20": [tiny], "combine/fig11b": [wide]},
