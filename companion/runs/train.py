@@ -175,7 +175,7 @@ def fit(
     network computes in bfloat16 where the device has it (see `precision`), under autocast: weights, their gradients and
     the optimizer's state stay float32. Epoch k of a seed always has the same order and augmentation, also if it is the
     first that is trained (`recipe.start`); the momentum is zero before the first step. On a GPU no step waits for the
-    device, and $REPAIRLIB_GRAPH=1 makes the whole step one CUDA graph, which is faster for narrow networks.
+    device, and $REPAIRLIB_GRAPH=1 makes the whole step one CUDA graph, which narrow networks should be faster with.
 
     Started by `torchrun --nproc_per_node N`, each of N processes takes an N-th of every batch, with the draws that it
     gets in one process, and gradients are averaged: the same steps up to rounding, but for BatchNorm, which normalises
