@@ -6,11 +6,16 @@ import torch
 
 @pytest.fixture(autouse=True)
 def fresh_roots(tmp_path_factory, monkeypatch):
-    """Empty folders for runs, networks that come with the repository and figures: no test sees the checkout's."""
+    """Empty folders for runs, networks that come with the repository and figures: no test sees the checkout's.
+
+    What the environment says of training and of results is not seen either.
+    """
     root = tmp_path_factory.mktemp("roots")
     monkeypatch.setenv("REPAIRLIB_RUNS", str(root / "runs"))
     monkeypatch.setenv("REPAIRLIB_NETWORKS", str(root / "networks"))
     monkeypatch.setenv("REPAIRLIB_FIGURES", str(root / "figures"))
+    for variable in ("TRAIN", "GRAPH", "COMMIT"):
+        monkeypatch.delenv(f"REPAIRLIB_{variable}", raising=False)
 
 
 @pytest.fixture(autouse=True)

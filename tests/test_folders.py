@@ -11,7 +11,7 @@ from torchvision.transforms import functional as vision
 
 from companion.runs import store
 from companion.runs import train as training
-from companion.runs.data import DATASETS, DataMissing, Source, folders, iterate, load
+from companion.runs.data import DATASETS, DataMissing, Source, Split, folders, iterate, load
 from companion.runs.models import build
 from companion.runs.train import find_recipe, fit, parse_run
 
@@ -310,6 +310,13 @@ def test_the_order_of_a_registered_data_set_comes_after_decoding(pets, opened, m
     by_content = load("pets", pets)
     assert len(opened) == 24 and torch.equal(by_content.train.images, unsorted.train.sorted().images)
     assert not torch.equal(by_content.train.images, unsorted.train.images)
+
+
+def test_one_image_in_two_classes_has_one_order():
+    images = torch.tensor([7, 9, 7, 7], dtype=torch.uint8).reshape(4, 1, 1, 1)
+    orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
+    halves = [Split(images, torch.tensor([2, 0, 1, 2])).take(order).sorted() for order in orders]
+    assert len({half.digest() for half in halves}) == 1
 
 
 def test_processes_that_decode_at_the_same_time_agree(pets):

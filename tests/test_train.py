@@ -294,8 +294,8 @@ def test_channels_last_is_inexact_in_float32_but_not_beside_bfloat16():
         [errors[dtype, layout] for layout in (torch.contiguous_format, torch.channels_last)]
         for dtype in (torch.float32, torch.bfloat16)
     )
-    print(errors)
-    assert single[0] < 1e-6 < 1e-4 < max(half) and max(half) < 1.5 * min(half)
+    assert single[0] < 1e-6 and single[1] > 10 * single[0]
+    assert 1e-4 < max(half) < 1.5 * min(half)
 
 
 def test_a_recipe_in_bfloat16_needs_a_device_that_has_it(digits, monkeypatch):

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from companion.runs import models
-from companion.runs.data import DataMissing, load, project_root
+from companion.runs.data import DATASETS, DataMissing, base_name, load, project_root
 from companion.runs.devices import default_device, device_name
 from companion.runs.files import write_folder
 from companion.runs.packing import pack, unpack
@@ -68,7 +68,7 @@ class CorruptCheckpoint(RuntimeError):
 
 
 class StaleRun(RuntimeError):
-    """A stored run was trained by another recipe, or continues other weights, than its name stands for today."""
+    """A stored run has another recipe, order of images or parent's weights than its name stands for today."""
 
 
 def shipped_root() -> Path:
@@ -127,8 +127,8 @@ class Store:
         """
         first = processes()[0] == 0
         if broadcast(self._ships(name)):
-            broadcast(self._copy_shipped(name, progress) if first else None)
-        elif not broadcast(self.has(name)):
+            return (self._get_shipped(name, progress) if first else self.load(name)).to(device)
+        if not broadcast(self.has(name)):
             before, parent = self._parse(name).parent, None
             if before:
                 parent = self.get(str(before), train_device=train_device, progress=progress)
@@ -203,24 +203,12 @@ class Store:
         Raises:
             FileNotFoundError: it is not there.
             CorruptCheckpoint: its files are damaged.
-            StaleRun: its recipe, or that or the weights of a run it continues, have changed since it was trained.
+            StaleRun: its recipe or the order of its images has changed since it was trained, or those or the weights
+                of a run it continues.
         """
         if self._ships(name):
             return self.shipped.load(name, device)
-        run, info = self._parse(name), self.info(name)
-        self._check_fresh(run, info)
-        path, content = self._read(name)
-        try:
-            with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
-                model = models.build(run.model, tuple(info["shape"]), info["classes"])
-            model.load_state_dict(safetensors.torch.load(content))
-        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-            raise self._corrupt(
-                name, path, f"does not fit the model {run.model} ({' '.join(str(error).split())})"
-            ) from error
-        if key := non_finite(model.state_dict()):
-            raise self._corrupt(name, path, f"holds non-finite values in {key}")
-        return model.eval().to(device)
+        return self._open(name)[0].to(device)
 
     def save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
         """Store a network under a run name with the metrics that train.train returns.
@@ -369,18 +357,37 @@ class Store:
                                             f"{expected[:12]}...; {len(content)} bytes)")  # fmt: skip
         return path, content
 
-    def _copy_shipped(self, name: str, progress: bool) -> None:
-        """Copy a run that comes with the repository into the root, and say so; a read-only root stays as it is."""
-        self.shipped.load(name)  # raises if it cannot be used
-        files = {WEIGHTS: self.shipped._read(name)[1], SIDECAR: (self.shipped.path(name) / SIDECAR).read_bytes()}
+    def _open(self, name: str) -> tuple[nn.Module, bytes]:
+        """The network of a run in the root, and the content of its file; see load for what is raised."""
+        run, info = self._parse(name), self.info(name)
+        self._check_fresh(run, info)
+        path, content = self._read(name)
+        try:
+            with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
+                model = models.build(run.model, tuple(info["shape"]), info["classes"])
+            model.load_state_dict(safetensors.torch.load(content))
+        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+            raise self._corrupt(
+                name, path, f"does not fit the model {run.model} ({' '.join(str(error).split())})"
+            ) from error
+        if key := non_finite(model.state_dict()):
+            raise self._corrupt(name, path, f"holds non-finite values in {key}")
+        return model.eval(), content
+
+    def _get_shipped(self, name: str, progress: bool) -> nn.Module:
+        """Load a run that comes with the repository and copy it into the root; only a copy is announced."""
+        model, content = self.shipped._open(name)
+        files = {WEIGHTS: content, SIDECAR: (self.shipped.path(name) / SIDECAR).read_bytes()}
         try:
             with self._lock(name):
-                if not self._holds(name):  # another process may have copied it meanwhile
-                    write_folder(self.path(name), files)
-        except OSError:
-            pass
+                if self._holds(name):  # another process has copied it meanwhile
+                    return model
+                write_folder(self.path(name), files)
+        except OSError:  # the root is read-only, or full
+            return model
         if progress:
             print(f"{self._parse(name)}: comes with repairlib ({_origin(self.info(name))})", flush=True)
+        return model
 
     def _save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
         """Write a run; the caller holds its lock."""
@@ -421,13 +428,17 @@ class Store:
         return {"run": str(run), "sha256": self.info(str(run))["sha256"]}
 
     def _check_fresh(self, run: RunName, info: dict) -> None:
-        """Compare recipe and parent of a stored run to today's; a field that it does not have counts as its default."""
+        """Compare a stored run to what its name stands for today; a field that it lacks counts as its default."""
         today = dataclasses.asdict(recipe_of(run))
         defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
         for field in today | info["recipe"]:
             then, now = info["recipe"].get(field, defaults.get(field)), today.get(field)
             if json.dumps(then) != json.dumps(now):
                 raise self._stale(run, f"was trained with {field}={then!r}, and its recipe now has {now!r}")
+        source = DATASETS.get(base_name(run.data))
+        # Sidecars have the digest of the data since there is one order for all sources.
+        if source and source.sort and run.recipe != "imported" and "data_sha256" not in info:
+            raise self._stale(run, f"was trained on the images of {run.data} in another order than they have now")
         if run.parent:
             if info.get("parent") != self._digest(run.parent):
                 raise self._stale(run, f"continues other weights than those that {run.parent} has now")

@@ -51,9 +51,10 @@ class Split:
         return ((self.images[each], self.labels[each]) for each in batches)
 
     def sorted(self) -> "Split":
-        """The same images in the order of their content, which is the same for all sources of a data set."""
+        """The same images in the order of their content and label, which is the same for all sources of a data set."""
         digests = [hashlib.sha256(image.tobytes()).digest() for image in self.images.numpy()]
-        return self.take(torch.tensor(sorted(range(len(self)), key=digests.__getitem__)))
+        keys = list(zip(digests, self.labels.tolist(), strict=True))  # an image may be there twice, in two classes
+        return self.take(torch.tensor(sorted(range(len(self)), key=keys.__getitem__)))
 
     def digest(self) -> str:
         """SHA-256 of labels and pixels."""
