@@ -51,7 +51,7 @@ from companion.figures.plots import repair as plots
 from companion.figures.section import stack
 
 grid = section.grid
-resnet50 = f"{grid.data}/{grid.models[1]}/{grid.recipe}"  # a ResNet26 at `quick`
+resnet50 = {"run": f"{grid.data}/{grid.models[1]}/{grid.recipe}"}  # a ResNet26 at `quick`
 
 # %% [markdown]
 # ## One pair, step by step
@@ -63,7 +63,7 @@ resnet50 = f"{grid.data}/{grid.models[1]}/{grid.recipe}"  # a ResNet26 at `quick
 # the activations of all images: 16 GB at a node for 5,000 images of 224 x 224 pixels.
 
 # %%
-pair = load_pair(section.example(resnet50), grid.calibration)
+pair = load_pair(section.example(resnet50["run"]), grid.calibration)
 matching = repairlib.match_activations(pair.a, pair.b, pair.calibration)
 aligned_b = matching.apply(pair.b)
 averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)
@@ -95,7 +95,7 @@ ALL = {"none": ["none"], "AM": ["none", "RESET", "REPAIR"]}
 
 def paths(network: dict) -> pd.DataFrame:
     """All paths of the ResNet50; the aligned ones of another network."""
-    matchings = ALL if network["run"] == resnet50 else {"AM": ["none", "REPAIR"]}
+    matchings = ALL if network["run"] == resnet50["run"] else {"AM": ["none", "REPAIR"]}
     return section.rows([network], matchings=matchings, **how)
 
 
