@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     add["work"].add_argument("--again", action="store_true", help="also items that are committed")
     add["fold"].add_argument("folders", nargs="+", type=Path, help="what came back from one or both calls")
     add["fold"].add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
-    add["rehearse"].add_argument("--items", default="combine/figB22")
+    add["rehearse"].add_argument("--items", default="repair/fig2-left")
     options = parser.parse_args(arguments)
     if options.command == "pack":
         home.pack(PACKED, home.commit(options.dirty), options.runs)
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     return work(machine, options.budget, options.scale, items, options.runs, again=options.again)
 
 
-def rehearse(folder: Path, items: str = "combine/figB22") -> list[str]:
+def rehearse(folder: Path, items: str = "repair/fig2-left") -> list[str]:
     """Pack, look, work and fold at `smoke` on $REPAIRLIB_DEVICE (default the CPU), with images that are noise.
 
     Args:

@@ -1,15 +1,18 @@
 """Visits of a borrowed GPU machine: rehearsed on the CPU, and what their parts do when something goes wrong."""
 
+import io
 import json
 import sys
+import tarfile
 import time
 
 import pytest
 import torch
 
 from companion.figures import report
-from companion.runs import models
+from companion.runs import models, packing, train
 from companion.runs.data import project_root
+from companion.runs.steps import Step
 from companion.runs.store import Store
 
 sys.path.append(str(project_root() / "benchmarks"))
@@ -28,7 +31,7 @@ def test_rehearsal(tmp_path, capfd):
     assert results["timings"]["steps"][0]["ms"] > 0 and results["timings"]["steps"][0]["flops"] > 0
     assert results["timings"]["at once"][0]["processes"] == 2
     assert {row["what"] for row in results["timings"]["methods"] if row["seconds"] > 0} >= {"evaluate", "match_weights"}
-    output = report.read_index()["combine/figB22"]["output"]
+    output = report.read_index()["repair/fig2-left"]["output"]
     made = json.loads((tmp_path / "home" / "figures" / "smoke" / f"{output}.json").read_text())
     stored = Store(tmp_path / "home" / "runs").names()
     assert made["table"] and stored == made["runs"]
@@ -207,58 +210,130 @@ def trained(tmp_path, monkeypatch):
     return machine
 
 
-def bring_home(machine: Machine) -> None:
-    parcel = work.Parcel(machine, "smoke")
-    for name in Store(machine.scratch / "runs").names():
+NAMES = [f"{NETWORK.format(width)}/s1" for width in (8, 16, 512)]  # from small to large
+
+
+def sizes(machine: Machine) -> dict[str, int]:
+    folders = {name: machine.scratch / "runs" / name for name in NAMES}
+    return {name: len(packing.pack((path / "model.safetensors").read_bytes())) for name, path in folders.items()}
+
+
+def bring_home(machine: Machine, *names: str, expected: dict[str, int] | None = None) -> work.Parcel:
+    """What is written when these are done, in this order, and the visit has not ended yet."""
+    parcel = work.Parcel(machine, "smoke", expected or {})
+    for name in names or NAMES:
         assert parcel.add(Job(name, "train", ())) == ""
-    parcel.close()
+    for each in parcel.waiting:
+        each.result()
+    return parcel
 
 
-def test_small_networks_come_home_first_and_none_is_overwritten(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(work, "PIECE", 12_000)
-    monkeypatch.setattr(work, "FILES", 10)
-    monkeypatch.setattr(work, "HOME", 2**16 + 80_000)
-    bring_home(trained)
-    files = sorted(path.name for path in trained.out.iterdir())
-    assert files == ["results.tar.gz", "runs.0", "runs.1", "runs.2"]  # of 5 and 22 kB; the largest has 2.1 MB
-    names = [f"{NETWORK.format(width)}/s1" for width in (8, 16)]
+def test_a_large_network_leaves_room_to_smaller_ones_and_none_is_overwritten(trained, tmp_path, monkeypatch, capsys):
+    small, middle, large = NAMES
+    expected = sizes(trained)
+    monkeypatch.setattr(work, "HOME", work.RESULTS + expected[large] + 10_000)  # for it alone, or for both others
+    bring_home(trained, large, small, middle, expected=expected).close()
+    assert sorted(path.name for path in trained.out.iterdir()) == ["results.tar.gz", "runs.0"]
     assert home.fold([trained.out], tmp_path / "gpu.json") == 0
     store, there = Store(), Store(trained.scratch / "runs")
-    assert store.names() == names and [store.info(n) for n in names] == [there.info(n) for n in names]
-    store.load(names[1])
+    assert store.names() == [small, middle] and store.info(small) == there.info(small)
+    store.load(middle)
     assert home.fold([trained.out], tmp_path / "gpu.json") == 1
     assert "stored before; nothing is overwritten" in capsys.readouterr().out
-    store.delete(names[0])
+    store.delete(small)
     with torch.no_grad():
-        model = there.load(names[0])
+        model = there.load(small)
         next(model.parameters()).add_(1)
-    store.save(names[0], model, there.info(names[0])["metrics"] | {"shape": (1, 16, 16), "classes": 10})
-    digest = store.info(names[0])["sha256"]
+    store.save(small, model, there.info(small)["metrics"] | {"shape": (1, 16, 16), "classes": 10})
+    digest = store.info(small)["sha256"]
     assert home.fold([trained.out], tmp_path / "gpu.json") == 1
-    assert "NOT STORED, another is there" in capsys.readouterr().out and store.info(names[0])["sha256"] == digest
+    assert "NOT STORED, another is there" in capsys.readouterr().out and store.info(small)["sha256"] == digest
 
 
-def test_what_was_cut_off_or_altered_is_not_stored(trained, tmp_path, capsys):
-    bring_home(trained)
+def test_a_large_network_that_waited_comes_home_if_there_is_room_in_the_end(trained, tmp_path, monkeypatch):
+    small, middle, large = NAMES
+    expected = sizes(trained)
+    monkeypatch.setattr(work, "HOME", work.RESULTS + expected[large] + 10_000)
+    parcel = bring_home(trained, large, expected=expected)
+    assert [path.name for path in trained.out.iterdir()] == ["results.tar.gz"]
+    parcel.close()  # the smaller ones were not trained
+    assert home.fold([trained.out], tmp_path / "gpu.json") == 0 and Store().names() == [large]
+
+
+def test_a_kill_while_pieces_are_written_loses_no_network_that_was_safe(trained, tmp_path, monkeypatch, capsys):
+    small, middle, large = NAMES
+    monkeypatch.setattr(work, "PIECE", 2**14 + 500_000)
+    parcel = bring_home(trained, small)
+    first = trained.out / "runs.0"
+    before = first.read_bytes()
+    for name in (large, middle):
+        parcel.add(Job(name, "train", ()))
+    parcel.close()
+    pieces = sorted(trained.out.glob("runs.*"))
+    assert len(pieces) == 3 and all(path.stat().st_size <= work.PIECE for path in pieces)
+    after = first.read_bytes()
+    first.write_bytes(before)
+    (trained.out / "unfinished").write_bytes(after[:1000])
+    assert home.fold([trained.out], tmp_path / "gpu.json") == 1
+    assert f"{large}: ValueError: came back without model.packed.1of3" in capsys.readouterr().out
+    assert small in Store().names() and large not in Store().names()
+    first.write_bytes(after)
+    assert home.fold([trained.out], tmp_path / "gpu.json") == 1  # small was stored before
+    assert Store().names() == NAMES
+    Store().load(large)
+
+
+def test_no_more_comes_home_than_may(trained, monkeypatch):
+    monkeypatch.setattr(work, "PIECE", 2**14 + 500_000)
+    monkeypatch.setattr(work, "PIECES", 2)
+    parcel = bring_home(trained, *reversed(NAMES))  # the largest needs three pieces
+    parcel.close()
+    assert [path.name for path in trained.out.glob("runs.*")] == ["runs.0"]
+    (trained.scratch / "logs" / "a.log").write_bytes(bytes(20_000))
+    (trained.scratch / "logs" / "b.log").write_bytes(bytes(100))
+    with tarfile.open(fileobj=io.BytesIO(parcel._results(10_000))) as results:
+        names = results.getnames()
+    assert "logs/b.log" in names and "logs/a.log" not in names
+
+
+def test_what_was_cut_off_or_altered_is_not_stored_and_the_rest_is(trained, tmp_path, capsys):
+    bring_home(trained).close()
     (piece,) = trained.out.glob("runs.*")
     content = piece.read_bytes()
     piece.write_bytes(content[:-10])
     assert home.fold([trained.out], tmp_path / "gpu.json") == 1
-    assert "ends within" in capsys.readouterr().out
-    assert len(Store().names()) == 2  # those before it
-    altered = content.replace(b'"sha256": "', b'"sha256": "0', 1)
+    assert "runs.0: the archive ends within" in capsys.readouterr().out
+    assert Store().names() == NAMES[:2]  # those before it
     files = dict(archive.split(content))
-    name = f"{NETWORK.format(8)}/s1/run.json"
-    sidecar = json.loads(files[name]) | {"sha256": "0" * 64}
-    piece.write_bytes(archive.join(files | {name: json.dumps(sidecar).encode()}))
-    Store().delete(f"{NETWORK.format(8)}/s1")
-    assert home.fold([trained.out], tmp_path / "gpu.json") == 1 and altered != content
-    assert "other weights than it left with" in capsys.readouterr().out
-    assert not Store().has(f"{NETWORK.format(8)}/s1")
+    sidecar = json.loads(files[f"{NAMES[0]}/run.json"]) | {"sha256": "0" * 64}
+    piece.write_bytes(archive.join(files | {f"{NAMES[0]}/run.json": json.dumps(sidecar).encode()}))
+    Store().delete(NAMES[0])
+    assert home.fold([trained.out], tmp_path / "gpu.json") == 1
+    assert f"{NAMES[0]}: ValueError: came back with other weights than it left with" in capsys.readouterr().out
+    assert Store().names() == NAMES[1:]
+
+
+def test_a_network_comes_home_with_the_one_that_it_continues(trained, tmp_path):
+    there, child = Store(trained.scratch / "runs"), f"{NAMES[0]}/retrain/s2"
+    metrics = {"shape": (1, 16, 16), "classes": 10, "test_accuracy": 0.1}
+    there.save(child, models.build("mlp2-plain-w8", (1, 16, 16), 10), metrics)
+    bring_home(trained, child, NAMES[0]).close()
+    assert home.fold([trained.out], tmp_path / "gpu.json") == 0
+    assert Store().names() == [NAMES[0], child]
+
+
+def test_a_sidecar_says_if_a_graph_was_used(monkeypatch):
+    class Recorded(Step):
+        graph = True
+
+    Store().get(NAMES[0], progress=False)
+    monkeypatch.setattr(train, "Step", Recorded)
+    Store().get(NAMES[1], progress=False)
+    assert "graph" not in Store().info(NAMES[0]) and Store().info(NAMES[1])["graph"] is True
 
 
 def test_inaccurate_networks_are_reported(trained):
-    parcel = work.Parcel(trained, "fast")
+    parcel = work.Parcel(trained, "fast", {})
     assert parcel.add(Job(f"{NETWORK.format(8)}/s1", "train", ())) == "TOO INACCURATE: 10.0% ON THE TEST SET"
     parcel.close()
 
@@ -279,17 +354,52 @@ def test_runs_that_travel_are_stored_there(tmp_path, monkeypatch):
     assert machine.environment()["REPAIRLIB_COMMIT"] == "abc"
 
 
-def test_figures_join_those_that_are_there(tmp_path):
-    name, there = "03_variance_collapse", report.figures_root() / "fast"
-    came = tmp_path / "figures" / "fast"
-    for folder, item, gpu in ((there, "fig2_left", "cpu"), (came, "fig2_middle", "gpu")):
-        (folder / "repair").mkdir(parents=True)
-        (folder / "repair" / f"{item}.json").write_text(gpu)
-        (folder / "environment.json").write_text(json.dumps({gpu: {"device": gpu}}))
-        done = {"items": [item], "files": [f"repair/{item}.json"], "saw": {item: {}}, "device": gpu}
-        (folder / "repair" / f"{name}.done.json").write_text(json.dumps(done))
-    home._take_figures(came, "fast")
-    assert {path.name for path in (there / "repair").glob("fig*")} == {"fig2_left.json", "fig2_middle.json"}
-    assert json.loads((there / "environment.json").read_text()) == {"cpu": {"device": "cpu"}, "gpu": {"device": "gpu"}}
-    done = json.loads((there / "repair" / f"{name}.done.json").read_text())
-    assert done["items"] == ["fig2_left", "fig2_middle"] == sorted(done["saw"]) and done["device"] == "gpu"
+@pytest.fixture
+def figures(tmp_path):
+    """Two folders of figures of one notebook: those that are there, and those that came."""
+    there, came = report.figures_root() / "fast" / "repair", tmp_path / "figures" / "fast" / "repair"
+
+    def write(folder, gpu: str, **runs: list[str]) -> None:
+        folder.mkdir(parents=True)
+        for item, names in runs.items():
+            (folder / f"{item}.json").write_text(json.dumps({"item": f"repair/{item}", "runs": names, "made": gpu}))
+            (folder / f"{item}.png").write_text(gpu)
+        (folder.parent / "environment.json").write_text(json.dumps({"repair/03": {"device": gpu}, gpu: {}}))
+        done = {
+            "items": [f"repair/{item}" for item in runs], "files": [f"repair/{item}.json" for item in runs],
+            "saw": {f"repair/{item}": {"by": gpu} for item in runs}, "device": gpu,
+        }  # fmt: skip
+        (folder / "03.done.json").write_text(json.dumps(done))
+        (folder / "03.html").write_text(gpu)
+
+    return there, came, write
+
+
+def test_figures_join_those_that_are_there(figures):
+    there, came, write = figures
+    write(there, "cpu", left=["a"], middle=["b"])
+    write(came, "gpu", middle=["c", "d"], right=["a"])
+    problems = []
+    home._take_figures(came.parent, "fast", problems)
+    assert not problems and json.loads((there / "middle.json").read_text())["made"] == "gpu"
+    environment = json.loads((there.parent / "environment.json").read_text())
+    assert environment == {"cpu": {}, "gpu": {}, "repair/03": {"device": "gpu"}}
+    done = json.loads((there / "03.done.json").read_text())
+    assert done["items"] == [f"repair/{item}" for item in ("left", "middle", "right")] == sorted(done["saw"])
+    assert done["saw"]["repair/middle"] == {"by": "gpu"} and done["device"] == "gpu"
+
+
+@pytest.mark.parametrize("others", [{}, {"right": ["a"]}])
+def test_a_figure_of_more_networks_stays(figures, others):
+    there, came, write = figures
+    write(there, "cpu", left=["a", "b", "c"])
+    write(came, "gpu", left=["c", "a"], **others)
+    problems = []
+    home._take_figures(came.parent, "fast", problems)
+    assert problems == ["repair/left: stays as it is, of 3 networks; 2 of them came back"]
+    assert json.loads((there / "left.json").read_text())["made"] == (there / "left.png").read_text() == "cpu"
+    done = json.loads((there / "03.done.json").read_text())
+    assert done["saw"]["repair/left"] == {"by": "cpu"}
+    page = "gpu" if others else "cpu"  # without the other, nothing of the notebook is taken in
+    environment = json.loads((there.parent / "environment.json").read_text())
+    assert (there / "03.html").read_text() == page == done["device"] == environment["repair/03"]["device"]

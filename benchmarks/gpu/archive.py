@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 
@@ -63,8 +63,3 @@ def is_whole(folder: Path) -> bool:
     """Whether a folder holds all files of both `halves`."""
     files = sum(path.is_file() for path in folder.rglob("*") if not path.name.startswith("."))
     return (folder / ".whole").exists() and files == int((folder / ".whole").read_text())
-
-
-def pieces(content: bytes, size: int) -> Iterable[bytes]:
-    """The content in pieces of at most so many bytes."""
-    return (content[start : start + size] for start in range(0, len(content), size))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from companion.figures import report
@@ -123,7 +123,8 @@ def fold(folders: list[Path], results: Path) -> int:
     """Put what came back where it belongs: networks into the store, figures beside the others.
 
     Nothing that is there is overwritten by a network, and none is stored unless its weights have the digest of its
-    sidecar.
+    sidecar. A figure stays if what came back was made of some of its networks only. Whatever cannot be taken in is
+    named, and the rest is taken in.
 
     Args:
         folders: with the files of both calls, or of `work` alone.
@@ -144,7 +145,7 @@ def fold(folders: list[Path], results: Path) -> int:
         )
         stored = _store_runs(files, problems)
         scale = done.get("scale", "fast")
-        _take_figures(came / "figures" / scale, scale)
+        _take_figures(came / "figures" / scale, scale, problems)
         for row in timings.get("steps", []):
             row.pop("losses", None)
         results.parent.mkdir(parents=True, exist_ok=True)
@@ -161,51 +162,82 @@ def _read(path: Path | None) -> dict:
 
 def _store_runs(files: dict[str, Path], problems: list[str]) -> dict[str, str]:
     """Store the networks that came back; by run, what became of it."""
-
-    parts = sorted((name for name in files if re.fullmatch(r"runs\.\d", name)), key=lambda name: name[5:])
-    content, store, sidecars, stored = b"".join(files[name].read_bytes() for name in parts), Store(), {}, {}
-    store.root.mkdir(parents=True, exist_ok=True)
-    try:
-        for path, data in archive.split(content) if content else []:
-            run, _, name = path.rpartition("/")
-            if name == "run.json":
-                sidecars[run] = data
-                continue
-            weights = packing.unpack(data)
-            digest = hashlib.sha256(weights).hexdigest()
-            if digest != json.loads(sidecars[run])["sha256"]:
-                raise ValueError(f"{run} came back with other weights than it left with")
-            if store.has(run):
-                stored[run] = "stored before" if store.info(run)["sha256"] == digest else "NOT STORED, another is there"
-                problems.append(f"{run}: {stored[run]}; nothing is overwritten")
-                continue
-            with tempfile.TemporaryDirectory(dir=store.root) as scratch:  # is it the network that its name says?
-                contents = {"model.safetensors": weights, "run.json": sidecars[run]}
-                write_folder(Path(scratch) / run, contents)
-                Store(scratch).load(run)
-            write_folder(store.path(run), contents)
-            stored[run] = "stored"
-    except (ValueError, RuntimeError, OSError) as error:
-        problems.append(f"networks: {type(error).__name__}: {error}")
+    came: dict[str, dict[str, bytes]] = {}
+    for name in sorted(name for name in files if re.fullmatch(r"runs\.\d", name)):
+        try:
+            for path, data in archive.split(files[name].read_bytes()):
+                run, _, file = path.rpartition("/")
+                came.setdefault(run, {})[file] = data
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    stored = {}
+    for run in sorted(came, key=lambda run: run.count("/")):  # before those that continue it
+        try:
+            stored[run] = _store(run, came[run])
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            problems.append(f"{run}: {type(error).__name__}: {error}")
+    problems += [f"{run}: {what}; nothing is overwritten" for run, what in stored.items() if what != "stored"]
     return stored
 
 
-def _take_figures(source: Path, scale: str) -> None:
-    """Move figures over those that are there; environments and lists of what was made are merged."""
+def _store(run: str, came: dict[str, bytes]) -> str:
+    """Store a network; says what became of it, or raises what is wrong with it."""
+    if missing := [name for name in _files(came) if name not in came]:
+        raise ValueError(f"came back without {', '.join(missing)}")
+    sidecar, *parts = (came[name] for name in _files(came))
+    weights = packing.unpack(b"".join(parts))
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != json.loads(sidecar)["sha256"]:
+        raise ValueError("came back with other weights than it left with")
+    store = Store()
+    if store.has(run):
+        return "stored before" if store.info(run)["sha256"] == digest else "NOT STORED, another is there"
+    write_folder(store.path(run), {"model.safetensors": weights, "run.json": sidecar})
+    try:
+        store.load(run)  # is it the network that its name says, and continues the one that is here?
+    except Exception:
+        store.delete(run)
+        raise
+    return "stored"
 
+
+def _files(came: Iterable[str]) -> list[str]:
+    """The files that a network consists of: its sidecar, and its weights whole or in as many parts as they say."""
+    numbers = {int(name.rpartition("of")[2]) for name in came if re.fullmatch(r"model\.packed\.\d+of\d+", name)}
+    parts = [f"model.packed.{part}of{number}" for number in numbers for part in range(1, number + 1)]
+    return ["run.json", *(parts or ["model.packed"])]
+
+
+def _take_figures(source: Path, scale: str, problems: list[str]) -> None:
+    """Move figures over those that are there; environments and lists of what was made are merged.
+
+    A figure stays, with what is said of it, if only some of its networks went into the one that came back.
+    """
     target = report.figures_root() / scale
-    for path in sorted(source.rglob("*")) if source.exists() else []:
-        there = target / path.relative_to(source)
-        if path.is_dir():
+    came = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
+    poorer: dict[str, str] = {}  # by its path without suffix, the item
+    for name, path in came.items():
+        if path.suffix == ".json":
+            old, new = ({*_read(place).get("runs", ())} for place in (target / name, path))
+            if new < old:
+                poorer[name.removesuffix(".json")] = item = _read(path)["item"]
+                problems.append(f"{item}: stays as it is, of {len(old)} networks; {len(new)} of them came back")
+    idle = {
+        name.removesuffix(".done.json") for name, path in came.items()
+        if name.endswith(".done.json") and {*_read(path)["items"]} <= {*poorer.values()}
+    }  # fmt: skip
+    for name, path in came.items():
+        there = target / name
+        if name.rpartition(".")[0] in poorer or re.sub(r"(\.done\.json|\.html)$", "", name) in idle:
             continue
-        if path.name == "environment.json":
-            merged = dict(sorted((_read(there) | _read(path)).items()))
-            atomic_write(there, json.dumps(merged, indent=1) + "\n")
-        elif path.name.endswith(".done.json"):
+        if name == "environment.json":
+            new = {notebook: where for notebook, where in _read(path).items() if notebook not in idle}
+            atomic_write(there, json.dumps(dict(sorted((_read(there) | new).items())), indent=1) + "\n")
+        elif name.endswith(".done.json"):
             old, new = _read(there), _read(path)
             both = {key: sorted({*old.get(key, []), *new[key]}) for key in ("items", "files")}
-            merged = new | both | {"saw": old.get("saw", {}) | new["saw"]}
-            atomic_write(there, json.dumps(merged, indent=1) + "\n")
+            saw = {key: then for key, then in new["saw"].items() if not {*key.split(",")} & {*poorer.values()}}
+            atomic_write(there, json.dumps(new | both | {"saw": old.get("saw", {}) | saw}, indent=1) + "\n")
         else:
             atomic_write(there, path.read_bytes())
 

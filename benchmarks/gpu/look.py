@@ -183,7 +183,7 @@ def at_once(machine: Machine, timers: list[Timer], timings: dict, networks: list
         return "not measured"
     ranked = sorted(alone, key=alone.get)
     for name in dict.fromkeys([ranked[0], ranked[-1]]):
-        count = min(max(round(1500 / alone[name]), 20), 1000)  # for a second and a half
+        count = min(max(round((1500 if cuda() else 100) / alone[name]), 20), 1000)  # for a second and a half
         for number in range(2, len(timers) + 1):
             if elapsed() > end:
                 return "no time for all"

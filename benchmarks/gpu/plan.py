@@ -114,6 +114,11 @@ def make_jobs(scale: str, found: Mapping[str, Sequence[str]], extra: Sequence[st
     return list(jobs.values())
 
 
+def packed_sizes(runs: Iterable[str]) -> dict[str, int]:
+    """About how many bytes each run's network takes packed, see companion.runs.packing."""
+    return {run: round(0.86 * costs.describe(run).size) for run in runs}
+
+
 def training_seconds(runs: Sequence[str], device: str, timings: Mapping) -> dict[str, float]:
     """How long each run trains: steps times the measured milliseconds, where its network was measured."""
     described = [costs.describe(run) for run in costs.with_parents(runs)]

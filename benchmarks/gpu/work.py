@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from companion.figures import report
@@ -18,6 +19,8 @@ FIGURES = 5  # notebooks at once, which wait for Python more than for the GPU
 SLOWS = {"train": 1.0, "figure": 0.2}  # see jobs.run
 ACCURACY = {"bn": 0.8, "fused": 0.8}  # on the test set at `fast`; less means that something is wrong
 LOWEST = 0.6  # for networks of any other kind
+PIECES = FILES - 2  # beside results.tar.gz, and a file that may be left half-written
+RESULTS = 8_000_000  # bytes that networks leave to figures and logs
 # What comes back of figures and logs, if it does not all fit: these first.
 FIRST = (".json", ".log", ".png", ".ipynb", ".svg", ".html")
 
@@ -54,7 +57,8 @@ def work(
     seconds = plan.training_seconds(needed, default_device(), timings)
     todo = plan.make_jobs(scale, found, extra, seconds)
     say(f"{len(todo)} jobs; training alone takes {sum(seconds.values()):.0f} s; {choice or 'nothing was measured'}")
-    parcel = Parcel(machine, scale)
+    new = [job.name for job in todo if job.kind == "train"]
+    parcel = Parcel(machine, scale, plan.packed_sizes(new))
     done = jobs.run(
         todo,
         {"train": choice.get("trainers", 2), "figure": FIGURES},
@@ -86,12 +90,23 @@ def unpack_runs(machine: Machine) -> str:
 
 
 class Parcel:
-    """What comes home: made anew after every job, in a thread, so that a kill loses only what is not done."""
+    """What comes home: written after every job, in a thread, so that a kill loses only what is not done.
 
-    def __init__(self, machine: Machine, scale: str):
-        self.machine, self.scale = machine, scale
+    Beside results.tar.gz there are pieces: runs.0, runs.1, ... Each is an archive of its own, to which networks are
+    added as they are done. A piece is replaced as a whole, so that what is in one stays safe.
+
+    Args:
+        machine: this one.
+        scale: smoke, quick, fast or paper.
+        expected: bytes of the packed networks that are still to come, by run. As many as possible are to come home, so
+            that a larger one waits until the end if it would take the room of these.
+    """
+
+    def __init__(self, machine: Machine, scale: str, expected: Mapping[str, int]):
+        self.machine, self.scale, self.expected = machine, scale, dict(expected)
         self.pool, self.waiting = ThreadPoolExecutor(1), []
-        self.packed: dict[str, bytes] = {}
+        self.pieces: list[dict[str, bytes]] = []
+        self.late: dict[str, bytes] = {}
 
     def add(self, job: Job) -> str:
         """Take in what a job made; says what is wrong with it, if anything is."""
@@ -103,8 +118,8 @@ class Parcel:
         return f"its notebook did not make {', '.join(missing)}" if missing else ""
 
     def close(self) -> None:
-        """Write all once more, when that is possible, and raise what went wrong before."""
-        self.waiting.append(self.pool.submit(self.write))
+        """Take in what has waited, write all once more, and raise what went wrong before."""
+        self.waiting.append(self.pool.submit(self._finish))
         self.pool.shutdown()
         for each in self.waiting:
             each.result()
@@ -112,8 +127,39 @@ class Parcel:
     def _take(self, job: Job) -> None:
         if job.kind == "train":
             weights = self.machine.scratch / "runs" / job.name / "model.safetensors"
-            self.packed[job.name] = packing.pack(weights.read_bytes())
-        self.write()
+            content = packing.pack(weights.read_bytes())
+            self.expected.pop(job.name, None)
+            smaller = sum(size for size in self.expected.values() if size < len(content))
+            if len(content) + smaller > self._room() or not self._place(job.name, content):
+                self.late[job.name] = content
+        self._write()
+
+    def _finish(self) -> None:
+        for name, content in sorted(self.late.items(), key=lambda pair: len(pair[1])):
+            self._place(name, content)
+        self._write()
+
+    def _place(self, run: str, content: bytes) -> bool:
+        """Add a network to the first pieces that have room, whole or, if it is larger than a piece, in parts."""
+        sidecar, largest = json.dumps(self._sidecar(run), indent=2).encode(), PIECE - 2**14
+        parts = [content[start : start + largest] for start in range(0, len(content), largest)]
+        names = [f"{run}/model.packed"]
+        if len(parts) > 1:
+            names = [f"{run}/model.packed.{number}of{len(parts)}" for number in range(1, len(parts) + 1)]
+        pieces = [dict(piece) for piece in self.pieces]
+        for name, part in zip(names, parts, strict=True):
+            files = {f"{run}/run.json": sidecar, name: part}
+            pieces.append({})
+            next(piece for piece in pieces if _size(piece) + _size(files) <= PIECE).update(files)
+            pieces = [piece for piece in pieces if piece]
+        if len(pieces) > PIECES or sum(map(_size, pieces)) > HOME - RESULTS:
+            return False
+        self.pieces = pieces
+        return True
+
+    def _room(self) -> int:
+        """Bytes that networks may still take."""
+        return HOME - RESULTS - sum(map(_size, self.pieces))
 
     def _judge(self, run: str) -> str:
         accuracy = self._sidecar(run)["metrics"]["test_accuracy"]
@@ -126,18 +172,11 @@ class Parcel:
     def _sidecar(self, run: str) -> dict:
         return json.loads((self.machine.scratch / "runs" / run / "run.json").read_text())
 
-    def write(self) -> None:
-        """Write results.tar.gz, then runs.0, runs.1, ...: small networks first, as more of them fit."""
-        results = self._results()
-        room = min((FILES - 2) * PIECE, HOME - len(results))  # a file may be left half-written
-        chosen: dict[str, bytes] = {}
-        for name, content in sorted(self.packed.items(), key=lambda pair: len(pair[1])):
-            if len(content) + sum(map(len, chosen.values())) + 2**16 < room:
-                chosen |= {f"{name}/run.json": json.dumps(self._sidecar(name), indent=2).encode()}
-                chosen |= {f"{name}/model.packed": content}
-        self._put("results.tar.gz", results)
-        for number, piece in enumerate(archive.pieces(archive.join(chosen), PIECE) if chosen else []):
-            self._put(f"runs.{number}", piece)
+    def _write(self) -> None:
+        """Write results.tar.gz, then the pieces that have changed."""
+        self._put("results.tar.gz", self._results(min(PIECE, HOME - sum(map(_size, self.pieces)))))
+        for number, piece in enumerate(self.pieces):
+            self._put(f"runs.{number}", archive.join(piece))
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.machine.out / name
@@ -146,8 +185,8 @@ class Parcel:
             temporary.write_bytes(content)
             os.replace(temporary, path)
 
-    def _results(self) -> bytes:
-        """Figures, logs, timings and sidecars as one .tar.gz of at most one file's size."""
+    def _results(self, limit: int) -> bytes:
+        """Figures, logs, timings and sidecars as one .tar.gz of at most so many bytes."""
         scratch = self.machine.scratch
         files = [path for folder in ("figures", "logs") for path in (scratch / folder).rglob("*") if path.is_file()]
         files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(scratch).parts)]
@@ -160,7 +199,13 @@ class Parcel:
         target, size = scratch / "results.tmp", 0
         with tarfile.open(target, "w:gz", compresslevel=6) as tar:
             for name, path in named:
-                size += path.stat().st_size + 1024  # more than it takes compressed
-                if size < PIECE:
+                takes = path.stat().st_size + 1024  # or less, compressed
+                if size + takes < limit:
                     tar.add(path, name)
+                    size += takes
         return target.read_bytes()
+
+
+def _size(files: Mapping[str, bytes]) -> int:
+    """Bytes of an archive of some files, at most."""
+    return sum(len(content) + 256 for content in files.values())

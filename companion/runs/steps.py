@@ -23,6 +23,8 @@ class Step:
         half: whether to compute in bfloat16.
     """
 
+    graph: torch.cuda.CUDAGraph | None = None
+
     def __init__(self, net: nn.Module, recipe: Recipe, half: bool):
         self.net, self.recipe, self.half = net, recipe, half
         self.optimizer = self.sgd(lr=recipe.lr, foreach=True)
@@ -67,7 +69,6 @@ class GraphStep(Step):
         self.optimizer = self.sgd(lr=self.lr, fused=True)  # any other implementation reads a tensor's number
         self.stream = torch.cuda.Stream()
         self.batch: tuple[Tensor, Tensor] | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
         self.taken = 0
 
     def __call__(self, x: Tensor, y: Tensor, lr: float) -> Tensor:

@@ -60,7 +60,8 @@ __all__ = ["CorruptCheckpoint", "RunName", "StaleRun", "Store", "get", "parse_ru
 WEIGHTS, PACKED, SIDECAR = "model.safetensors", "model.packed", "run.json"
 SHIPPED = 25_000_000  # bytes that all networks in the repository may take together
 # What a sidecar says beside the metrics, of the network and how it was made.
-FACTS = ("shape", "classes", "device", "processor", "precision", "tf32", "threads", "seconds", "data_sha256", "source")
+FACTS = ("shape", "classes", "device", "processor", "precision", "tf32", "graph", "threads", "seconds", "data_sha256",
+         "source")  # fmt: skip
 
 
 class CorruptCheckpoint(RuntimeError):

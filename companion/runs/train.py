@@ -94,7 +94,8 @@ def train(
 
     Returns:
         The network, on the CPU in evaluation mode, and its metrics: {train,test}_{loss,accuracy} (nats; 0 to 1),
-        seconds, threads, device, its processor, precision, TF32 flags, data_sha256, shape and classes.
+        seconds, threads, device, its processor, precision, TF32 flags, data_sha256, shape and classes; and graph, which
+        is True, if steps were a CUDA graph.
 
     Raises:
         ValueError: the name does not parse, or is of an imported run.
@@ -121,7 +122,8 @@ def train(
         if run.parent:
             values = parent.state_dict()
             model.load_state_dict({key: values[key] for key in model.state_dict()})  # without biases if it has none
-        fit(model, dataset, how, run.seed, name=str(run), progress=progress)
+        facts: dict[str, bool] = {}
+        fit(model, dataset, how, run.seed, name=str(run), progress=progress, facts=facts)
         if trained is not run.model:
             plain = models.build(run.model, dataset.shape, dataset.classes)
             plain.load_state_dict(fold_batchnorms(model).state_dict())
@@ -131,7 +133,7 @@ def train(
     metrics |= {"seconds": time.perf_counter() - start, "threads": threads, "device": str(device)}
     metrics |= {"processor": device_name(device), "tf32": tensor_float32(device)}
     metrics |= {"precision": precision(how, device), "data_sha256": dataset.digest()}
-    metrics |= {"shape": dataset.shape, "classes": dataset.classes}
+    metrics |= {"shape": dataset.shape, "classes": dataset.classes, **facts}
     if progress and rank == 0:
         print(f"{run}: test accuracy {metrics['test_accuracy']:.2%}, {metrics['seconds']:.0f} s", flush=True)
     return model.to("cpu", memory_format=torch.contiguous_format), metrics
@@ -168,6 +170,7 @@ def fit(
     callback: Callable[[int, nn.Module, Tensor], bool | None] | None = None,
     name: str = "model",
     progress: bool = False,
+    facts: dict[str, bool] | None = None,
 ) -> Tensor:
     """Train `model` in place, on the device of the data.
 
@@ -191,6 +194,7 @@ def fit(
             gradient. The callback may evaluate the model, which is put into training mode again after it.
         name: for messages.
         progress: show a bar if somebody is looking, see repairlib.progress.
+        facts: gets `graph`: True if steps were a CUDA graph.
 
     Returns:
         The loss of every step, float32 [steps].
@@ -246,6 +250,8 @@ def fit(
                 stopped = broadcast(rank == 0 and evaluate(model, iterate(dataset, "train", 1000))[1] >= recipe.until)
             if stopped:
                 break
+    if facts is not None and take_step.graph is not None:
+        facts["graph"] = True
     for buffer in model.buffers() if number > 1 else ():
         dist.broadcast(buffer, 0)
     if key := non_finite(model.state_dict()):
