@@ -33,7 +33,8 @@ from companion.experiments.pairs import load_pair
 from companion.figures.plots import repair as plots
 from repairlib import diagnostics
 
-pair = load_pair(section.example(section.grid.networks, "digits/vgg11-fused-w0.25/quick"))  # trains what is missing
+vgg = section.grid.settings["networks"]
+pair = load_pair(section.example(vgg, "digits/vgg11-fused-w0.25/quick"))  # trains what is missing
 a, b, loader, test = pair.a, pair.b, pair.calibration, pair.test
 
 # %% [markdown]
