@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--run", default="cifar10/tiny10-ln-w1/fast~epochs4", help="trained in both precisions")
+    parser.add_argument("--run", default="cifar10/resnet8-bn-w0.5/fast~epochs4", help="trained in both precisions")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
