@@ -116,3 +116,12 @@ def test_a_grid_keeps_what_can_be_had():
     assert needs("cifar10/a/r/s1", "cifar10/a/r/s3", "digits/c/r/s1")["whole"] == [pair, "digits/c/r/s1"]
     assert needs("cifar10/a/r/s1") == needs("digits/c/r/s1") == {"nothing": []}
     assert grid.only(lambda run: False).networks(["both"]) == []
+
+
+def test_an_item_that_compares_kinds_of_networks_is_not_made_of_one():
+    networks = [{"run": f"cifar10/{name}/r", "series": name[0]} for name in ("bn1", "bn2", "ln1")]
+    grid = Grid(needs={"each": networks, "compared": networks}, seeds=(1, 2), compares={"compared": "series"})
+    assert grid.only(lambda run: "bn1" in run).needs == {"each": networks[:1]}
+    assert grid.only(lambda run: "bn2" not in run).needs == dict.fromkeys(grid.needs, networks[::2])
+    fast = repair.normalization("fast").only(lambda run: "resnet20-bn-w1" in run)
+    assert "repair/fig4-middle" not in fast.needs and "repair/fig4-left" in fast.needs

@@ -156,6 +156,6 @@ def test_a_notebook_that_nothing_is_left_of_is_not_planned_and_is_said(project, 
     monkeypatch.setattr(report, "read_index", lambda: index)
     text = make_plan(to_execute=["one"])
     assert "Notebooks to execute                         1 of 1" in text
-    assert "Left out, because they are not trained: a/b/fast.\nNot made, because nothing is left of them" in text
+    assert "Left out, because they are not trained: a/b/fast.\nNot made, because they lack too much" in text
     wanted = needs.find_needs("smoke")[1]
     assert jobs.due("smoke", [], wanted) == {"one"}

@@ -7,6 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
+from companion.experiments import available
 from companion.experiments.grids import Grid
 from companion.figures import section
 from companion.figures.plots import repair as plots
@@ -131,7 +132,7 @@ def fast_grid(scale: str) -> Grid:
 def half(here, monkeypatch):
     """A store that has one of two networks."""
     stored = [f"cifar10/mlp2-fused-w8/fast/s{seed}" for seed in (1, 2)]
-    monkeypatch.setattr(section.Store, "names", lambda self: stored)
+    monkeypatch.setattr(available.Store, "names", lambda self: stored)
     monkeypatch.setenv("REPAIRLIB_DEVICE", "cpu")
     return stored
 
@@ -147,12 +148,12 @@ def test_fast_does_without_networks_that_are_not_there_and_says_so(half, capsys,
     capsys.readouterr()
     work.overview()
     said = capsys.readouterr().out
-    assert f"not trained: cifar10/mlp2-fused-w16/fast.\nNot made, because nothing is left of them: {MIDDLE}" in said
+    assert f"not trained: cifar10/mlp2-fused-w16/fast.\nNot made, because they lack too much: {MIDDLE}" in said
     assert "TRAIN=1" in said
     assert Section(fast_grid, "quick").left_out == {}
 
     monkeypatch.setenv("REPAIRLIB_TRAIN", "1")
-    assert Section(fast_grid, "fast").left_out == {} and section.can_train()
+    assert Section(fast_grid, "fast").left_out == {} and available.can_train()
     monkeypatch.setenv("REPAIRLIB_TRAIN", "yes")
     with pytest.raises(ValueError, match="REPAIRLIB_TRAIN is 0 or 1, not 'yes'"):
         Section(fast_grid, "fast")
@@ -203,7 +204,7 @@ def test_an_item_that_was_made_of_more_stays(half, monkeypatch, capsys):
 
 def test_a_stored_network_whose_data_are_not_there_is_left_out(here, monkeypatch):
     stored = [f"{data}/mlp2-fused-w8/fast/s{seed}" for data in ("mnist", "svhn") for seed in (1, 2)]
-    monkeypatch.setattr(section.Store, "names", lambda self: stored)
+    monkeypatch.setattr(available.Store, "names", lambda self: stored)
     monkeypatch.setenv("REPAIRLIB_DATA", str(here / "data"))
     monkeypatch.setenv("REPAIRLIB_DEVICE", "cpu")
     runs = [{"run": run.removesuffix("/s1")} for run in stored[::2]]

@@ -35,7 +35,6 @@ import psutil
 
 from companion.experiments.scales import SCALES
 from companion.figures import gallery, report
-from companion.figures.section import say_left_out
 from companion.runs import costs, train
 from companion.runs.data import project_root
 from companion.runs.store import Store
@@ -351,14 +350,12 @@ def make(
     screen.end()
     gallery.write_gallery()
     print(batch.summarize(scale, began, need, wanted, errors))
-    left_out = {item: runs for each in need.values() for item, runs in each.get("left_out", {}).items()}
-    gone = [item for each in need.values() for item in each.get("gone", [])]
-    if left_out:
-        print(say_left_out(left_out, gone))
+    gone, said = needs.left_out(need)
+    if said:
+        print(said)
     made = [needs.read_done(job.name, scale) for job in jobs if not job.runs]
-    failed = bool(
-        status or errors or {*needs.find_items(items)} & {*gone} or any(done and done.get("checks") for done in made)
-    )
+    lacking = {*needs.find_items(items)} & {*gone}  # whoever names an item wants it
+    failed = bool(status or errors or lacking or any(done and done.get("checks") for done in made))
     if status and not errors:
         print("Not everything could be made; if nothing above says why, try: make figures QUIET=progress")
     return int(failed)

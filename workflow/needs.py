@@ -21,10 +21,11 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from companion.experiments.available import say_left_out
 from companion.experiments.scales import check_scale
 from companion.figures import report
 from companion.runs.data import project_root
@@ -96,10 +97,21 @@ def find_needs(scale: str, notebooks: str = "", items: str = "") -> tuple[list[s
         names = sorted({*needs, *new})
 
 
+def left_out(needs: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Items that notebooks do not make for lack of networks, and what to say of all that they do without.
+
+    Args:
+        needs: see `find_needs`.
+    """
+    runs = {item: names for need in needs.values() for item, names in need.get("left_out", {}).items()}
+    gone = [item for need in needs.values() for item in need.get("gone", [])]
+    return gone, say_left_out(runs, gone) if runs else ""
+
+
 def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
     """What a notebook in the percent format needs: names of training `runs`, and items of other notebooks it `reads`.
 
-    If its section does without some runs, `left_out` has them by item, `gone` names the items that lack everything, and
+    If its section does without some runs, `left_out` has them by item, `gone` names the items that lack too much, and
     `idle` says whether no other item is left to make.
 
     Raises:

@@ -21,7 +21,6 @@ import needs
 from jobs import START, due, notebook_seconds
 
 from companion.figures import report
-from companion.figures.section import say_left_out
 from companion.runs import train
 from companion.runs.costs import Run, Speed, describe, rough, train_seconds, with_parents
 from companion.runs.store import Store
@@ -52,8 +51,7 @@ def plan(
     here, stored = report.device_name(device), set(Store().names())
     wanted, needed = needs.find_needs(scale, notebooks, items)
     to_execute = due(scale, wanted, needed) if to_execute is None else set(to_execute)
-    left_out = {item: runs for need in needed.values() for item, runs in need.get("left_out", {}).items()}
-    gone = [item for need in needed.values() for item in need.get("gone", [])]
+    _, said = needs.left_out(needed)
     needed = {name: need for name, need in needed.items() if not need.get("idle")}
     to_execute = {name for name in to_execute if name in needed and not needed[name]["error"]}
     find = functools.cache(lambda name: describe(name, stored))
@@ -117,7 +115,7 @@ def plan(
         f"{'In all, ' + str(jobs) + ' at the same time':40} {'':14} {rough(together):>10}",
         f"{'Checkpoints to write':40} {'':14} {size / 1e6:>7,.0f} MB",
         *[f"Not in these sums: {n} {what}." for what, n in unknown.items() if n],
-        *([say_left_out(left_out, gone)] if left_out else []),
+        *([said] if said else []),
         "",
         "Trainings: the seconds of stored runs of the same network; without one, FLOPs over the FLOP/s of stored runs",
         "of its kind, or of a few training steps timed just now. Notebooks: the seconds of their last execution on",

@@ -58,7 +58,7 @@ def save_item(
     summary: the few numbers to compare with the paper's, under the names of the index's `published`.
     figure: a matplotlib figure; only items of `kind: table` may leave it out.
     runs: the training runs used; one that is named twice counts once.
-    left_out: training runs that it does without, see section.can_train.
+    left_out: training runs that it does without, see available.can_train.
     seconds, device: how long it took and where; default `train.default_device()`.
     root: another figures folder, see `figures_root`.
 

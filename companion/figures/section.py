@@ -8,9 +8,7 @@
 An item that was not asked for is None, so that its cell does nothing.
 """
 
-import functools
 import importlib
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -19,6 +17,7 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import FigureBase
 
+from companion.experiments.available import can_be_had, say_left_out
 from companion.experiments.grids import Grid
 from companion.experiments.pairs import Pair, pairs_of
 from companion.experiments.rows import rows
@@ -26,12 +25,6 @@ from companion.experiments.scales import SCALES, check_scale, wanted
 from companion.experiments.tables import Table
 from companion.figures.report import load_item, read_index, save_item
 from companion.runs import costs
-from companion.runs.data import base_name, is_there
-from companion.runs.devices import default_device
-from companion.runs.store import Store
-
-# Data sets that `fast` is made of. Of others it takes those that are there.
-BASIC = ("mnist", "cifar10", "digits", "digits-hard")
 
 
 class Section:
@@ -46,16 +39,16 @@ class Section:
         grid: the needs and settings at the scale.
         runs: names of the training runs that the items need; the batch trains them first.
         reads: items of other notebooks that are summed up; the batch makes them first.
-        left_out: by item, names of runs that it does without, see `can_train`. An item that is not in `items` lacks
-            everything.
+        left_out: by item, names of runs that it does without, see `available.can_train`. An item that is not in
+            `items` lacks too much to be made.
         tables: by item, the table that was saved, for a notebook's last checks.
     """
 
     def __init__(self, grid: Callable[[str], Grid], scale: str, items: str = ""):
         self.scale, self._make = check_scale(scale), grid
         everything = grid(scale)
-        self._has = _can_be_had() if scale == "fast" else lambda run: True
-        self.grid = everything.only(self._has)
+        self._has = can_be_had() if scale == "fast" else lambda run: True
+        self.grid, self._known = everything.only(self._has), list(everything.needs)
         asked = [item for item in everything.needs if wanted(item, items)]
         self.items = [item for item in asked if item in self.grid.needs]
         left = {item: set(self.grid.runs([item])) for item in self.items}
@@ -69,7 +62,7 @@ class Section:
 
     @property
     def gone(self) -> list[str]:
-        """Items that were asked for and lack everything, so that they are not made."""
+        """Items that were asked for and lack too much to be made."""
         return [item for item in self.left_out if item not in self.items]
 
     def overview(self) -> pd.DataFrame:
@@ -112,9 +105,8 @@ class Section:
         Raises:
             ValueError: the section has no such item.
         """
-        known = self._make(self.scale).needs
-        if name not in known:
-            raise ValueError(f"this section has no item {name!r}; it has: {', '.join(known)}")
+        if name not in self._known:
+            raise ValueError(f"this section has no item {name!r}; it has: {', '.join(self._known)}")
         if name not in self.items or self._is_made_of_more(name):
             return None
         try:
@@ -264,49 +256,6 @@ class Item:
             display(figure)
         if summary:
             display(beside(self.published, summary))
-
-
-def can_train() -> bool:
-    """Whether notebooks train the networks of `fast` that are not there: $REPAIRLIB_TRAIN, else on a GPU only.
-
-    On a CPU they would take days. Figures are made of those that are stored or come with the repository.
-    """
-    setting = os.environ.get("REPAIRLIB_TRAIN") or str(int(default_device() != "cpu"))
-    if setting not in ("0", "1"):
-        raise ValueError(f"REPAIRLIB_TRAIN is 0 or 1, not {setting!r}")
-    return setting == "1"
-
-
-def _can_be_had() -> Callable[[str], bool]:
-    """Whether a run of `fast` is stored, or can be trained here; runs of `quick` always can, within seconds."""
-    stored, training = {*Store().names()}, can_train()
-
-    @functools.cache
-    def has(run: str) -> bool:
-        data, recipe = run.split("/")[0], run.split("/")[2].partition("~")[0]
-        if recipe in ("smoke", "quick", "quick-csiszarik", "imported"):
-            return True
-        return (run in stored or training) and (base_name(data) in BASIC or is_there(data))
-
-    return has
-
-
-def say_left_out(left_out: Mapping[str, Iterable[str]], gone: Iterable[str]) -> str:
-    """What is left out, and how to get it.
-
-    Args:
-        left_out, gone: runs by item, and items that are not made for lack of them, see `Section`.
-    """
-    networks = list(dict.fromkeys(run.rpartition("/")[0] for runs in left_out.values() for run in runs))
-    some = ", ".join(networks[:3]) + f" and {len(networks) - 3} more" * (len(networks) > 3)
-    lines = [f"Left out, because they are not trained: {some or 'none'}."]
-    if gone := list(gone):
-        lines.append(f"Not made, because nothing is left of them: {', '.join(gone)}.")
-    lines.append(
-        "TRAIN=1 (or REPAIRLIB_TRAIN=1 in the environment) trains them; `make plan SCALE=fast TRAIN=1` says how long "
-        f"that takes. Data sets other than {' and '.join(BASIC[:2])} count if they are in the data folder."
-    )
-    return "\n".join(lines)
 
 
 def _load(reads: Iterable[str], scale: str) -> dict[str, dict]:

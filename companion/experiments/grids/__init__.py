@@ -18,12 +18,14 @@ class Grid:
         seeds: every two of them are a pair.
         settings: what else differs between scales, by name; also attributes of the grid.
         reads: by item, the items of other notebooks that it sums up.
+        compares: by item, the column of its networks whose values it compares: without one of them it shows nothing.
     """
 
     needs: Mapping[str, Sequence[Network]]
     seeds: tuple[int, ...]
     settings: Mapping[str, object] = field(default_factory=dict)
     reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    compares: Mapping[str, str] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> object:
         settings = self.__dict__.get("settings", {})
@@ -53,7 +55,8 @@ class Grid:
         """The grid without the runs that cannot be had.
 
         A network keeps the seeds that are there if they make a pair; one that has seeds of its own needs them all. An
-        item that no network is left of is dropped, and so is one that lacks a run that it names in full.
+        item that no network is left of is dropped, and so is one that lacks a run that it names in full, or a kind of
+        network that it compares with others.
 
         Args:
             has: of a run's name, whether it can be had.
@@ -61,11 +64,14 @@ class Grid:
         needs = {}
         for item, networks in self.needs.items():
             left = [found for network in networks if (found := self._having(network, has))]
-            kinds = {isinstance(network, str) for network in networks}
-            whole = all(network in left for network in networks if isinstance(network, str))
-            if whole and kinds == {isinstance(network, str) for network in left}:
+            if self._kinds(item, left) == self._kinds(item, networks):
                 needs[item] = left
         return replace(self, needs=needs)
+
+    def _kinds(self, item: str, networks: Sequence[Network]) -> set:
+        """What an item needs at least one of: each run that is named in full, and each kind of network."""
+        column = self.compares.get(item)
+        return {network if isinstance(network, str) else (column and network[column],) for network in networks}
 
     def _having(self, network: Network, has: Callable[[str], bool]) -> Network | None:
         """A network with the seeds that can be had; None if these are too few."""

@@ -135,6 +135,7 @@ def normalization(scale: str) -> Grid:
             "repair/fig10-right": paths,
         },
         seeds=_seeds(scale),
+        compares={"repair/fig4-middle": "series"},
         settings={
             "ResNet": resnet,
             "widths": widths,
