@@ -2,8 +2,8 @@
 
     python docs/fidelity.py
 
-Every number of figures/index.yml is measured on the table of its item at `fast`, pair by pair, and nothing on the page
-is typed in by hand. Why ours differ is read off run names and recipes: those of the table against those of `paper`.
+Every number of figures/index.yml is looked up in the summary of its item at `fast`, and nothing on the page is typed in
+by hand. Why ours differ is read off run names and recipes: those of the table against those of `paper`.
 """
 
 import math
@@ -16,14 +16,6 @@ import pandas as pd
 
 from companion.experiments import grids
 from companion.experiments.grids import combine, repair
-from companion.experiments.tables import (
-    barriers,
-    derangement_costs,
-    name_barriers,
-    name_networks,
-    restore_ends,
-    works_up_to,
-)
 from companion.figures.gallery import PAPERS
 from companion.figures.report import load_item, read_index
 from companion.runs.data import title_of
@@ -37,8 +29,8 @@ HEADER = """# The papers' numbers and ours
 
 Written by `docs/fidelity.py` from the tables in `figures/fast`, which has the papers' data and architectures with
 shortened training. There is a row for each number that a paper prints and that we have a table for. Accuracies are in
-percent, their barriers and differences in points, losses in nats. Ours are means over pairs of seeds, with the lowest
-and the highest pair where there are several. The papers do not say how many pairs they have.
+percent, their barriers and differences in points, losses in nats. Ours are means over pairs of seeds. The papers do not
+say how many pairs they have.
 
 Below each table stands why ours may differ: what is not the same in our networks and measurements, with the paper's in
 brackets. The paper's are those of the scale `paper`, from what the paper prints or its authors released.
@@ -54,287 +46,156 @@ HYPERPARAMETERS = ("combine/tableA1",)  # items whose numbers are not measured
 
 
 class Number(NamedTuple):
-    """A number that a paper prints, and how it is measured.
+    """A number that a paper prints, and where ours is.
 
     Attributes:
         words: what it is.
         unit: "%", "points", "nats", "times", or what is counted.
-        measure: from the rows of a table, of all pairs or of one, to the number, or to both ends of a range. None: the
-            paper quotes it, of a method that is not made here.
-        width: the width that it is of, if the figure has several; rows of the nearest are measured.
+        ours: names in the summary of the item, default the paper's own; None: the paper quotes the number, of a method
+            that is not made here. A name that ends in a width, like `bn_after_8x`, may be found at another width.
+        of: what is taken of the values under these names: `max`, or `list` for both ends of a range.
         exact: whether another width says nothing about it.
     """
 
     words: str
     unit: str
-    measure: Callable[[pd.DataFrame], float | list[float]] | None
-    width: float | None = None
+    ours: tuple[str, ...] | None = ()
+    of: Callable[[list[float]], float | list[float]] = max
     exact: bool = False
 
 
-def _mean(measure: str, alphas: Sequence[float], network: str, series: str | None = None) -> Callable:
-    """Mean accuracy (%) or loss of a network at some points of its path."""
-
-    def measured(frame: pd.DataFrame) -> float:
-        rows = name_networks(frame)
-        rows = rows[rows["alpha"].isin(alphas) & (rows["network"] == network)]
-        rows = rows if series is None else rows[rows["series"] == series]
-        return (100 if measure == "accuracy" else 1) * rows[measure].mean()
-
-    return measured
-
-
-def _midpoint(network: str, series: str | None = None) -> Callable:
-    return _mean("accuracy", [0.5], network, series)
-
-
-def _ends(series: str | None = None) -> Callable:
-    return _mean("accuracy", [0, 1], "aligned", series)
-
-
-def _barrier(network: str, series: str | None = None, metric: str = "accuracy") -> Callable:
-    """Mean barrier of a network's path, in points or nats."""
-
-    def measured(frame: pd.DataFrame) -> float:
-        rows = restore_ends(name_networks(frame))
-        rows = rows if series is None else rows[rows["series"] == series]
-        paths = barriers(rows.dropna(subset="alpha").groupby("network").filter(lambda path: {0, 1} <= {*path["alpha"]}))
-        return (100 if metric == "accuracy" else 1) * paths[paths["network"] == network][f"{metric}_barrier"].mean()
-
-    return measured
-
-
-def _rise(network: str) -> Callable:
-    """How far the midpoint lies below the endpoints, in points."""
-    return lambda frame: _ends()(frame) - _midpoint(network)(frame)
-
-
-def _reduction(frame: pd.DataFrame) -> float:
-    """By how much REPAIR lowers the barrier of the midpoint, in percent."""
-    return 100 * (1 - _rise("aligned + REPAIR")(frame) / _rise("aligned")(frame))
-
-
-def _worst_norm(frame: pd.DataFrame) -> float:
-    """The larger loss barrier of BatchNorm and LayerNorm after REPAIR; NaN if one is missing."""
-    return pd.Series([_barrier(AFTER, norm, "loss")(frame) for norm in NORMS]).max(skipna=False)
-
-
-def _decay(frame: pd.DataFrame) -> float:
-    """By what factor the variance decays up to the last layer, aligned."""
-    last = frame[(frame["layer"] == frame["layer"].max()) & (frame["network"] == "aligned")]
-    return 1 / last["ratio"].mean()
-
-
-def _first_layer_variance(frame: pd.DataFrame) -> float:
-    """Variance of the midpoint's units relative to the endpoints', mean over pairs."""
-    each = frame.groupby("pair") if "pair" in frame else [("", frame)]
-    ratios = [2 * r["measured"].sum() / (r["variance_a"].sum() + r["variance_b"].sum()) for _, r in each]
-    return sum(ratios) / len(ratios)
-
-
-def _deepest(network: str) -> Callable:
-    """The deepest network whose midpoint is above 90 %."""
-
-    def measured(frame: pd.DataFrame) -> float:
-        mean = frame[frame["network"] == network].groupby("depth")["accuracy"].mean()
-        return max(mean.index[mean > 0.9], default=0)
-
-    return measured
-
-
-def _enough(frame: pd.DataFrame) -> float:
-    """The smallest number of images from which on the barrier stays within half a point of that with all of them."""
-    mean = frame[frame["network"] == "aligned + REPAIR"].groupby("examples")["barrier"].mean()
-    return mean.index[((mean - mean.iloc[-1]).abs() < 0.005)[::-1].cummin()[::-1]][0]
-
-
-def _reductions(frame: pd.DataFrame) -> list[float]:
-    """The least and the greatest reduction of all networks, means over pairs."""
-    mean = frame.groupby(["row", "norm", "width"])["reduction"].mean()
-    return [mean.min(), mean.max()]
-
-
-def _best_merge(frame: pd.DataFrame) -> pd.Series:
-    """Loss between the ends of the REPAIRed path, by alpha, of the first kind of network."""
-    rows = name_networks(frame)
-    rows = rows[(rows["network"] == "aligned + REPAIR") & (rows["series"] == rows["series"].iloc[0])]
-    return rows[(rows["alpha"] > 0) & (rows["alpha"] < 1)].groupby("alpha")["loss"].mean()
-
-
-def _combined(name: str, scheme: str | None = None) -> Callable:
-    """Empirical barrier of aligned combinations, in nats or points."""
-
-    def measured(frame: pd.DataFrame) -> float:
-        rows = frame if scheme is None else frame[frame["scheme"] == scheme]
-        return name_barriers(rows)[f"{name}_barrier"]
-
-    return measured
-
-
-def _boxes_work(frame: pd.DataFrame) -> float:
-    """The largest half edge up to which boxes about A cost less than 5 points."""
-    rows = frame[(frame["scheme"] == "centred") & (frame["matching"] == "WM")]
-    return works_up_to(rows.groupby("x")["accuracy"].mean())
-
-
-def _line_unchanged(frame: pd.DataFrame) -> float:
-    """The largest distance beyond the ends up to which accuracy on training images falls by less than a point."""
-    rows = frame[(frame["scheme"] == "extrapolation") & (frame["matching"] == "WM") & (frame["split"] == "train")]
-    beyond = (rows["x"] - 0.5).abs() - 0.5
-    return works_up_to(rows["accuracy"][beyond >= 0].groupby(beyond).mean(), 0.01)
-
-
-def _worst_of_triangle(frame: pd.DataFrame) -> float:
-    """The lowest accuracy of a triangle of aligned networks, mean over triangles."""
-    return 100 * frame[frame["matching"] == "WM"].groupby("triple")["accuracy"].min().mean()
-
-
-def _robust_layers(frame: pd.DataFrame) -> float:
-    """In how many layers a derangement of all pairs costs less than 5 points."""
-    return int((derangement_costs(frame, share=1) < 0.05).sum())
-
-
-BEFORE, AFTER = "aligned", "aligned + REPAIR"
 NORMS = {"bn": "BatchNorm", "ln": "LayerNorm"}
-DECAY = {"final_layer_decay": Number("decay of the variance up to the last layer, aligned", "times", _decay)}
+METRICS = {"loss": "nats", "accuracy": "points"}
+DECAY = {"final_layer_decay": Number("decay of the variance up to the last layer, aligned", "times")}
 NUMBERS: dict[str, dict[str, Number]] = {
     "repair/fig1-middle": {
-        "barrier_before": Number("barrier before REPAIR", "points", _rise(BEFORE)),
-        "barrier_after": Number("barrier after REPAIR", "points", _rise(AFTER)),
-        "reduction": Number("reduction of the barrier", "%", _reduction),
+        "barrier_before": Number("barrier before REPAIR", "points"),
+        "barrier_after": Number("barrier after REPAIR", "points"),
+        "reduction": Number("reduction of the barrier", "%"),
     },
-    "repair/fig1-right": {"reduction_range": Number("reduction of barriers, least and greatest", "%", _reductions)},
+    "repair/fig1-right": {
+        "reduction_range": Number("reduction of barriers, least and greatest", "%", ("least", "greatest"), list)
+    },
     "repair/fig2-middle": DECAY,
     "repair/fig2-right": DECAY,
     "repair/sec3-theory": {
-        "corr": Number("correlation of aligned units in the first layer", "", lambda frame: frame["corr"].mean()),
-        "variance": Number("variance of the midpoint's first layer, relative to endpoints", "", _first_layer_variance),
+        "corr": Number("correlation of aligned units in the first layer", ""),
+        "variance": Number("variance of the midpoint's first layer, relative to endpoints", ""),
     },
     "repair/fig3-middle": {
-        "endpoints": Number("accuracy of the endpoints", "%", _ends()),
-        "midpoint_before": Number("accuracy of the midpoint before REPAIR", "%", _midpoint(BEFORE)),
-        "midpoint_after": Number("accuracy of the midpoint after REPAIR", "%", _midpoint(AFTER)),
-        "barrier_after": Number("barrier after REPAIR", "points", _rise(AFTER)),
-        "reduction": Number("reduction of the barrier", "%", _reduction),
+        "endpoints": Number("accuracy of the endpoints", "%"),
+        "midpoint_before": Number("accuracy of the midpoint before REPAIR", "%"),
+        "midpoint_after": Number("accuracy of the midpoint after REPAIR", "%"),
+        "barrier_after": Number("barrier after REPAIR", "points"),
+        "reduction": Number("reduction of the barrier", "%"),
         "ot_fusion_midpoint": Number("midpoint of OT fusion (Singh and Jaggi 2020)", "%", None),
     },
     "repair/fig3-right": {
-        "deepest_over_90_before": Number("deepest midpoint above 90 %, before REPAIR", "layers", _deepest(BEFORE)),
-        "deepest_over_90_closed_form": Number(
-            "deepest midpoint above 90 %, REPAIR in closed form", "layers", _deepest(f"{AFTER} closed form")
-        ),
+        "deepest_over_90_before": Number("deepest midpoint above 90 %, before REPAIR", "layers"),
+        "deepest_over_90_closed_form": Number("deepest midpoint above 90 %, REPAIR in closed form", "layers"),
     },
-    "repair/samples": {"enough": Number("calibration images that suffice", "images", _enough)},
+    "repair/samples": {"enough": Number("calibration images that suffice", "images")},
     "repair/fig4-left": {
         "bn_ln_loss_barrier_at_16x": Number(
-            "loss barrier after REPAIR at 16x, the larger of BatchNorm's and LayerNorm's", "nats", _worst_norm, 16
+            "loss barrier after REPAIR at 16x, the larger of BatchNorm's and LayerNorm's",
+            "nats",
+            ("bn_after_16x", "ln_after_16x"),
         )
     },
     "repair/fig4-middle": {
-        f"midpoint_{norm}_{when}_8x": Number(
-            f"accuracy of the midpoint, {NORMS[norm]} at 8x, {when} REPAIR", "%", _midpoint(network, norm), 8
-        )
+        f"midpoint_{norm}_{when}_8x": Number(f"accuracy of the midpoint, {NORMS[norm]} at 8x, {when} REPAIR", "%")
         for norm in NORMS
-        for when, network in {"before": BEFORE, "after": AFTER}.items()
+        for when in ("before", "after")
     },
     "repair/fig4-right": {
-        "bn_midpoint": Number("accuracy of the midpoint before REPAIR, BatchNorm", "%", _midpoint(BEFORE, "bn")),
-        "ln_midpoint": Number("accuracy of the midpoint before REPAIR, LayerNorm", "%", _midpoint(BEFORE, "ln")),
-        "both_after": Number(
-            "accuracy of the midpoint after REPAIR, the lower of both norms'",
-            "%",
-            lambda frame: pd.Series([_midpoint(AFTER, norm)(frame) for norm in NORMS]).min(skipna=False),
-        ),
-        "bn_endpoints": Number("accuracy of the endpoints, BatchNorm", "%", _ends("bn")),
-        "ln_endpoints": Number("accuracy of the endpoints, LayerNorm", "%", _ends("ln")),
+        "bn_midpoint": Number("accuracy of the midpoint before REPAIR, BatchNorm", "%"),
+        "ln_midpoint": Number("accuracy of the midpoint before REPAIR, LayerNorm", "%"),
+        "both_after": Number("accuracy of the midpoint after REPAIR, the lower of both norms'", "%"),
+        "bn_endpoints": Number("accuracy of the endpoints, BatchNorm", "%"),
+        "ln_endpoints": Number("accuracy of the endpoints, LayerNorm", "%"),
     },
     "repair/fig8-left": {
         f"git_re_basin_{width}x": Number(
             f"loss barrier before REPAIR, LayerNorm at {width}x; the paper's is Git Re-Basin's",
             "nats",
-            _barrier(BEFORE, "ln", "loss"),
-            width,
+            (f"ln_before_{width}x",),
             exact=True,
         )
         for width in (1, 2, 4, 8, 16, 32)
     },
     "repair/fig5-left": {
-        "aligned": Number("accuracy of the midpoint before REPAIR", "%", _midpoint(BEFORE)),
-        "conv_only": Number("accuracy of the midpoint, convolutions corrected", "%", _midpoint("aligned + RESET")),
-        "full": Number("accuracy of the midpoint, blocks corrected too", "%", _midpoint(AFTER)),
-        "barrier_conv": Number("barrier, convolutions corrected", "points", _barrier("aligned + RESET")),
-        "barrier_full": Number("barrier, blocks corrected too", "points", _barrier(AFTER)),
+        "aligned": Number("accuracy of the midpoint before REPAIR", "%"),
+        "conv_only": Number("accuracy of the midpoint, convolutions corrected", "%"),
+        "full": Number("accuracy of the midpoint, blocks corrected too", "%"),
+        "barrier_conv": Number("barrier, convolutions corrected", "points"),
+        "barrier_full": Number("barrier, blocks corrected too", "points"),
     },
     "repair/fig5-right": {
-        "resnet18": Number("accuracy of the midpoint after REPAIR, ResNet18", "%", _midpoint(AFTER, "ResNet18")),
-        "resnet50": Number("accuracy of the midpoint after REPAIR, ResNet50", "%", _midpoint(AFTER, "ResNet50")),
-        "resnet50x2": Number("accuracy of the midpoint after REPAIR, ResNet50x2", "%", _midpoint(AFTER, "ResNet50 2x")),
-        "resnet50x2_barrier": Number("barrier after REPAIR, ResNet50x2", "points", _barrier(AFTER, "ResNet50 2x")),
+        "resnet18": Number("accuracy of the midpoint after REPAIR, ResNet18", "%"),
+        "resnet50": Number("accuracy of the midpoint after REPAIR, ResNet50", "%"),
+        "resnet50x2": Number("accuracy of the midpoint after REPAIR, ResNet50x2", "%"),
+        "resnet50x2_barrier": Number("barrier after REPAIR, ResNet50x2", "points"),
     },
     "repair/fig7": {
-        "best_loss": Number("lowest test loss between the ends", "nats", lambda frame: _best_merge(frame).min()),
-        "best_alpha": Number("where it is", "", lambda frame: _best_merge(frame).idxmin()),
+        "best_loss": Number("lowest test loss between the ends", "nats"),
+        "best_alpha": Number("where it is", ""),
         "ainsworth_best_loss": Number("lowest test loss of Ainsworth et al. (2022)", "nats", None),
     },
     "combine/figB15-B18": {
-        f"{scheme}_{metric}": Number(f"{metric} barrier, {scheme}", unit, _combined(metric, scheme))
+        f"{scheme}_{metric}": Number(f"{metric} barrier, {scheme}", unit)
         for scheme in ("uniform", "subcube", "hyperplane", "bernoulli")
-        for metric, unit in {"loss": "nats", "accuracy": "points"}.items()
+        for metric, unit in METRICS.items()
     },
-    "combine/fig9": {
-        "train_unchanged_up_to": Number("training accuracy unchanged so far beyond the ends", "", _line_unchanged)
-    },
-    "combine/fig10": {"works_up_to": Number("boxes about A work up to the half edge", "", _boxes_work)},
-    "combine/fig11b": {"worst_accuracy": Number("accuracy of the triangle's worst network", "%", _worst_of_triangle)},
-    "combine/fig14": {"layers_that_bear_all": Number("layers that bear a full derangement", "layers", _robust_layers)},
+    "combine/fig9": {"train_unchanged_up_to": Number("training accuracy unchanged so far beyond the ends", "")},
+    "combine/fig10": {"works_up_to": Number("boxes about A work up to the half edge", "")},
+    "combine/fig11b": {"worst_accuracy": Number("accuracy of the triangle's worst network", "%")},
+    "combine/fig14": {"layers_that_bear_all": Number("layers that bear a full derangement", "layers")},
 } | {
-    f"combine/fig{number}": {
-        f"{metric}_barrier": Number(f"{metric} barrier", unit, _combined(metric))
-        for metric, unit in {"loss": "nats", "accuracy": "points"}.items()
-    }
+    f"combine/fig{number}": {f"{metric}_barrier": Number(f"{metric} barrier", unit) for metric, unit in METRICS.items()}
     for number in (2, 3, 4, 5)
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-class Measured(NamedTuple):
-    """A number measured on a table.
-
-    Attributes:
-        value: over all pairs.
-        pairs: of each pair (or triple) by itself, if there are several.
-        width: of the networks that it was measured on, if that matters.
-    """
+class Ours(NamedTuple):
+    """Our number, and the width of the networks that it is of, if the paper's is of a certain width."""
 
     value: float | list[float]
-    pairs: list[float]
-    width: float | None
+    width: float | None = None
 
 
-def measure(number: Number, frame: pd.DataFrame) -> Measured | None:
-    """Measure a number on the table of its item; None if the table has no networks that show it."""
-    if number.measure is None:
+def width_of(name: str) -> float | None:
+    """The width that the name of a number ends in.
+
+    >>> width_of("bn_after_8x"), width_of("corr")
+    (8.0, None)
+    """
+    found = re.search(r"_(\d+(?:\.\d+)?)x$", name)
+    return float(found[1]) if found else None
+
+
+def find_ours(number: Number, name: str, summary: Mapping[str, float]) -> Ours | None:
+    """Our number in the summary of its item, or that of the nearest width; None if it is not there.
+
+    >>> find_ours(Number("", "%"), "after_8x", {"after_1x": 76.3, "after_2x": 80.1})
+    Ours(value=80.1, width=2.0)
+    """
+    if number.ours is None:
         return None
-    width = None
-    if number.width is not None and "width" in frame:
-        width = min(frame["width"].unique(), key=lambda w: abs(math.log(w / number.width)))
-        if number.exact and width != number.width:
+    found = []
+    for each in number.ours or (name,):
+        width = width_of(each)
+        known = {each: width} if each in summary or width is None or number.exact else {
+            other: width_of(other) for other in summary if re.fullmatch(rf"{each.rpartition('_')[0]}_[\d.]+x", other)
+        }  # fmt: skip
+        nearest = min(known, key=lambda other: abs(math.log(known[other] / width)) if width else 0, default="")
+        if nearest not in summary:
             return None
-        frame = frame[frame["width"] == width]
-    each = next((column for column in ("pair", "triple") if column in frame), None)
-    groups = [rows for _, rows in frame.groupby(each, sort=False)] if each else []
-    try:
-        value = number.measure(frame)
-        pairs = [number.measure(rows) for rows in groups] if len(groups) > 1 and not isinstance(value, list) else []
-    except (KeyError, IndexError, ValueError):  # networks are missing
-        return None
-    return (
-        None
-        if any(pd.isna(v) for v in ([value] if not isinstance(value, list) else value))
-        else Measured(value, pairs, width)
-    )
+        found.append((summary[nearest], known[nearest]))
+    widths = {width for _, width in found}
+    return Ours(number.of([value for value, _ in found]), widths.pop()) if len(widths) == 1 else None
 
 
 def words(value: float, unit: str, sign: str = "") -> str:
@@ -351,10 +212,10 @@ def words(value: float, unit: str, sign: str = "") -> str:
     return f"{number} {unit}".strip()
 
 
-def difference(ours: Measured, published: Any, unit: str) -> str:
+def difference(ours: Ours, published: Any, unit: str) -> str:
     """Ours minus the paper's; for a bound, whether ours keeps it.
 
-    >>> difference(Measured(92.1, [], None), 94.1, "%"), difference(Measured(0.2, [], None), "<0.05", "nats")
+    >>> difference(Ours(92.1), 94.1, "%"), difference(Ours(0.2), "<0.05", "nats")
     ('-2.0 points', 'not below')
     """
     unit = "points" if unit == "%" else unit
@@ -378,17 +239,19 @@ def printed(published: Any, unit: str) -> str:
     return f"{' to '.join(map(str, values))} {unit}".strip()
 
 
-def row(place: str, number: Number, published: Any, ours: Measured) -> str:
+def row(place: str, number: Number, name: str, published: Any, ours: Ours) -> str:
     """A line of the table of a section."""
     values = ours.value if isinstance(ours.value, list) else [ours.value]
     cell = " to ".join(words(value, number.unit) for value in values)
-    if ours.pairs:
-        low, high = (words(value, number.unit) for value in (min(ours.pairs), max(ours.pairs)))
-        cell += f" ({low.removesuffix(number.unit).strip()} to {high.removesuffix(number.unit).strip()})"
-    if ours.width not in (None, number.width):
+    if ours.width != paper_width(number, name):
         cell += f", at {ours.width:g}x"
     paper = printed(published, number.unit)
     return _line([place, number.words, paper, cell, difference(ours, published, number.unit)])
+
+
+def paper_width(number: Number, name: str) -> float | None:
+    """The width of the networks that the paper's number is of, if it is of a certain width."""
+    return width_of((number.ours or (name,))[0])
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -591,17 +454,16 @@ def compare(
     A number that a method prints which is not made here is in neither.
     """
     rows, lacks = [], []
-    frame = None if record is None else pd.DataFrame(record["table"])
     for name, value in published.items():
         number = NUMBERS[item][name]
-        if number.measure is None:
+        if number.ours is None:
             continue
-        ours = None if frame is None else measure(number, frame)
+        ours, width = find_ours(number, name, record["summary"] if record else {}), paper_width(number, name)
         if ours:
-            rows.append(row(place, number, value, ours))
-        if ours is None or ours.width not in (None, number.width):
-            at = f" at {number.width:g}x" if number.width else ""
-            lacks.append((printed(value, number.unit) + at, needed(item, number.width)))
+            rows.append(row(place, number, name, value, ours))
+        if ours is None or ours.width != width:
+            at = f" at {width:g}x" if width else ""
+            lacks.append((printed(value, number.unit) + at, needed(item, width)))
     return rows, lacks
 
 

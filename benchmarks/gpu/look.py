@@ -240,31 +240,16 @@ def everything(machine: Machine, deadline: float) -> str:
 
     names = [name for name in needs.find_notebooks() if "/" in name] if cuda() else []
     folder = machine.scratch / "smoke"
-    environment = machine.environment(
-        REPAIRLIB_RUNS=str(folder / "runs"), REPAIRLIB_FIGURES=str(folder / "figures")
-    )  # fmt: skip
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "4",
-        "-W",
-        "default",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_cuda.py",
-    ]
+    environment = machine.environment(REPAIRLIB_RUNS=str(folder / "runs"), REPAIRLIB_FIGURES=str(folder / "figures"))
+    tests = [sys.executable, "-m", "pytest", *"-q -n 4 -W default -p no:cacheprovider tests/test_cuda.py".split()]
     todo = [Job("tests", "test", tuple(tests))] if (ROOT / "tests" / "test_cuda.py").exists() and names else []
     for name in names:
         command = (sys.executable, "workflow/batch.py", f"notebooks/{name}.py", "--scale", "smoke")
         todo.append(Job(name, "figure", command))
     if not todo:
         return "only on a GPU"
-    done = jobs.run(
-        todo, {"test": 1, "figure": 10}, deadline, environment, machine.scratch / "logs", cwd=ROOT, say=say
-    )  # fmt: skip
+    logs = machine.scratch / "logs"
+    done = jobs.run(todo, {"test": 1, "figure": 10}, deadline, environment, logs, cwd=ROOT, say=say)
     machine.write("timings.json", machine.read("timings.json") | {"tests and notebooks": done})
     return f"{sum(row['outcome'] == 'done' for row in done)} of {len(done)} passed"
 

@@ -182,9 +182,8 @@ def _past(device: str, kinds: set[str]) -> list[tuple[Run, float, float]]:
                 continue  # before its FLOPs are counted
             run, info = describe(name), store.info(name)
             trained_here = torch.device(info["device"]).type == torch.device(device).type
-            trained_here &= (
-                info.get("processor", here) == here
-            )  # one that comes with the repository was trained elsewhere
+            # One that comes with the repository was trained elsewhere.
+            trained_here &= info.get("processor", here) == here
             if run.model.kind in kinds and trained_here and run.recipe.name != "imported" and run.facts:
                 found.append((run, run.train_flops / info["seconds"], info["seconds"]))
         except (ValueError, KeyError, RuntimeError):  # it is damaged, or of a recipe that is gone

@@ -160,7 +160,8 @@ def midpoints(table, metric):
 if fig := section.item("repair/fig4-right"):
     table = fig.rows(**PATHS)
     summary = {name: 100 * accuracy for name, accuracy in midpoints(table, "accuracy").items()}
-    summary["both_after"] = min(summary[name] for name in ("bn_after", "ln_after") if name in summary)
+    if {"bn_after", "ln_after"} <= summary.keys():
+        summary["both_after"] = min(summary["bn_after"], summary["ln_after"])
     ends = table[table["alpha"].isin([0, 1])].groupby("series")["accuracy"].mean()
     summary |= {f"{norm}_endpoints": 100 * accuracy for norm, accuracy in ends.items()}
     figure = plots.path(table, title=f"{title}, {grid.settings['width of the paths']:g}x wide")
