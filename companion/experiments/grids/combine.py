@@ -7,7 +7,7 @@ from companion.experiments.scales import by_scale
 
 # Recipes of `fast`. Weight decay is such that the initial weights fade to a tenth within so few epochs.
 RESNET = "fast-csiszarik"
-TINY = "fast-csiszarik~wd9e-4~epochs14~augment=flip+translate"
+TINY = "fast-csiszarik~wd3e-4~epochs44~augment=flip+translate"
 
 
 class Combined(NamedTuple):
