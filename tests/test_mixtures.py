@@ -55,6 +55,14 @@ def test_rows_are_evaluations_of_the_networks_they_name(pair):
     assert combination_rows(pair, {"subcube": [0.3]}, samples=1, seed=4)[0]["loss"] == pytest.approx(rows[1]["loss"])
 
 
+def test_a_pair_that_is_evaluated_on_some_test_images_is_so_here(pair):
+    few = load_pair(pair.runs, 200, test_images=50)
+    make = pair.a.state_dict
+    (whole,), (part,) = (evaluate_rows(each, [({}, make)]) for each in (pair, few))
+    assert (part["loss"], part["accuracy"]) == pytest.approx(few.evaluate(pair.a), abs=1e-6)
+    assert part["end_loss"] != whole["end_loss"] and part["loss"] != whole["loss"]
+
+
 def test_every_scheme_has_its_own_grid_and_samples_where_it_is_random(pair):
     rows = combination_rows(pair, {"bernoulli": [0.5], "linear": [0.25, 0.5]}, 2)
     assert [(r["scheme"], r["matching"], r["x"], r["sample"]) for r in rows] == [
