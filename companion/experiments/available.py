@@ -16,7 +16,7 @@ DIGITS = ("digits", "digits-hard")
 def can_train() -> bool:
     """Whether notebooks train the networks of `fast` that are not there: $REPAIRLIB_TRAIN, else on a GPU only.
 
-    On a CPU they would take days. Figures are made of those that are stored or come with the repository.
+    On a CPU they would take weeks. Figures are made of those that are stored or come with the repository.
     """
     setting = os.environ.get("REPAIRLIB_TRAIN") or str(int(default_device() != "cpu"))
     if setting not in ("0", "1"):
