@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -43,6 +44,23 @@ def test_every_published_number_is_looked_up_or_said_to_be_anothers():
         assert numbers.keys() == INDEX[item].keys(), item
     others = [name for numbers in fidelity.NUMBERS.values() for name, n in numbers.items() if n.ours is None]
     assert others == ["ot_fusion_midpoint", "ainsworth_best_loss"]
+
+
+def test_names_of_numbers_are_those_of_summaries():
+    """docs/gallery.md shows the summaries of `quick`, which has every item."""
+    gallery = (ROOT / "docs" / "gallery.md").read_text()
+    for item, numbers in fidelity.NUMBERS.items():
+        part = gallery.partition(f"\n### {item}\n")[2].partition("\n### ")[0]
+        shown = {
+            cells[0]: cells[2]
+            for line in re.findall(r"^\| (.*) \|$", part, re.M)
+            if len(cells := line.split(" | ")) > 2
+        }
+        for name, number in numbers.items():
+            if number.ours is None or fidelity.paper_width(number, name):
+                continue
+            for each in number.ours or (name,):
+                assert shown.get(each.replace("_", " ")) or number.ours, (item, each)
 
 
 def test_the_page_is_what_the_tables_say():
