@@ -398,7 +398,8 @@ def networks(runs: Iterable[str]) -> str:
         return "No more networks"
     names = [f"`{name}/{{{','.join(each)}}}`" if each[1:] else f"`{name}/{each[0]}`" for name, each in seeds.items()]
     names = names if len(names) <= 4 else [*names[:2], "...", names[-1]]
-    return f"{sum(map(len, seeds.values()))} networks, {', '.join(names)}"
+    number = sum(map(len, seeds.values()))
+    return f"{number} network{'s' * (number > 1)}, {', '.join(names)}"
 
 
 # --------------------------------------------------------------------------------------------------------------- page
