@@ -1,12 +1,14 @@
-"""What happens inside an interpolated network: variance ratios, channel statistics, agreement of aligned units."""
+"""What happens inside networks: variances, activations and weights layer by layer, agreement of units, distances."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from repairlib.corrections import target_nodes
+from repairlib.interpolate import check_compatible
 from repairlib.moments import Moments, gather
-from repairlib.tracing import Batches, trace
+from repairlib.tracing import Batches, TracedNet, eval_mode, trace
 
 
 def variance_ratio(moments: Moments, k: int, ends: tuple[int, int] = (0, 1)) -> float:
@@ -94,3 +96,107 @@ def unit_agreement(
 ) -> dict[str, Tensor]:
     """Correlation of unit i of A with unit i of B (units,), by layer."""
     return {name: m.corr() for name, m in layer_moments([model_a, model_b], data, targets, cross="paired").items()}
+
+
+def activation_scales(models: Mapping[str, nn.Module], data: Iterable) -> list[dict]:
+    """Activations before and after every nonlinearity, averaged over units (Qu & Horvath 2024, Figs. 4, 29 to 34, 43).
+
+        mean = mean_u E[x_u],   std = mean_u std(x_u),   zeros = mean_u P(x_u = 0)
+
+    with E, std and P over examples and positions. The std is the scale that RESCALE restores. A zero after a ReLU
+    carries nothing on.
+
+    Args:
+        models: name -> network, all of one architecture, repaired or not.
+        data: any iterable of batches.
+
+    Returns:
+        Rows {network, layer (of the nonlinearity, from 1), node, place: "before" or "after", mean, std, zeros}, from
+        one pass.
+
+    Raises:
+        ValueError: the networks have no nonlinearity.
+    """
+    batches = Batches(data, next(iter(models.values())))
+    example = batches.example()
+    nets = {name: trace(model, example) for name, model in models.items()}
+    nodes = _nonlinearities(next(iter(nets.values())))
+    if not nodes:
+        raise ValueError("the networks have no nonlinearity to measure activations at")
+    taps = [node for pair in nodes for node in pair]
+    moments = {(name, tap): Moments() for name in nets for tap in taps}
+    zeros = {key: torch.tensor(0, device=example.device) for key in moments}
+    with eval_mode(*models.values()):
+        for x in batches:
+            for name, net in nets.items():
+                for tap, value in net.walk(x, taps):
+                    moments[name, tap].update(value)
+                    zeros[name, tap] = zeros[name, tap] + (value == 0).sum()
+    return [
+        {
+            "network": name, "layer": layer, "node": pair[1], "place": place,
+            "mean": float(m.mean().mean()), "std": float(m.std().mean()),
+            "zeros": int(zeros[name, tap]) / (m.count * len(m.mean())),
+        }
+        for name in nets
+        for layer, pair in enumerate(nodes, start=1)
+        for place, tap in zip(("before", "after"), pair, strict=True)
+        for m in [moments[name, tap]]
+    ]  # fmt: skip
+
+
+def _nonlinearities(net: TracedNet) -> list[tuple[str, str]]:
+    """Names of every nonlinearity's input and of itself. An input that REPAIR corrects is known by its own name."""
+    found = []
+    for node in net.nodes:
+        if net.kinds[node.name] == "activation":
+            source = node.all_input_nodes[0]
+            source = source.all_input_nodes[0] if net.kinds[source.name] == "affine" else source
+            found.append((source.name, node.name))
+    return found
+
+
+def layer_means(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean over the elements of every layer: of all its tensors, weights and biases, together.
+
+    A layer is a module with a tensor of two axes or more: convolutions and linear layers, but no normalisation.
+
+    Args:
+        tensors: by name, as in a state dict; for instance Fisher information, see `fisher.diagonal_fisher`.
+
+    >>> layer_means({"0.weight": torch.ones(2, 2), "0.bias": torch.zeros(4), "1.weight": torch.ones(2)})
+    {'0': 0.5}
+    """
+    layers: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(tensor.detach().double().flatten())
+    kept = [name.rpartition(".")[0] for name, tensor in tensors.items() if tensor.ndim > 1]
+    return {layer: float(torch.cat(layers[layer]).mean()) for layer in dict.fromkeys(kept)}
+
+
+def weight_magnitudes(model: nn.Module) -> dict[str, float]:
+    """Mean absolute value of every layer's parameters, ``mean_i |theta_i|`` (Qu & Horvath 2024, Figs. 4D and 43)."""
+    return layer_means({name: p.abs() for name, p in model.named_parameters()})
+
+
+def distance(model_a: nn.Module, model_b: nn.Module, buffers: bool = False) -> float:
+    """Euclidean distance of two networks' parameters, ``|theta_A - theta_B|`` (Qu & Horvath 2024, Table 3).
+
+    Args:
+        model_a, model_b: networks of one architecture.
+        buffers: whether means and variances of BatchNorms count as well, as in the upper half of Table 3.
+
+    Raises:
+        ValueError: the networks do not have the same tensors.
+    """
+    check_compatible(model_a.state_dict(), model_b.state_dict())
+    a, b = (
+        dict(model.named_parameters()) | (dict(model.named_buffers()) if buffers else {})
+        for model in (model_a, model_b)
+    )
+    square = sum(
+        (value.detach().double() - b[name].detach().double().to(value.device)).square().sum()
+        for name, value in a.items()
+        if value.is_floating_point()
+    )
+    return float(square) ** 0.5

@@ -65,3 +65,59 @@ def test_channel_statistics_of_a_network_with_visible_corrections():
         torch.testing.assert_close(found["a"], repair.ends[block].var(0), rtol=1e-5, atol=0)
         goal = repair.at(0.5)[block][1] ** 2
         torch.testing.assert_close(found["merged"][goal > 0], goal[goal > 0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mlp3-plain-w8", "vgg11-bn-w0.125", "resnet8-ln-w0.5"])
+def test_activation_scales_against_a_direct_computation(name):
+    a, b, data = make(name, 0), make(name, 1), batches(name)
+    found = diagnostics.activation_scales({"a": a, "b": b}, data)
+    net = tracing.trace(b, data[0])
+    nodes = [node for node in net.nodes if net.kinds[node.name] == "activation"]
+    rows = [row for row in found if row["network"] == "b"]
+    assert [row["node"] for row in rows[::2]] == [node.name for node in nodes] and len(rows) == 2 * len(nodes)
+    whole = torch.cat(data)
+    for before, after, node in zip(rows[::2], rows[1::2], nodes, strict=True):
+        assert (before["place"], after["place"]) == ("before", "after") and before["layer"] == after["layer"]
+        with tracing.eval_mode(b):
+            values = {key: x.clone() for key, x in net.walk(whole, [node.all_input_nodes[0].name, node.name])}
+        for row, value in zip((before, after), values.values(), strict=True):
+            x = value.double().transpose(0, 1).flatten(1)
+            assert row["mean"] == pytest.approx(float(x.mean()), rel=1e-4, abs=1e-6)
+            assert row["std"] == pytest.approx(float(x.std(1, correction=0).mean()), rel=1e-4)
+            assert row["zeros"] == pytest.approx(float((x == 0).double().mean()), abs=1e-4)
+    split = [x for batch in data for x in batch.split(7)]
+    for row, other in zip(found, diagnostics.activation_scales({"a": a, "b": b}, split), strict=True):
+        assert row["std"] == pytest.approx(other["std"], rel=1e-5) and row["zeros"] == pytest.approx(other["zeros"])
+
+
+def test_activation_scales_of_a_repaired_network_are_the_goals():
+    """Visible corrections count as part of the nonlinearity's input, whichever network is named first."""
+    name = "resnet8-plain-w0.5"
+    a, b, data = make(name, 0), make(name, 1), batches(name)
+    repair = Repair(a, b, data, targets=("conv", "linear", "block"))
+    merged = repair(0.5).model
+    for models in ({"a": a, "merged": merged}, {"merged": merged, "a": a}):
+        rows = diagnostics.activation_scales(models, data)
+        assert len(rows) == 2 * 2 * 7
+        std = {(row["network"], row["place"], row["layer"]): row["std"] for row in rows}
+        assert std["merged", "before", 1] == pytest.approx(float(repair.at(0.5)[repair.targets[0]][1].mean()), rel=1e-3)
+    with pytest.raises(ValueError, match="no nonlinearity"):
+        diagnostics.activation_scales({"linear": torch.nn.Linear(2, 2)}, torch.randn(4, 2))
+
+
+def test_weights_and_distances():
+    a, b = make("vgg11-bn-w0.125", 0), make("vgg11-bn-w0.125", 1)
+    found = diagnostics.weight_magnitudes(a)
+    layers = {name: m for name, m in a.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
+    assert list(found) == list(layers)
+    for name, layer in layers.items():
+        values = torch.cat([p.detach().flatten() for p in layer.parameters()])
+        assert found[name] == pytest.approx(float(values.abs().mean()), rel=1e-6)
+    vectors = [torch.nn.utils.parameters_to_vector(model.parameters()).double() for model in (a, b)]
+    assert diagnostics.distance(a, b) == pytest.approx(float((vectors[0] - vectors[1]).norm()), rel=1e-9)
+    a.train()(torch.cat(batches("vgg11-bn-w0.125")))  # moves the running statistics and nothing else
+    moved = [(p - q).double().square().sum() for p, q in zip(a.buffers(), b.buffers(), strict=True) if p.ndim]
+    expected = (diagnostics.distance(a, b) ** 2 + float(sum(moved))) ** 0.5
+    assert diagnostics.distance(a, b, buffers=True) == pytest.approx(expected, rel=1e-9) and sum(moved) > 0
+    with pytest.raises(ValueError):
+        diagnostics.distance(a, make("mlp3-plain-w8"))
