@@ -12,6 +12,7 @@ from torch import nn
 from companion.experiments.methods import MATCHINGS, RENORMS, Path
 from companion.runs import store, train
 from companion.runs.data import Dataset, Loader, iterate, load
+from companion.runs.names import seeded
 from repairlib.evaluation import evaluate
 from repairlib.matching import Matching
 from repairlib.names import check
@@ -159,7 +160,7 @@ def pairs_of(
         calibration, device, **options: see `load_pair`.
     """
     for a, b in itertools.combinations(seeds, 2):
-        yield f"{a}-{b}", load_pair([f"{run}/s{a}", f"{run}/s{b}"], calibration, device, **options)
+        yield f"{a}-{b}", load_pair([seeded(run, a), seeded(run, b)], calibration, device, **options)
 
 
 def title_of(run: str, data: str | None = None) -> str:
@@ -168,5 +169,5 @@ def title_of(run: str, data: str | None = None) -> str:
     >>> title_of("digits/tiny10-ln/quick")
     'tiny10-ln-w1 on digits'
     """
-    name = train.parse_run(f"{run}/s1", check_data=False)
+    name = train.parse_run(seeded(run, 1), check_data=False)
     return f"{name.model} on {data or name.data}"

@@ -9,6 +9,7 @@ from torch import nn
 from companion.experiments.mixtures import Lazy, evaluate_rows
 from companion.experiments.pairs import Pair, load_pair
 from companion.runs import store
+from companion.runs.names import seeded
 from repairlib.combine import simplex_grid
 from repairlib.evaluation import evaluate_many
 from repairlib.interpolate import interpolate_states, mix_states
@@ -41,7 +42,7 @@ def load_triple(run: str, seeds: Sequence[int | str], restarts: int = 1, test_im
         restarts: of weight matching, see `match_weights`.
         test_images: evaluate on so many, see `load_pair`.
     """
-    name_a, *others = (f"{run}/s{seed}" for seed in seeds)
+    name_a, *others = (seeded(run, seed) for seed in seeds)
     pair = load_pair(others, test_images=test_images, matching="WM", restarts=restarts)
     a = store.get(name_a, pair.dataset.device)
     match = partial(match_weights, data=pair.calibration, restarts=restarts)

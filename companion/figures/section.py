@@ -25,6 +25,7 @@ from companion.experiments.scales import SCALES, check_scale, wanted
 from companion.experiments.tables import Table
 from companion.figures.report import load_item, read_index, save_item
 from companion.runs import costs
+from companion.runs.names import seeded
 
 
 class Section:
@@ -89,7 +90,7 @@ class Section:
         """
         others = [network["run"] for network in self.grid.networks(self.grid.needs)]
         for run in [*runs, *others]:
-            found = [f"{run}/s{seed}" for seed in self.grid.seeds if self._has(f"{run}/s{seed}")][:networks]
+            found = [name for seed in self.grid.seeds if self._has(name := seeded(run, seed))][:networks]
             if len(found) == networks:
                 if runs and run != runs[0]:
                     print(f"Step by step with {run}, because {runs[0]} is not trained.")

@@ -70,6 +70,15 @@ def parse_run(name: str, data_root: str | os.PathLike | None = None, *, check_da
     return run
 
 
+def seeded(run: str, seed: int) -> str:
+    """Name of a run from its name without the seed. `{seed}` inside, of the run that it continues, is the same seed.
+
+    >>> seeded("digits/mlp2-plain-w8/quick/s{seed}/retrain", 2)
+    'digits/mlp2-plain-w8/quick/s2/retrain/s2'
+    """
+    return f"{run}/s{seed}".replace("{seed}", str(seed))
+
+
 def recipe_of(run: RunName) -> Recipe:
     """The recipe that a run is trained by, with its changes."""
     return find_recipe(run.recipe, run.model.kind, run.data, recipe_of(run.parent) if run.parent else None)

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from companion.runs.names import seeded
+
 # {"run": a run name without its seed, and columns that name it}, or the whole name of one run
 Network = Mapping[str, object] | str
 
@@ -13,8 +15,9 @@ class Grid:
     """What one section needs at one scale.
 
     Attributes:
-        needs: by item, its networks. Each is {"run": a run name without its seed, and other columns that its rows
-            repeat}, trained from every seed (from its own "seeds" if it has these), or the whole name of one run.
+        needs: by item, its networks. Each is {"run": a run name without its seed (see names.seeded), and other columns
+            that its rows repeat}, trained from every seed (from its own "seeds" if it has these), or the whole name of
+            one run.
         seeds: every two of them are a pair.
         settings: what else differs between scales, by name; also attributes of the grid.
         reads: by item, the items of other notebooks that it sums up.
@@ -48,7 +51,7 @@ class Grid:
             if isinstance(network, str):
                 found.append(network)
             else:
-                found += [f"{network['run']}/s{seed}" for seed in network.get("seeds", self.seeds)]
+                found += [seeded(network["run"], seed) for seed in network.get("seeds", self.seeds)]
         return list(dict.fromkeys(found))
 
     def only(self, has: Callable[[str], bool]) -> "Grid":
@@ -78,7 +81,7 @@ class Grid:
         if isinstance(network, str):
             return network if has(network) else None
         wanted = network.get("seeds", self.seeds)
-        seeds = tuple(seed for seed in wanted if has(f"{network['run']}/s{seed}"))
+        seeds = tuple(seed for seed in wanted if has(seeded(network["run"], seed)))
         if seeds == tuple(wanted):
             return network
         return {**network, "seeds": seeds} if len(seeds) > 1 and "seeds" not in network else None

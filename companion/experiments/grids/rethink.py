@@ -1,0 +1,330 @@
+"""Rethink Model Re-Basin (Qu and Horvath 2024): what each section trains and measures at every scale.
+
+The paper's networks are VGG16s and ResNet20s on CIFAR-10, with BatchNorm, LayerNorm, Fixup or no normalisation ("plain").
+It repeats some figures with a VGG11 and a plain ResNet20 on CIFAR-100. At `quick` these are a VGG11 and a ResNet8 on
+harder digits; the repetition is on easier ones.
+"""
+
+from companion.experiments.grids import Grid
+from companion.experiments.scales import by_scale
+from companion.runs.names import seeded
+
+# Plain VGGs diverge at the rate that suits BatchNorm. The paper's weight decay is what REPAIR's failures hinge on.
+VGG_CHANGES = {"plain": "~lr0.05~wd1e-4", "bn": "~wd1e-4"}
+FAST_VGG_CHANGES = {"plain": "~lr0.05~wd1e-4~batch125", "bn": "~wd1e-4~batch125"}
+
+
+def _seeds(scale: str) -> tuple[int, ...]:
+    """Seeds of most networks; every two of them are a pair."""
+    return by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2, 3))
+
+
+def vgg(scale: str, norm: str, width: float | None = None, again: bool = False) -> str:
+    """Run name, without its seed, of a VGG.
+
+    Args:
+        scale: smoke, quick, fast or paper.
+        norm: "plain", "bn", "ln", or "nobias" for a plain one that never had biases.
+        width: multiplier; default: the usual one of the scale.
+        again: the repetition on a second data set.
+    """
+    width = width or by_scale(scale, smoke=0.0625, quick=0.25, fast=0.5, paper=1)
+    depth = by_scale(scale, smoke=11, quick=11, fast=16, paper=16)
+    recipe = by_scale(
+        scale,
+        smoke="smoke",
+        quick="quick" + VGG_CHANGES.get(norm, ""),
+        fast="fast" + FAST_VGG_CHANGES.get(norm, ""),
+        paper="qu",
+    )
+    return _name(scale, "vgg{}-{}-w{:g}{}", 11 if again else depth, norm, width, again, recipe)
+
+
+def resnet(scale: str, norm: str, width: float | None = None, again: bool = False) -> str:
+    """Run name, without its seed, of a ResNet; for arguments see `vgg`, and norm may be "fixup"."""
+    width = width or by_scale(scale, smoke=0.125, quick=1, fast=1, paper=1)
+    depth = by_scale(scale, smoke=8, quick=8, fast=20, paper=20)
+    recipe = by_scale(scale, smoke="smoke", quick="quick", fast="fast", paper="qu")
+    return _name(scale, "resnet{}-{}-w{:g}{}", depth, norm, width, again, recipe, "-sc1" if scale == "paper" else "")
+
+
+def _name(
+    scale: str, form: str, depth: int, norm: str, width: float, again: bool, recipe: str, ending: str = ""
+) -> str:
+    """A run name of one of the paper's two data sets and what stands for them."""
+    first = by_scale(scale, smoke="digits", quick="digits-hard", fast="cifar10", paper="cifar10")
+    second = by_scale(scale, smoke="digits", quick="digits", fast="cifar10", paper="cifar100")
+    model = form.format(depth, "plain" if norm == "nobias" else norm, width, ending + "-nobias" * (norm == "nobias"))
+    if again and scale == "paper" and form.startswith("vgg"):
+        recipe = "qu-cifar100"
+    return f"{second if again else first}/{model}/{recipe}"
+
+
+def without_biases(scale: str, run: str) -> str:
+    """Run name of a network whose biases are removed after training, and which is trained on after that (Sec. 3.4).
+
+    Without its seed; the seed of the network that is continued is the same.
+    """
+    changes = by_scale(
+        scale, smoke="", quick="~lr5e-3~wd0~epochs10", fast="~lr0.01~wd0~epochs3", paper="~lr0.01~wd0~epochs10"
+    )
+    return f"{run}/s{{seed}}/retrain{changes}{'~schedule=constant' if changes else ''}~nobias"
+
+
+def child(scale: str, run: str) -> str:
+    """Run name, without its seed, of a network that is trained on from an early epoch of another (Sec. 3.2).
+
+    All seeds continue the same parent, of seed 1.
+    """
+    epochs = by_scale(scale, smoke=1, quick=2, fast=1, paper=2 if "resnet" in run else 1)
+    run += "~epochs2" if scale == "smoke" else ""
+    return f"{run}~stop{epochs}/s1/{run.split('/')[2]}~start{epochs}"
+
+
+def copy(scale: str, run: str, seed: int | str = "{seed}") -> str:
+    """Run name, without its seed, of a trained network that is trained on: fast, then slowly (App. C, E.2).
+
+    Args:
+        scale: smoke, quick, fast or paper.
+        run: the network's run name, without its seed.
+        seed: of the network; default: the same as that of the further training.
+    """
+    slower = "~lr2e-3" if "-ln-" in run and scale == "quick" else "~lr0.01"
+    first, second = by_scale(
+        scale,
+        smoke=("", "~lr0.01"),
+        quick=("~epochs10", slower + "~epochs3"),
+        fast=("~epochs3", slower + "~epochs1"),
+        paper=("~epochs20", slower + "~epochs5"),
+    )
+    return f"{run}/s{seed}/retrain{first}~schedule=constant/s{{seed}}/retrain{second}"
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def renormalization(scale: str) -> Grid:
+    """Section 3.1: plain VGGs and ResNets of growing width."""
+    vgg_widths = by_scale(
+        scale, smoke=[0.0625, 0.125], quick=[0.125, 0.25, 0.5], fast=[0.25, 0.5, 1], paper=[1, 2, 4, 8]
+    )
+    resnet_widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 2], fast=[1, 2, 4], paper=[1, 2, 4, 8])
+
+    def networks(make, widths: list[float], **how) -> list[dict]:
+        runs = [make(scale, width=width, **how) for width in widths]
+        name = "VGG{}" if make is vgg else "ResNet{}"
+        series = name.format("".join(filter(str.isdigit, runs[0].split("/")[1].split("-")[0])))
+        series += ", no biases" * (how["norm"] == "nobias")
+        return [{"run": run, "series": series, "width": width} for run, width in zip(runs, widths, strict=True)]
+
+    plain = networks(vgg, vgg_widths, norm="plain") + networks(resnet, resnet_widths, norm="plain")
+    everything = plain + networks(resnet, resnet_widths, norm="nobias")
+    return Grid(
+        needs={"rethink/fig2b": plain, "rethink/fig7": everything, "rethink/fig8": everything},
+        seeds=_seeds(scale),
+        settings={
+            "VGG": vgg(scale, "plain"),
+            "ResNet": resnet(scale, "plain"),
+            "widths of VGGs": vgg_widths,
+            "widths of ResNets": resnet_widths,
+        },
+    )
+
+
+def same_basin(scale: str) -> Grid:
+    """Section 3.2: networks from different seeds, children of one parent, and copies of a network trained on."""
+    width = by_scale(scale, smoke=None, quick=None, fast=None, paper=4)
+    both = {"VGG": vgg(scale, "bn"), "ResNet": resnet(scale, "bn", width)}
+    seeds = _seeds(scale)
+
+    def three_ways(series: str) -> list:
+        run = both[series]
+        return [
+            {"run": run, "series": series, "basin": "independent"},
+            {"run": child(scale, run), "series": series, "basin": "spawned"},
+            *copies(series),
+        ]
+
+    def copies(series: str) -> list[str]:
+        return [seeded(copy(scale, both[series]), seed) for seed in seeds]
+
+    norms = {f"{name}-{norm}": make(scale, norm, w) for name, make, w in (("VGG", vgg, None), ("ResNet", resnet, width))
+             for norm in ("bn", "ln")}  # fmt: skip
+    return Grid(
+        needs={
+            "rethink/fig2c": three_ways("ResNet"),
+            "rethink/fig2d": three_ways("ResNet")[:1] + copies("ResNet"),
+            "rethink/fig9-12": three_ways("VGG") + three_ways("ResNet"),
+            "rethink/fig13": [seeded(run, seeds[0]) for run in both.values()],
+            "rethink/table3": [{"run": run, "series": name} for name, run in norms.items()],
+        },
+        seeds=seeds,
+        settings={
+            **both,
+            "children": child(scale, both["VGG"]),
+            "copies": copy(scale, both["VGG"]),
+            "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=11),  # of a path, ends included
+        },
+    )
+
+
+def many_models(scale: str) -> Grid:
+    """Section 3.3: averages of more and more networks."""
+    width = by_scale(scale, smoke=None, quick=None, fast=None, paper=4)
+    several = by_scale(scale, smoke=(1, 2, 3), quick=(1, 2, 3, 4, 5), fast=(1, 2, 3), paper=tuple(range(1, 9)))
+    mlps = by_scale(scale, smoke=(1, 2, 3), quick=tuple(range(1, 9)), fast=tuple(range(1, 9)), paper=tuple(range(1, 9)))
+    mlp = by_scale(
+        scale,
+        smoke="digits/mlp2-plain-w120-taper/smoke",
+        quick="digits/mlp2-plain-w120-taper/quick",
+        fast="mnist/mlp2-plain-w120-taper/fast",
+        paper="mnist/mlp2-plain-w120-taper/qu",
+    )
+
+    def networks(make, *how) -> list[dict]:
+        runs = {norm: make(scale, norm, *how) for norm in ("bn", "ln")}
+        named = [{"run": run, "series": norm, "basin": "independent", "seeds": several} for norm, run in runs.items()]
+        same = [{**each, "run": copy(scale, each["run"], 1), "basin": "same"} for each in named]
+        return named + same
+
+    resnets, vggs = networks(resnet, width), networks(vgg)
+    return Grid(
+        needs={
+            "rethink/fig3ab": resnets,
+            "rethink/fig14-15": vggs + resnets,
+            "rethink/fig16": [{"run": mlp, "series": "MLP", "basin": "independent", "seeds": mlps}],
+        },
+        seeds=several,
+        settings={
+            "VGG": vggs[0]["run"],
+            "ResNet": resnets[0]["run"],
+            "copies": resnets[2]["run"],
+            "MLP": mlp,
+            "numbers": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 3, 4, 5), fast=(2, 3), paper=range(2, 9))],
+            "numbers of MLPs": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 4, 6, 8), fast=(2, 4, 6, 8),
+                                                    paper=range(2, 9))],
+            "rounds": by_scale(scale, smoke=2, quick=10, fast=30, paper=30),  # of iterative matching, at most
+        },
+    )  # fmt: skip
+
+
+def biases(scale: str) -> Grid:
+    """Section 3.4: plain networks with biases, with them removed after training, and trained without any."""
+    made = {
+        "VGG": (vgg(scale, "plain"), vgg(scale, "nobias")),
+        "ResNet": (resnet(scale, "plain"), resnet(scale, "nobias")),
+        "VGG again": (vgg(scale, "plain", again=True), vgg(scale, "nobias", again=True)),
+        "ResNet again": (resnet(scale, "plain", again=True), resnet(scale, "nobias", again=True)),
+    }
+
+    def networks(*series: str) -> list[dict]:
+        return [
+            {"run": run, "series": name, "biases": kept}
+            for name in series
+            for run, kept in zip(
+                (made[name][0], without_biases(scale, made[name][0]), made[name][1]),
+                ("kept", "removed", "never"),
+                strict=True,
+            )
+        ]
+
+    return Grid(
+        needs={
+            "rethink/fig3cd": networks("VGG"),
+            "rethink/fig17-24": networks(*made),
+            "rethink/fig25-26": networks("VGG", "ResNet"),
+            "rethink/fig27-28": networks("VGG", "ResNet"),
+        },
+        seeds=_seeds(scale),
+        settings={
+            **{name: run for name, (run, _) in made.items()},
+            "removed": without_biases(scale, made["VGG"][0]),
+            "never": made["VGG"][1],
+            "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=11),  # of a path, ends included
+        },
+    )
+
+
+def rescaling(scale: str) -> Grid:
+    """Section 4.1: which part of REPAIR matters, on plain networks and Fixup."""
+    runs = {
+        "VGG": vgg(scale, "plain"),
+        "ResNet": resnet(scale, "plain"),
+        "Fixup": resnet(scale, "fixup"),
+        "VGG again": vgg(scale, "plain", again=True),
+    }
+    network = {name: [{"run": run, "series": name}] for name, run in runs.items()}
+    return Grid(
+        needs={
+            "rethink/fig4ab": network["VGG"],
+            "rethink/fig29-34": network["VGG"] + network["ResNet"],
+            "rethink/table1": network["VGG"],
+            "rethink/table4": network["VGG"],
+            "rethink/table5": network["VGG again"],
+            "rethink/table6": network["ResNet"],
+            "rethink/table7": network["Fixup"],
+            "rethink/table8": network["VGG"],
+            "rethink/table9": network["VGG"],
+        },
+        seeds=_seeds(scale),
+        settings=runs,
+    )
+
+
+def data_independent(scale: str) -> Grid:
+    """Appendix F.2: renormalisation without data."""
+    runs = {"BatchNorm": vgg(scale, "bn"), "LayerNorm": vgg(scale, "ln")}
+    return Grid(
+        needs={
+            "rethink/table10": [{"run": runs["BatchNorm"]}],
+            "rethink/table11": [{"run": runs["LayerNorm"]}],
+        },
+        seeds=_seeds(scale),
+        settings=runs,
+    )
+
+
+def matching_retains(scale: str) -> Grid:
+    """Section 4.2: midpoints trained on, and what of the endpoints is left in them."""
+    width = by_scale(scale, smoke=None, quick=None, fast=None, paper=4)
+    runs = {
+        "VGG": vgg(scale, "plain"),
+        "VGG-BN": vgg(scale, "bn"),
+        "ResNet": resnet(scale, "plain"),
+        "ResNet-BN": resnet(scale, "bn", width),
+        "VGG again": vgg(scale, "plain", again=True),
+        "ResNet again": resnet(scale, "plain", again=True),
+    }
+    network = {name: [{"run": run, "series": name}] for name, run in runs.items()}
+    plain = network["VGG"] + network["ResNet"]
+    return Grid(
+        needs={
+            "rethink/fig4c": network["VGG"],
+            "rethink/fig4d": network["VGG"],
+            "rethink/fig35": [],
+            "rethink/fig36-41": [each for name in runs for each in network[name]],
+            "rethink/fig42": plain,
+            "rethink/fig43": plain,
+            "rethink/no-matching": network["VGG"],
+        },
+        seeds=_seeds(scale),
+        settings={
+            **runs,
+            "learning rate": by_scale(scale, smoke=0.01, quick=0.01, fast=0.01, paper=0.01),
+            "epochs": by_scale(scale, smoke=1, quick=10, fast=5, paper=20),  # at most
+            "images for Fisher information": by_scale(scale, smoke=20, quick=300, fast=1000, paper=5000),
+        },
+    )
+
+
+def precision(scale: str) -> Grid:
+    """Appendix D.2: activation matching as three codes do it."""
+    runs = {
+        "VGG": vgg(scale, "plain"),
+        "VGG-BN": vgg(scale, "bn"),
+        "VGG-LN": vgg(scale, "ln"),
+        "ResNet-BN": resnet(scale, "bn"),
+        "ResNet-LN": resnet(scale, "ln"),
+    }
+    networks = [{"run": run, "series": name} for name, run in runs.items()]
+    return Grid(needs={"rethink/table2": networks}, seeds=_seeds(scale), settings=runs)
