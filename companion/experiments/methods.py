@@ -77,6 +77,10 @@ RENORMS: dict[str, Renormalisation] = {
         "REPAIR, BatchNorms reset", _repaired(bn="reset"), moves_ends=True, needs="BatchNorm"
     ),
     "RESCALE": Renormalisation("RESCALE", _repaired(correct="rescale")),
+    "RESCALE average": Renormalisation("RESCALE, one scale a layer", _repaired(correct="rescale", average=True)),
+    "RESCALE simultaneous": Renormalisation(
+        "RESCALE, simultaneous", _repaired(correct="rescale", method="simultaneous")
+    ),
     "RESHIFT": Renormalisation("RESHIFT", _repaired(correct="reshift")),
     "RESET": Renormalisation("RESET", _reset, moves_ends=True, needs="BatchNorm"),
 }

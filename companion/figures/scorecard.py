@@ -1,7 +1,7 @@
 """The scorecard: what the papers claim, and whether the tables saved so far show it.
 
 A claim is judged on every item that it rests on, from the table in `figures/<scale>/...json` and nothing else; the
-claims of a paper stand in a module of their own (`claims.repair`, `claims.combine`).
+claims of a paper stand in a module of their own (`claims.repair`, `claims.combine`, `claims.rethink`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from companion.experiments.scales import SCALES, check
-from companion.figures.claims import Claim, Finding, combine, repair
+from companion.figures.claims import Claim, Finding, combine, repair, rethink
 from companion.figures.report import load_item
 
 
 def claims(paper: str = "") -> dict[str, Claim]:
     """All claims by name, or those of one paper: "repair"."""
-    found = {claim.name: claim for module in (repair, combine) for claim in module.CLAIMS}
+    found = {claim.name: claim for module in (repair, combine, rethink) for claim in module.CLAIMS}
     if paper:
         check(paper, {name.partition("/")[0] for name in found}, "paper")
     return {name: claim for name, claim in found.items() if name.startswith(f"{paper}/" if paper else "")}

@@ -1,8 +1,8 @@
 """Rethink Model Re-Basin (Qu and Horvath 2024): what each section trains and measures at every scale.
 
-The paper's networks are VGG16s and ResNet20s on CIFAR-10, with BatchNorm, LayerNorm, Fixup or no normalisation ("plain").
-It repeats some figures with a VGG11 and a plain ResNet20 on CIFAR-100. At `quick` these are a VGG11 and a ResNet8 on
-harder digits; the repetition is on easier ones.
+The paper's networks are VGG16s and ResNet20s on CIFAR-10, with BatchNorm, LayerNorm, Fixup or no normalisation
+("plain"). It repeats some figures with a VGG11 and a plain ResNet20 on CIFAR-100. At `quick` these are a VGG11 and a
+ResNet8 on harder digits; the repetition is on easier ones.
 """
 
 from companion.experiments.grids import Grid
@@ -148,7 +148,7 @@ def same_basin(scale: str) -> Grid:
     def copies(series: str) -> list[str]:
         return [seeded(copy(scale, both[series]), seed) for seed in seeds]
 
-    norms = {f"{name}-{norm}": make(scale, norm, w) for name, make, w in (("VGG", vgg, None), ("ResNet", resnet, width))
+    norms = {f"{name}_{norm}": make(scale, norm, w) for name, make, w in (("vgg", vgg, None), ("resnet", resnet, width))
              for norm in ("bn", "ln")}  # fmt: skip
     return Grid(
         needs={
@@ -164,6 +164,7 @@ def same_basin(scale: str) -> Grid:
             "children": child(scale, both["VGG"]),
             "copies": copy(scale, both["VGG"]),
             "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=11),  # of a path, ends included
+            "every": by_scale(scale, smoke=5, quick=7, fast=200, paper=200),  # steps from one measurement to the next
         },
     )
 
@@ -203,6 +204,7 @@ def many_models(scale: str) -> Grid:
             "numbers": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 3, 4, 5), fast=(2, 3), paper=range(2, 9))],
             "numbers of MLPs": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 4, 6, 8), fast=(2, 4, 6, 8),
                                                     paper=range(2, 9))],
+            "orders": by_scale(scale, smoke=1, quick=3, fast=1, paper=3),
             "rounds": by_scale(scale, smoke=2, quick=10, fast=30, paper=30),  # of iterative matching, at most
         },
     )  # fmt: skip
@@ -263,7 +265,8 @@ def rescaling(scale: str) -> Grid:
             "rethink/table5": network["VGG again"],
             "rethink/table6": network["ResNet"],
             "rethink/table7": network["Fixup"],
-            "rethink/table8": network["VGG"],
+            # Every pair, and a network of another seed.
+            "rethink/table8": [{**network["VGG"][0], "seeds": (1, 2, 3)}],
             "rethink/table9": network["VGG"],
         },
         seeds=_seeds(scale),
@@ -312,6 +315,7 @@ def matching_retains(scale: str) -> Grid:
             **runs,
             "learning rate": by_scale(scale, smoke=0.01, quick=0.01, fast=0.01, paper=0.01),
             "epochs": by_scale(scale, smoke=1, quick=10, fast=5, paper=20),  # at most
+            "every": by_scale(scale, smoke=5, quick=7, fast=20, paper=20),  # steps from one measurement to the next
             "images for Fisher information": by_scale(scale, smoke=20, quick=300, fast=1000, paper=5000),
         },
     )
@@ -320,11 +324,11 @@ def matching_retains(scale: str) -> Grid:
 def precision(scale: str) -> Grid:
     """Appendix D.2: activation matching as three codes do it."""
     runs = {
-        "VGG": vgg(scale, "plain"),
-        "VGG-BN": vgg(scale, "bn"),
-        "VGG-LN": vgg(scale, "ln"),
-        "ResNet-BN": resnet(scale, "bn"),
-        "ResNet-LN": resnet(scale, "ln"),
+        "vgg": vgg(scale, "plain"),
+        "vgg_bn": vgg(scale, "bn"),
+        "vgg_ln": vgg(scale, "ln"),
+        "resnet_bn": resnet(scale, "bn"),
+        "resnet_ln": resnet(scale, "ln"),
     }
     networks = [{"run": run, "series": name} for name, run in runs.items()]
     return Grid(needs={"rethink/table2": networks}, seeds=_seeds(scale), settings=runs)

@@ -1,0 +1,123 @@
+"""Averages of networks within one basin of the loss, and of many networks (Qu and Horvath 2024, Secs. 3.2 and 3.3)."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from companion.experiments.methods import MATCHINGS
+from companion.experiments.pairs import Pair
+from companion.experiments.statistics import MATCHED, has_batchnorm
+from companion.runs import store
+from companion.runs.data import iterate, load
+from repairlib.diagnostics import distance
+from repairlib.evaluation import evaluate
+from repairlib.interpolate import interpolate_models, mix_states, with_state
+from repairlib.permutations import agreement, invert, permute, random_permutation
+from repairlib.renorm import reset
+from repairlib.several import match_several
+
+
+def shuffle_rows(pair: Pair, alphas: Iterable[float], seed: int = 1) -> list[dict]:
+    """The units of A shuffled, then matched with B's: paths from it to B (Sec. 3.2, Fig. 2D).
+
+    Args:
+        pair: two networks, of one basin or not.
+        alphas: points of the paths.
+        seed: of the shuffle.
+
+    Returns:
+        Rows {matching: "none" for the shuffled network, "WM", "AM", recovered: share of the units whose shuffle was
+        undone exactly, alpha, loss (nats), accuracy (in [0, 1])}.
+    """
+    spec, alphas = pair.matching.spec, list(alphas)
+    shuffle = random_permutation(spec, seed)
+    shuffled = permute(pair.a, spec, shuffle)
+    starts: dict[str, tuple[nn.Module, float]] = {"none": (shuffled, 0.0)}
+    for name in MATCHED:
+        found = MATCHINGS[name].match(pair.b, shuffled, pair.calibration, spec=spec)
+        same = agreement(found.permutation, invert(shuffle))
+        units = sum(same[group.name] * group.size for group in spec.groups)
+        starts[name] = found.apply(shuffled), units / sum(group.size for group in spec.groups)
+    measured = [
+        (name, share, alpha, pair.evaluate(interpolate_models(start, pair.b, alpha)))
+        for name, (start, share) in starts.items()
+        for alpha in alphas
+    ]
+    return [
+        {"matching": name, "recovered": share, "alpha": alpha, "loss": loss, "accuracy": accuracy}
+        for name, share, alpha, (loss, accuracy) in measured
+    ]
+
+
+def distance_rows(pair: Pair) -> list[dict]:
+    """Distances of A from B, as trained and matched (Table 3).
+
+    Returns:
+        Rows {matching: "none", "WM" or "AM", buffers: whether BatchNorm statistics count, distance}.
+    """
+    kinds = [False, True] if has_batchnorm(pair.a) else [False]
+    return [
+        {"matching": name, "buffers": buffers, "distance": distance(pair.a, pair.aligned_by(name), buffers)}
+        for buffers in kinds
+        for name in ("none", *MATCHED)
+    ]
+
+
+def average_rows(
+    runs: Sequence[str],
+    numbers: Iterable[int],
+    regimes: Sequence[str] = ("reference", "sequential", "iterative"),
+    *,
+    matchings: Sequence[str] = MATCHED,
+    rounds: int = 30,
+    calibration: int = 5000,
+    test_images: int | None = None,
+) -> list[dict]:
+    """Averages of the first n networks, brought into one order of units in several ways (Sec. 3.3, Figs. 3, 14 to 16).
+
+    Averages of networks with BatchNorm are reset. A regime that is none of `repairlib.several.REGIMES` matches nothing:
+    its networks share a basin as they are.
+
+    Args:
+        runs: names of at least max(numbers) runs.
+        numbers: how many networks are averaged.
+        regimes: see `repairlib.several.match_several`.
+        matchings: by weights or activations.
+        rounds: of the iterative regime, at most.
+        calibration: training images for matching and RESET.
+        test_images: evaluate on so many; default all.
+
+    Returns:
+        Rows {regime, matching ("none" where nothing is matched), n, loss (nats), accuracy (in [0, 1]), ends: mean
+        accuracy of the n networks, rounds, converged}.
+    """
+    dataset = load(runs[0].split("/")[0])
+    models = [store.get(run, dataset.device) for run in runs]
+    data = iterate(dataset, "train", batch_size=500, limit=calibration)
+    test = iterate(dataset, "test", batch_size=500, limit=test_images)
+    ends = [evaluate(model, test)[1] for model in models]
+    rows = []
+    for n in numbers:
+        for regime in regimes:
+            for matching in matchings if regime in ("reference", "sequential", "iterative") else ["none"]:
+                mean, how = _average(models[:n], regime, matching, data, rounds)
+                mean = reset(mean, data).model if has_batchnorm(mean) else mean
+                loss, accuracy = evaluate(mean, test)
+                rows.append(
+                    {"regime": regime, "matching": matching, "n": n, "loss": loss, "accuracy": accuracy,
+                     "ends": sum(ends[:n]) / n, **how}
+                )  # fmt: skip
+    return rows
+
+
+def _average(
+    models: Sequence[nn.Module], regime: str, matching: str, data: Iterable, rounds: int
+) -> tuple[nn.Module, dict]:
+    """The mean of some networks, in one order of units, and how the matching went."""
+    if matching == "none":
+        states = [model.state_dict() for model in models]
+        mean = with_state(models[0], mix_states(states, [1 / len(states)] * len(states)))
+        return mean, {"rounds": 0, "converged": True}
+    match = MATCHINGS[matching].match
+    aligned = match_several(models, lambda a, b: match(a, b, data), regime, rounds=rounds)
+    return aligned.mean(), {"rounds": aligned.rounds, "converged": aligned.converged}

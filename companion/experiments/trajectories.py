@@ -1,0 +1,113 @@
+"""What happens to a network while it is trained on, every so many steps (Qu and Horvath 2024, Secs. 3.2 and 4.2)."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from companion.experiments.pairs import Pair
+from companion.experiments.statistics import midpoints, new_network
+from companion.runs.data import Dataset, iterate
+from companion.runs.names import parse_run, recipe_of
+from companion.runs.recipes import Recipe
+from companion.runs.train import fit
+from repairlib.diagnostics import distance
+from repairlib.evaluation import evaluate
+
+Measure = Callable[[nn.Module], Mapping[str, float]]
+
+
+def trajectory(
+    model: nn.Module,
+    dataset: Dataset,
+    recipes: Sequence[Recipe],
+    measure: Measure,
+    every: int,
+    *,
+    until: Callable[[Mapping[str, float]], bool] = lambda row: False,
+    seed: int = 0,
+) -> list[dict]:
+    """Train a copy of a network by one recipe after the other, and measure it on the way.
+
+    Args:
+        model: where to start. Untouched.
+        dataset: what to train on.
+        recipes: how; the momentum starts anew with each.
+        measure: of the network, in evaluation mode or not, to numbers by name.
+        every: steps from one measurement to the next; the start and the end are measured, too.
+        until: of the latest numbers, whether to stop.
+        seed: of the order and the augmentation of the data.
+
+    Returns:
+        Rows {step, **measured}.
+    """
+    model = copy.deepcopy(model).to(dataset.device)
+    rows = [{"step": 0, **measure(model)}]
+    for recipe in recipes:
+        before = rows[-1]["step"]
+        last = recipe.trained_epochs * max(1, len(dataset.train) // recipe.batch_size)
+
+        def look(step: int, network: nn.Module, loss, before: int = before, last: int = last) -> bool:
+            if step % every and step != last:
+                return False
+            rows.append({"step": before + step, **measure(network)})
+            return until(rows[-1])
+
+        if not until(rows[-1]):
+            fit(model, dataset, recipe, seed, callback=look)
+    return rows
+
+
+def recovery_rows(
+    pair: Pair, lr: float, epochs: int, every: int, enough: float = 0.9, images: int = 1000
+) -> list[dict]:
+    """Midpoints trained until they fit the training data again, beside a new network (Sec. 4.2, Figs. 4C, 36 to 41).
+
+    Args:
+        pair: the endpoints.
+        lr: learning rate of the midpoints, which stays.
+        epochs: at most.
+        every: steps from one measurement to the next.
+        enough: accuracy on training images to stop at, in (0, 1].
+        images: how many training images that accuracy is measured on, the first ones.
+
+    Returns:
+        Rows {network, step, accuracy: on the test set, train_accuracy}.
+    """
+    recipe = _recovery_recipe(pair.runs[0], lr, epochs)
+    starts = midpoints(pair) | {"new network": new_network(pair)}
+    known = iterate(pair.dataset, "train", batch_size=500, limit=images)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return {"accuracy": pair.evaluate(model)[1], "train_accuracy": evaluate(model, known)[1]}
+
+    return [
+        {"network": network, **row}
+        for network, start in starts.items()
+        for row in trajectory(
+            start, pair.dataset, [recipe], measure, every, until=lambda row: row["train_accuracy"] >= enough
+        )
+    ]
+
+
+def retraining_rows(pair: Pair, recipes: Sequence[Recipe], every: int) -> list[dict]:
+    """Network A trained on: out of its basin, and back to another place of it (App. E.2, Fig. 13).
+
+    Returns:
+        Rows {step, accuracy: on the test set, distance: from A, BatchNorm statistics included}.
+    """
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return {"accuracy": pair.evaluate(model)[1], "distance": distance(pair.a, model, buffers=True)}
+
+    return trajectory(pair.a, pair.dataset, recipes, measure, every)
+
+
+def _recovery_recipe(run: str, lr: float, epochs: int) -> Recipe:
+    """As the endpoints were trained, at a constant rate (App. C)."""
+    own = recipe_of(parse_run(run))
+    return replace(
+        own, name="recovery", epochs=epochs, lr=lr, schedule="constant", milestones=(), warmup_epochs=0,
+        weight_decay=1e-4, start=0, stop=None, until=None, init=Recipe.init, nobias=False,
+    )  # fmt: skip

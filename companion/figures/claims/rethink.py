@@ -1,0 +1,259 @@
+"""The claims of Rethink Model Re-Basin (Qu and Horvath 2024), judged from saved tables."""
+
+import pandas as pd
+
+from companion.experiments.tables import barriers
+from companion.figures.claims import Claim, Finding
+
+NOISE = 2.0  # points: differences of midpoints that are within it are none
+SAME = 5.0  # points that the average of networks of one basin may lose
+NEAR = 3.0  # points between a renormalisation with data and without
+
+
+def _points(frame: pd.DataFrame, by: list[str]) -> pd.Series:
+    """Mean accuracy barrier of paths, in points, by some columns."""
+    return 100 * barriers(frame).groupby(by, sort=False)["accuracy_barrier"].mean()
+
+
+def _percent(frame: pd.DataFrame, by: list[str]) -> pd.Series:
+    """Mean accuracy in percent, by some columns."""
+    return 100 * frame.groupby(by, sort=False)["accuracy"].mean()
+
+
+def same_basin_differs(frame: pd.DataFrame, item: str) -> list[Finding]:
+    paths = frame[frame["basin"].notna()].drop(columns=["recovered"], errors="ignore")
+    found = []
+    for series, rows in paths.groupby("series", sort=False):
+        lost = _points(rows, ["basin", "renorm"])
+        plain, after = (lost.xs(renorm, level="renorm") for renorm in ("none", "RESET"))
+        found += [
+            Finding(f"{series}, {basin}: {plain[basin]:.1f} points without RESET", plain[basin] < limit)
+            for basin, limit in (("spawned", plain["independent"] / 2), ("retrained", SAME))
+        ]
+        words = f"{series}, independent: {plain['independent']:.1f} without, {after['independent']:.1f} with it"
+        found.append(Finding(words, after["independent"] < plain["independent"] / 2))
+    return found
+
+
+def shuffle_recovered(frame: pd.DataFrame, item: str) -> list[Finding]:
+    frame = frame[frame["recovered"].notna() & (frame["matching"] != "none")]
+    least = 100 * frame.groupby(["series", "matching"], sort=False)["recovered"].min()
+    return [Finding(f"{s}, {m}: {share:.4g} % of the units", share == 100) for (s, m), share in least.items()]
+
+
+def many_models_fail(frame: pd.DataFrame, item: str) -> list[Finding]:
+    frame = frame.assign(lost=100 * (frame["ends"] - frame["accuracy"]))
+    few, many = frame["n"].min(), frame["n"].max()
+    mean = frame.groupby(["architecture", "series", "regime", "matching", "n"], sort=False)["lost"].mean().unstack("n")
+    found = []
+    for (architecture, series), rows in mean.groupby(level=[0, 1], sort=False):
+        same = rows.index.get_level_values("regime") == "same basin"
+        matched, own = rows[~same], rows[same]
+        grows = matched[many] > matched[few] + NOISE
+        span = f"{matched[few].mean():.1f} points are lost with {few} networks, {matched[many].mean():.1f} with {many}"
+        found.append(Finding(f"{architecture}, {series}: {span} ({grows.sum()} of {len(grows)} ways)", grows.all()))
+        if len(own):
+            change = f"{own[few].mean():.1f} and {own[many].mean():.1f}"
+            found.append(Finding(f"in one basin {change}", own[many].mean() < own[few].mean() + NOISE))
+    return found
+
+
+def mlp_many_models_ok(frame: pd.DataFrame, item: str) -> list[Finding]:
+    rows = frame[(frame["n"] == frame["n"].max()) & frame["regime"].isin(["reference", "sequential"])]
+    lost = 100 * (rows["ends"] - rows["accuracy"])
+    mean = lost.groupby([rows["regime"], rows["matching"]], sort=False).mean()
+    n = frame["n"].max()
+    return [Finding(f"{r} ({m}): {v:.1f} points lost with {n} networks", v < SAME) for (r, m), v in mean.items()]
+
+
+def bias_removal(frame: pd.DataFrame, item: str) -> list[Finding]:
+    measured = barriers(frame).groupby(["series", "matching", "biases"], sort=False)
+    mean = measured[["accuracy_barrier", "loss_barrier"]].mean() * [100, 1]
+    found = []
+    for (series, matching), rows in mean.groupby(level=["series", "matching"], sort=False):
+        points, nats = (rows[column].droplevel([0, 1]) for column in ("accuracy_barrier", "loss_barrier"))
+        kept, removed, never = (points[f"biases {name}"] for name in ("kept", "removed", "never"))
+        words = f"{series}, {matching}: {kept:.1f} points with biases, {removed:.1f} removed, {never:.1f} never there"
+        found.append(Finding(words, removed < kept / 2 and never < kept / 2))
+        loss = [nats[f"biases {name}"] for name in ("kept", "removed")]
+        found.append(Finding(f"loss barrier {loss[0]:.2f} and {loss[1]:.2f} nats", loss[1] > loss[0] / 2))
+    return found
+
+
+def rescale_is_the_key(frame: pd.DataFrame, item: str) -> list[Finding]:
+    found = []
+    for matching, rows in frame.groupby("matching", sort=False):
+        mean = _percent(rows, ["renorm"])
+        chance = 100 / (100 if "cifar100" in rows["run"].iloc[0] else 10)
+        repair, rescale, average, reshift = (mean[name] for name in ("REPAIR", "RESCALE", "RESCALE average", "RESHIFT"))
+        found += [
+            Finding(f"{matching}: REPAIR {repair:.1f}, RESCALE {rescale:.1f} %", rescale > repair - NOISE),
+            Finding(f"with one scale a layer {average:.1f} %", average > mean["none"] + NOISE),
+            Finding(f"RESHIFT {reshift:.1f} %", reshift < chance + SAME),
+        ]
+    return found
+
+
+def independent_stats(frame: pd.DataFrame, item: str) -> list[Finding]:
+    mean = _percent(frame, ["matching", "renorm"])
+    return [
+        Finding(f"{matching}: {mean[matching, 'none']:.1f} %, {renorm} {mean[matching, renorm]:.1f} %",
+                mean[matching, renorm] > mean[matching, "none"] + NOISE)
+        for matching in ("WM", "AM") for renorm in ("RESCALE", "RESCALE average")
+    ]  # fmt: skip
+
+
+def sequential_better(frame: pd.DataFrame, item: str) -> list[Finding]:
+    mean = _percent(frame[frame["split"] == "test"], ["renorm"])
+    at_once, one_by_one = ([mean[f"{name}{end}"] for name in ("REPAIR", "RESCALE")] for end in (" simultaneous", ""))
+    return [
+        Finding(f"REPAIR {at_once[0]:.1f} %, sequential {one_by_one[0]:.1f} %", one_by_one[0] > at_once[0]),
+        Finding(f"RESCALE {at_once[1]:.1f} %, sequential {one_by_one[1]:.1f} %",
+                abs(one_by_one[1] - at_once[1]) < NOISE),
+    ]  # fmt: skip
+
+
+def data_independent(frame: pd.DataFrame, item: str) -> list[Finding]:
+    mean = _percent(frame[frame["renorm"] != "none"], ["matching", "renorm", "data"]).unstack("data")
+    return [
+        Finding(f"{renorm} ({matching}): {row['used']:.1f} % with data, {row['not used']:.1f} % without",
+                row["not used"] > row["used"] - NEAR)
+        for (matching, renorm), row in mean.iterrows()
+    ]  # fmt: skip
+
+
+def matching_retains(frame: pd.DataFrame, item: str) -> list[Finding]:
+    if item == "rethink/no-matching":
+        mean = _percent(frame, ["matching", "renorm"])
+        return [
+            Finding(f"{name}: {mean['none', name]:.1f} % not aligned, {mean['WM', name]:.1f} % aligned",
+                    mean["none", name] < mean["WM", name] / 2)
+            for name in ("REPAIR", "RESCALE")
+        ]  # fmt: skip
+    found = []
+    for series, rows in frame.groupby("series", sort=False):
+        if "step" in rows:
+            steps = rows.groupby(["pair", "network"], sort=False)["step"].max().groupby("network", sort=False).mean()
+            others = {m: steps[f"aligned ({m})"] for m in ("WM", "AM")}
+            words = " and ".join(f"{value:.0f} ({m})" for m, value in others.items())
+            found.append(
+                Finding(f"{series}: {steps['not aligned']:.0f} steps not aligned, {words} aligned",
+                        max(others.values()) < steps["not aligned"] / 2)
+            )  # fmt: skip
+            continue
+        for measure, more in (("information", True), ("magnitude", True), ("zeros", False)):
+            if measure not in rows or rows[measure].isna().all():
+                continue
+            part = rows[rows[measure].notna()]
+            if measure == "zeros":  # the paper: in early layers
+                part = part[part["layer"] <= part["layer"].max() / 2]
+            mean = part.groupby("network", sort=False)[measure].mean()
+            aligned = [mean[f"aligned ({m})"] for m in ("WM", "AM")]
+            holds = min(aligned) > mean["not aligned"] if more else max(aligned) < mean["not aligned"]
+            words = f"{mean['not aligned']:.3g} not aligned, {aligned[0]:.3g} (WM), {aligned[1]:.3g} (AM)"
+            found.append(Finding(f"{series}, {measure}: {words}", holds))
+    return found
+
+
+def precision(frame: pd.DataFrame, item: str) -> list[Finding]:
+    measured = barriers(frame).assign(moved=lambda rows: 100 * rows["moved"] / rows["units"])
+    mean = measured.groupby(["series", "implementation"], sort=False)[["accuracy_barrier", "moved"]].mean()
+    names = {name.partition(" (")[0]: name for name in frame["implementation"].unique()}
+    found = []
+    for series in mean.index.unique(0):
+        rows = mean.loc[series]
+        lost = {short: 100 * rows["accuracy_barrier"][name] for short, name in names.items()}
+        moved = {short: rows["moved"][name] for short, name in names.items()}
+        one, each = lost["float64, one pass"], lost["float64, layer by layer"]
+        right, faulty = (f"float32, {mean_}" for mean_ in ("mean right", "faulty mean"))
+        found += [
+            Finding(f"{series}: one pass {one:.1f} points, layer by layer {each:.1f}", abs(one - each) < 0.01),
+            Finding(f"float32 {lost[right]:.1f} points ({moved[right]:.1f} % of the units moved); with the faulty mean "
+                    f"{lost[faulty]:.1f} ({moved[faulty]:.1f} %)", lost[right] > one + NOISE),
+        ]  # fmt: skip
+    return found
+
+
+ABLATIONS = tuple(f"rethink/table{number}" for number in (1, 4, 5, 6, 7))
+CLAIMS = [
+    Claim(
+        "rethink/same-basin-differs",
+        f"averages within one basin need no RESET (retrained: at most {SAME:g} points are lost; spawned: less than "
+        "half of what independent networks lose); those of aligned independent networks do",
+        "spawned 15 points, independent over 75",
+        ("rethink/fig2c", "rethink/fig9-12"),
+        same_basin_differs,
+    ),
+    Claim(
+        "rethink/shuffle-recovered",
+        "both matchings find every unit of a shuffled network again, against its copy of the same basin",
+        "exactly",
+        ("rethink/fig2d", "rethink/fig9-12"),
+        shuffle_recovered,
+    ),
+    Claim(
+        "rethink/many-models-fail",
+        "the more networks are averaged, the more accuracy is lost, however they are matched; not so within one basin",
+        "plots",
+        ("rethink/fig3ab", "rethink/fig14-15"),
+        many_models_fail,
+    ),
+    Claim(
+        "rethink/mlp-many-models-ok",
+        f"eight MLPs can be averaged by reference and sequential matching, within {SAME:g} points",
+        "a plot",
+        ("rethink/fig16",),
+        mlp_many_models_ok,
+    ),
+    Claim(
+        "rethink/bias-removal",
+        "without biases the accuracy barrier is less than half; the loss barrier stays above half",
+        "WM 79 to 9 points, AM 46 to 9",
+        ("rethink/fig3cd", "rethink/fig17-24"),
+        bias_removal,
+    ),
+    Claim(
+        "rethink/rescale-is-the-key",
+        f"RESCALE is as good as REPAIR or better, within {NOISE:g} points; with one scale a layer it still helps; "
+        "RESHIFT is at chance",
+        "WM 75.1, 84.3, 78.2, 10 %",
+        ABLATIONS,
+        rescale_is_the_key,
+    ),
+    Claim(
+        "rethink/independent-stats",
+        "RESCALE towards the statistics of an unrelated network still helps",
+        "WM 10.5 to 68.9 %",
+        ("rethink/table8",),
+        independent_stats,
+    ),
+    Claim(
+        "rethink/sequential-better",
+        f"sequential REPAIR is better than simultaneous; RESCALE is the same, within {NOISE:g} points",
+        "65.8 and 75.4; 83.6 and 83.6 %",
+        ("rethink/table9",),
+        sequential_better,
+    ),
+    Claim(
+        "rethink/data-independent",
+        f"renormalisation without data is within {NEAR:g} points of that with data",
+        "88.7 and 86.6 %",
+        ("rethink/table10", "rethink/table11"),
+        data_independent,
+    ),
+    Claim(
+        "rethink/matching-retains",
+        "aligned midpoints are good again after less than half of the steps, have larger weights, fewer zeros in early "
+        "layers and more Fisher information; those of networks that are not aligned cannot be renormalised",
+        "60 mini-batches",
+        ("rethink/fig4c", "rethink/fig36-41", "rethink/fig42", "rethink/fig43", "rethink/no-matching"),
+        matching_retains,
+    ),
+    Claim(
+        "rethink/precision",
+        f"one pass gives what a pass for every layer gives; sums in float32 cost more than {NOISE:g} points",
+        "VGG16 37.5, 37.5, 54.9 points",
+        ("rethink/table2",),
+        precision,
+    ),
+]
