@@ -11,6 +11,7 @@ from torch import nn
 # Every public module is there after `import repairlib`; groups_attention registers its rules.
 from repairlib import combine as combine
 from repairlib import diagnostics as diagnostics
+from repairlib import fisher as fisher
 from repairlib import groups_attention as groups_attention
 from repairlib import permutations as permutations
 from repairlib.corrections import Repaired

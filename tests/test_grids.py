@@ -1,9 +1,10 @@
 import pytest
 
-from companion.experiments.grids import Grid, combine, repair
+from companion.experiments.grids import Grid, combine, repair, rethink
 from companion.experiments.grids.combine import combined, hypercube, min_max, stitching, width
 from companion.figures.report import read_index
 from companion.runs.models import parse
+from companion.runs.names import recipe_of, seeded
 from companion.runs.train import parse_run
 
 
@@ -28,13 +29,46 @@ def test_the_paper_is_as_printed():
     "make",
     [hypercube, stitching, width, min_max, combine.extrapolation, combine.three_models, combine.functional_difference,
      combine.robustness, repair.variance_collapse, repair.repair, repair.normalization,
-     repair.width_depth],
+     repair.width_depth, rethink.renormalization, rethink.same_basin, rethink.many_models, rethink.biases,
+     rethink.rescaling, rethink.data_independent, rethink.matching_retains, rethink.precision],
 )  # fmt: skip
 def test_sections_have_all_items_of_their_notebook_and_runs_that_exist(make, scale):
     grid, index = make(scale), read_index()
     (notebook,) = {index[item]["notebook"] for item in grid.needs}
     assert set(grid.needs) == {item for item, entry in index.items() if entry["notebook"] == notebook}
     assert all(parse_run(run, check_data="imagenet" not in run) for run in grid.runs(grid.needs))
+
+
+@pytest.mark.parametrize("scale", ["smoke", "quick", "fast", "paper"])
+def test_networks_that_continue_others_are_of_the_seed_that_they_should_be(scale):
+    run = rethink.vgg(scale, "plain")
+    removed = [parse_run(seeded(rethink.without_biases(scale, run), seed), check_data=False) for seed in (1, 2)]
+    assert [(name.seed, name.parent.seed, name.model.bias) for name in removed] == [(1, 1, False), (2, 2, False)]
+    bn = rethink.resnet(scale, "bn")
+    children = [parse_run(seeded(rethink.child(scale, bn), seed), check_data=False) for seed in (2, 3)]
+    assert [(name.seed, name.parent.seed) for name in children] == [(2, 1), (3, 1)]
+    whole = recipe_of(parse_run(seeded(bn, 1), check_data=False)).epochs + (scale == "smoke")
+    assert all(recipe_of(c.parent).trained_epochs + recipe_of(c).trained_epochs == whole for c in children)
+    (of_one, of_own) = (parse_run(seeded(rethink.copy(scale, bn, *seed), 3), check_data=False) for seed in ([1], []))
+    assert [(name.parent.parent.seed, name.parent.seed, name.seed) for name in (of_one, of_own)] == [
+        (1, 3, 3),
+        (3, 3, 3),
+    ]
+    first, second = recipe_of(of_one.parent), recipe_of(of_one)
+    assert first.schedule == second.schedule == "constant" and second.lr < first.lr
+
+
+def test_rethink_of_the_paper_is_as_printed():
+    assert rethink.vgg("paper", "ln") == "cifar10/vgg16-ln-w1/qu"
+    assert rethink.vgg("paper", "nobias", again=True) == "cifar100/vgg11-plain-w1-nobias/qu-cifar100"
+    assert rethink.resnet("paper", "plain", 4, again=True) == "cifar100/resnet20-plain-w4-sc1/qu"
+    assert rethink.without_biases("paper", "cifar10/vgg16-plain-w1/qu").endswith(
+        "/s{seed}/retrain~lr0.01~wd0~epochs10~schedule=constant~nobias"
+    )
+    assert rethink.copy("paper", "cifar10/vgg16-bn-w1/qu", 1).endswith(
+        "/s1/retrain~epochs20~schedule=constant/s{seed}/retrain~lr0.01~epochs5"
+    )
+    assert rethink.many_models("paper").rounds == 30 and rethink.same_basin("paper").points == 11
 
 
 def test_three_models_of_the_paper_are_wider_on_the_triangle():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from companion.experiments.methods import MATCHINGS
@@ -12,7 +13,7 @@ from companion.runs.data import iterate, load
 from repairlib.diagnostics import distance
 from repairlib.evaluation import evaluate
 from repairlib.interpolate import interpolate_models, mix_states, with_state
-from repairlib.permutations import agreement, invert, permute, random_permutation
+from repairlib.permutations import invert, permute, random_permutation
 from repairlib.renorm import reset
 from repairlib.several import match_several
 
@@ -26,18 +27,20 @@ def shuffle_rows(pair: Pair, alphas: Iterable[float], seed: int = 1) -> list[dic
         seed: of the shuffle.
 
     Returns:
-        Rows {matching: "none" for the shuffled network, "WM", "AM", recovered: share of the units whose shuffle was
-        undone exactly, alpha, loss (nats), accuracy (in [0, 1])}.
+        Rows {matching: "none" for the shuffled network, "WM", "AM", recovered: share of the live
+        units whose shuffle was undone exactly, alpha, loss (nats), accuracy (in [0, 1])}.
     """
     spec, alphas = pair.matching.spec, list(alphas)
     shuffle = random_permutation(spec, seed)
-    shuffled = permute(pair.a, spec, shuffle)
+    shuffled, back = permute(pair.a, spec, shuffle), invert(shuffle)
     starts: dict[str, tuple[nn.Module, float]] = {"none": (shuffled, 0.0)}
     for name in MATCHED:
         found = MATCHINGS[name].match(pair.b, shuffled, pair.calibration, spec=spec)
-        same = agreement(found.permutation, invert(shuffle))
-        units = sum(same[group.name] * group.size for group in spec.groups)
-        starts[name] = found.apply(shuffled), units / sum(group.size for group in spec.groups)
+        same = {group: perm == back[group] for group, perm in found.permutation.items()}
+        # By activations, units that are dead on all images match in any order; they do not count.
+        alive = {group: found.correlation.get(group, torch.ones(len(each))) != 0 for group, each in same.items()}
+        right = sum(int((same[group] & mask).sum()) for group, mask in alive.items())
+        starts[name] = found.apply(shuffled), right / sum(int(mask.sum()) for mask in alive.values())
     measured = [
         (name, share, alpha, pair.evaluate(interpolate_models(start, pair.b, alpha)))
         for name, (start, share) in starts.items()

@@ -1,6 +1,6 @@
 """Networks by name, in any width. A family of networks is one file of this folder, and one line below.
 
-    mlp<hidden layers>-<norm>[-w<units per layer>][-nobias]                     mlp10-fused-w128
+    mlp<hidden layers>-<norm>[-w<units per layer>][-taper][-nobias]             mlp10-fused-w128
     vgg{11,13,16,19}-<norm>[-w<multiplier>][-nobias]                            vgg11-bn-w0.25
     resnet{8,20,32,44,56,110}-<norm>[-w<multiplier>][-sc1][-nobias]             resnet20-ln-w4
     resnet{18,26,50}-<norm>[-w<multiplier>][-nobias]                            resnet50-bn-w0.25
