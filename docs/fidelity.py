@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from companion.experiments import grids
-from companion.experiments.grids import combine, repair
+from companion.experiments.grids import combine, repair, rethink
 from companion.figures.gallery import PAPERS
 from companion.figures.report import load_item, read_index
 from companion.runs.data import title_of
@@ -67,6 +67,30 @@ class Number(NamedTuple):
 NORMS = {"bn": "BatchNorm", "ln": "LayerNorm"}
 METRICS = {"loss": "nats", "accuracy": "points"}
 DECAY = {"final_layer_decay": Number("decay of the variance up to the last layer, aligned", "times")}
+MATCHED = {"wm": "matched by weights", "am": "matched by activations"}
+VARIANTS = {
+    "none": "as interpolated",
+    "repair": "REPAIR",
+    "rescale": "RESCALE",
+    "rescale_average": "RESCALE, one scale a layer",
+    "reshift": "RESHIFT",
+}
+STATISTICS = {"vgg_bn": ("_stats", ""), "vgg_ln": ("",), "resnet_bn": ("_stats", ""), "resnet_ln": ("",)}
+ORDERS = {
+    "repair": "REPAIR",
+    "seq_repair": "sequential REPAIR",
+    "rescale": "RESCALE",
+    "seq_rescale": "sequential RESCALE",
+}
+CODES = {"own": "the paper's own code", "a": "Git Re-Basin's code", "b": "REPAIR's code"}
+PRECISION = {"vgg": "oab", "vgg_bn": "oab", "vgg_ln": "oa", "resnet_bn": "oa", "resnet_ln": "oa"}
+NETWORKS = {"vgg": "VGG", "vgg_bn": "VGG-BN", "vgg_ln": "VGG-LN", "resnet_bn": "ResNet-BN", "resnet_ln": "ResNet-LN"}
+
+
+def _midpoint(words: str) -> Number:
+    return Number(f"accuracy of the midpoint, {words}", "%")
+
+
 NUMBERS: dict[str, dict[str, Number]] = {
     "repair/fig1-middle": {
         "barrier_before": Number("barrier before REPAIR", "points"),
@@ -153,7 +177,64 @@ NUMBERS: dict[str, dict[str, Number]] = {
 } | {
     f"combine/fig{number}": {f"{metric}_barrier": Number(f"{metric} barrier", unit) for metric, unit in METRICS.items()}
     for number in (2, 3, 4, 5)
-}
+} | {
+    "rethink/fig2c": {
+        "spawn_barrier": Number("barrier of spawned networks", "points"),
+        "spawn_after_reset": Number("barrier of spawned networks after RESET", "points"),
+        "rebasin_barrier": Number("barrier of independent networks, matched", "points"),
+    },
+    "rethink/table3": {
+        f"{network}{stats}_{matching}": Number(f"distance of {name}s{' with statistics' * bool(stats)}, {words}", "")
+        for network, kinds in STATISTICS.items()
+        for name in [NETWORKS[network]]
+        for stats in kinds
+        for matching, words in {"none": "as trained", **MATCHED}.items()
+    },
+    "rethink/fig3cd": {
+        f"{matching}_barrier_{biases}": Number(f"barrier, {MATCHED[matching]}, biases {biases}", "points")
+        for matching in MATCHED
+        for biases in ("kept", "removed")
+    },
+    "rethink/table1": {name: _midpoint(words) for name, words in VARIANTS.items()},
+    "rethink/table4": {name: _midpoint(words) for name, words in VARIANTS.items()},
+    "rethink/table8": {
+        f"{matching}{name}": _midpoint(f"{words}{MATCHED[matching]}")
+        for matching in MATCHED
+        for name, words in {"": "", "_rescale": "RESCALE, ", "_rescale_average": "RESCALE, one scale a layer, "}.items()
+    },
+    "rethink/table9": {
+        f"{name}_{metric}": Number(f"{metric} of the midpoint, {words}", unit)
+        for name, words in ORDERS.items()
+        for metric, unit in {"accuracy": "%", "loss": "nats"}.items()
+    },
+    "rethink/table10": {
+        f"{data}_{matching}": _midpoint(f"RESET {words}, {MATCHED[matching]}")
+        for data, words in {"original": "with data", "data_independent": "without data"}.items()
+        for matching in MATCHED
+    },
+    "rethink/table11": {
+        f"{data}_{matching}_{name}": _midpoint(f"{name.upper()} {words}, {MATCHED[matching]}")
+        for data, words in {"original": "with data", "data_independent": "without data"}.items()
+        for matching in MATCHED
+        for name in ("repair", "rescale")
+    },
+    "rethink/fig4c": {"minibatches_after_wm": Number("mini-batches until 90 % of the training images are right", "")},
+    "rethink/no-matching": {name: _midpoint(f"not aligned, {VARIANTS[name]}") for name in ("repair", "rescale")},
+    "rethink/table2": {
+        f"{network}_{code}": Number(f"barrier of {NETWORKS[network]}s, {words}", "points")
+        for network, codes in PRECISION.items()
+        for code, words in CODES.items()
+        if code[0] in codes
+    }
+    | {f"vgg_time_{code}": Number(f"time for VGGs, {CODES[code]}, relative to the paper's", "") for code in "ab"},
+} | {
+    f"rethink/table{table}": {
+        f"{name}_{matching}": _midpoint(f"{words}, {MATCHED[matching]}")
+        for name, words in VARIANTS.items()
+        for matching in MATCHED
+    }
+    for table in (5, 6, 7)
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -263,7 +344,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def grid_of(item: str, scale: str) -> grids.Grid:
     """What the section of an item needs at a scale."""
-    sections = [make for module in (repair, combine) for make in vars(module).values()
+    sections = [make for module in (repair, combine, rethink) for make in vars(module).values()
                 if getattr(make, "__annotations__", {}).get("return") is grids.Grid]  # fmt: skip
     return next(grid for grid in (make(scale) for make in sections) if item in grid.needs)
 
@@ -469,8 +550,10 @@ def compare(
 
 
 def _place(entry: Mapping[str, Any]) -> str:
-    """Where the paper prints the numbers of an item: a figure, or the text of a section."""
+    """Where the paper prints the numbers of an item: a figure, a table, or the text of a section."""
     section, figure = entry["paper"]["section"], entry["paper"]["figure"]
+    if figure.startswith("Table"):
+        return figure
     return f"Fig. {figure}" if figure[:1].isdigit() or figure[1:2] == "." else f"Sec. {section}"
 
 

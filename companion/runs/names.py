@@ -70,7 +70,7 @@ def parse_run(name: str, data_root: str | os.PathLike | None = None, *, check_da
     return run
 
 
-def seeded(run: str, seed: int) -> str:
+def seeded(run: str, seed: int | str) -> str:
     """Name of a run from its name without the seed. `{seed}` inside, of the run that it continues, is the same seed.
 
     >>> seeded("digits/mlp2-plain-w8/quick/s{seed}/retrain", 2)
