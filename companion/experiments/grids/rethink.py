@@ -6,6 +6,7 @@ ResNet8 on harder digits; the repetition is on easier ones.
 """
 
 from companion.experiments.grids import Grid
+from companion.experiments.grids.repair import NORM_FREE, RESNET
 from companion.experiments.scales import by_scale
 from companion.runs.names import seeded
 
@@ -44,7 +45,8 @@ def resnet(scale: str, norm: str, width: float | None = None, again: bool = Fals
     """Run name, without its seed, of a ResNet; for arguments see `vgg`, and norm may be "fixup"."""
     width = width or by_scale(scale, smoke=0.125, quick=1, fast=1, paper=1)
     depth = by_scale(scale, smoke=8, quick=8, fast=20, paper=20)
-    recipe = by_scale(scale, smoke="smoke", quick="quick", fast="fast", paper="qu")
+    shared = RESNET if norm == "bn" else NORM_FREE
+    recipe = by_scale(scale, smoke="smoke", quick="quick", fast=shared, paper="qu")
     return _name(scale, "resnet{}-{}-w{:g}{}", depth, norm, width, again, recipe, "-sc1" if scale == "paper" else "")
 
 
