@@ -36,7 +36,7 @@ from companion.experiments.basins import average_rows
 from companion.experiments.pairs import load_pair
 from companion.figures.plots import rethink as plots
 from companion.runs import store
-from companion.runs.names import seeded
+from companion.runs.names import parse_run, seeded
 
 grid = section.grid
 SHOWN = {"accuracy": "test accuracy of\nthe average (%)"}
@@ -81,7 +81,11 @@ def averages(run, seeds, basin, numbers):
 def measure(fig, numbers):
     """The table of an item: averages of its networks, and the endpoints' mean accuracy as another line."""
     rows = [
-        {"series": NAMES.get(n["series"], n["series"]), "architecture": n["run"].split("/")[1].split("-")[0], **row}
+        {
+            "series": NAMES.get(n["series"], n["series"]),
+            "architecture": parse_run(seeded(n["run"], 1)).model.title,
+            **row,
+        }
         for n in fig.networks
         for row in averages(n["run"], n["seeds"], n["basin"], tuple(numbers))
     ]

@@ -92,7 +92,8 @@ def measure(fig, renorms=("none",)):
 
 def draw(table, shown=SHOWN):
     """Paths, a panel for each network and matching; mean barriers by name, in points and nats."""
-    panels = table.assign(panel=table["series"] + ", " + table["matching"])
+    words = {"biases kept": "with biases", "biases never": "never any biases"}
+    panels = table.assign(panel=table["series"] + ", " + table["matching"], biases=table["biases"].replace(words))
     figure = plots.lines(panels, "alpha", shown, "biases", "panel", xlabel=r"$\alpha$")
     found = barriers(table).groupby(["series", "matching", "biases"], sort=False)
     summary = {}

@@ -147,13 +147,15 @@ if fig := section.item("rethink/table9"):
 # %%
 if fig := section.item("rethink/fig4ab"):
     table = fig.measure(scale_rows)
-    figure = plots.lines(table, "layer", {"std": "scale (std, mean\nover channels)"}, columns="place", xlabel="layer")
+    shown = table[~table["network"].str.contains("AM") & (table["network"] != "not aligned + REPAIR")]
+    figure = plots.lines(shown, "layer", {"std": "scale (std, mean\nover channels)"}, columns="place", xlabel="layer")
     last = table[table["layer"] == table["layer"].max()]
     mean = last[last["place"] == "after"].groupby("network", sort=False)["std"].mean()
     fig.save(table, figure, {f"{name}, last ReLU": value / mean["endpoint A"] for name, value in mean.items()})
 
 # %% [markdown]
-# The numbers are scales behind the last ReLU, relative to endpoint A's.
+# The figure has networks that are not aligned, and those that are matched by weights. The numbers are scales behind the
+# last ReLU, relative to endpoint A's.
 #
 # ## Means and scales of a VGG and a ResNet, also without training (Figs. 29 to 34)
 

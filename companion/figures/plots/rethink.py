@@ -7,21 +7,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from companion.experiments.tables import name_networks
 from companion.figures.plots import COLUMN_WIDTH, LOOKS, OTHERS, curves, style
 
-# What the lines of this paper's figures are, beside the networks of `plots.LOOKS`.
-_WAYS = [
-    ("reference", OTHERS[0]), ("sequential", OTHERS[1]), ("iterative", OTHERS[2]), ("same basin", OTHERS[3]),
-    ("endpoints", OTHERS[4]),
-]  # fmt: skip
-THEIRS = LOOKS | {name: {"color": color, "marker": marker} for name, (color, marker) in _WAYS}
-THEIRS |= {
-    f"aligned ({matching}){renorm}": {**LOOKS[f"aligned{renorm}"], "marker": marker, "linestyle": line}
-    for renorm in ("", " + REPAIR", " + RESCALE", " + RESET")
-    for matching, marker, line in (("WM", "o", "-"), ("AM", "s", "--"))
-}
+_MATCHINGS = {"WM": {"marker": "o", "linestyle": "-"}, "AM": {"marker": "s", "linestyle": "--"}}
+# What the lines of this paper's figures are, beside the networks of `plots.LOOKS`: colours tell networks and ways to
+# match many of them apart, lines and markers whether it was by weights or by activations.
+THEIRS = dict(LOOKS)
+for _matching, _look in _MATCHINGS.items():
+    for _renorm in ("", " + REPAIR", " + RESCALE", " + RESET"):
+        THEIRS[f"aligned ({_matching}){_renorm}"] = LOOKS[f"aligned{_renorm}"] | _look
+    for (_color, _), _regime in zip(OTHERS, ("reference", "sequential", "iterative"), strict=False):
+        THEIRS[f"{_regime} ({_matching})"] = {"color": _color, **_look}
+THEIRS["same basin"] = {"color": "#CC79A7", "linestyle": "-", "marker": "D"}
+THEIRS["endpoints"] = {"color": "#000000", "linestyle": ":", "marker": ""}
 THEIRS["as interpolated"], THEIRS["RESET"] = LOOKS["aligned"], LOOKS["aligned + RESET"]
 THEIRS["new network"] = {"color": "#CC79A7", "linestyle": "-.", "marker": "x"}
 PERCENT = ("accuracy", "accuracy_barrier", "zeros", "train_accuracy")
@@ -47,35 +48,50 @@ def lines(
         x: column of the horizontal axis.
         measures: from each column that is drawn to the label of its axis, a row of panels each.
         by: column that tells the lines of a panel apart.
-        columns: column that tells the panels of a row apart; its values are their titles. "" has one panel.
+        columns: column that tells the panels of a row apart; its values are their titles. "" has one panel. Many are
+            spread over several rows.
         log_x: base of a logarithmic x axis; 0 for a linear one.
         log_y: measures that are drawn on a logarithmic axis.
     """
     frame = name_networks(table)
     names = list(frame[columns].unique()) if columns else [""]
-    order = list(frame[by].unique())
-    looks = {name: looks.get(name) or _other(place) for place, name in enumerate(order)}
-    size = (COLUMN_WIDTH * (1 + 0.75 * (len(names) - 1)), 0.6 + 1.8 * len(measures))
+    looks = {name: looks.get(name) or _other(place) for place, name in enumerate(frame[by].unique())}
+    across = _across(len(names), len(measures))
+    panels = list(itertools.product(measures, names))
+    down = -(-len(panels) // across)
+    size = (COLUMN_WIDTH * (1 + 0.75 * (across - 1)), 0.6 + 1.8 * down)
     with style():
-        figure, axes = plt.subplots(len(measures), len(names), sharex="col", sharey="row", squeeze=False, figsize=size)
-        for (row, measure), (column, name) in itertools.product(enumerate(measures), enumerate(names)):
+        figure, axes = plt.subplots(down, across, sharex=True, sharey="row", squeeze=False, figsize=size)
+        for place, ((measure, name), ax) in enumerate(zip(panels, axes.flat, strict=False)):
             rows = frame[frame[columns] == name] if columns else frame
             curves(
-                rows[rows[measure].notna()], x, measure, by, xlabel=xlabel if row == len(measures) - 1 else "",
-                ylabel="" if column else measures[measure], title="" if row else str(name) if columns else title,
-                percent=measure in PERCENT, log_x=log_x, log_y=measure in log_y, legend="none", ax=axes[row, column],
-                looks=looks,
+                rows[rows[measure].notna()], x, measure, by, xlabel=xlabel if place + across >= len(panels) else "",
+                ylabel="" if place % across else measures[measure], percent=measure in PERCENT, log_x=log_x,
+                title=(str(name) if columns else title) if place < len(names) else "", log_y=measure in log_y,
+                legend="none", ax=ax, looks=looks,
             )  # fmt: skip
+            if place + across >= len(panels):  # the panel below it, if any, is empty
+                ax.tick_params(labelbottom=True)
+        for ax in axes.flat[len(panels) :]:
+            ax.set_visible(False)
         if x == "alpha":
-            for ax in axes[-1]:
-                ax.set_xticks([0, 0.5, 1], ["0\nmodel A", "0.5", "1\nmodel B"])
+            axes[0, 0].set_xticks([0, 0.5, 1], ["0\nmodel A", "0.5", "1\nmodel B"])
+        elif not log_x and pd.api.types.is_integer_dtype(frame[x]):
+            axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         found = {
             label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
         }
         if columns and title:
             figure.suptitle(title, fontsize=8)
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=1 + len(names))
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=1 + across)
         return figure
+
+
+def _across(names: int, measures: int) -> int:
+    """How many panels stand side by side: up to four, so that rows are full if they can be."""
+    if names < 4 or (names == 4 and measures > 1):
+        return names
+    return next((n for n in (4, 3, 2) if names % n == 0 and n < names), 3)
 
 
 def _other(place: int) -> dict:
