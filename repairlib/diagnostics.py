@@ -101,18 +101,18 @@ def unit_agreement(
 def activation_scales(models: Mapping[str, nn.Module], data: Iterable) -> list[dict]:
     """Activations before and after every nonlinearity, averaged over units (Qu & Horvath 2024, Figs. 4, 29 to 34, 43).
 
-        mean = mean_u E[x_u],   std = mean_u std(x_u),   zeros = mean_u P(x_u = 0)
+        scale = mean_u E|x_u|,   mean = mean_u E[x_u],   std = mean_u std(x_u),   zeros = mean_u P(x_u = 0)
 
-    with E, std and P over examples and positions. The std is the scale that RESCALE restores. A zero after a ReLU
-    carries nothing on.
+    with E, std and P over examples and positions. RESCALE restores std. A zero after a ReLU carries nothing on; `dead`
+    is the share of the units that are zero everywhere.
 
     Args:
         models: name -> network, all of one architecture, repaired or not.
         data: any iterable of batches.
 
     Returns:
-        Rows {network, layer (of the nonlinearity, from 1), node, place: "before" or "after", mean, std, zeros}, from
-        one pass.
+        Rows {network, layer (of the nonlinearity, from 1), node, place: "before" or "after", scale, mean, std, zeros,
+        dead}, from one pass.
 
     Raises:
         ValueError: the networks have no nonlinearity.
@@ -125,18 +125,23 @@ def activation_scales(models: Mapping[str, nn.Module], data: Iterable) -> list[d
         raise ValueError("the networks have no nonlinearity to measure activations at")
     taps = [node for pair in nodes for node in pair]
     moments = {(name, tap): Moments() for name in nets for tap in taps}
-    zeros = {key: torch.tensor(0, device=example.device) for key in moments}
+    sizes: dict[tuple[str, str], Tensor | float] = dict.fromkeys(moments, 0.0)  # sums of |x|, unit by unit
+    zeros: dict[tuple[str, str], Tensor | int] = dict.fromkeys(moments, 0)
     with eval_mode(*models.values()):
         for x in batches:
             for name, net in nets.items():
                 for tap, value in net.walk(x, taps):
                     moments[name, tap].update(value)
-                    zeros[name, tap] = zeros[name, tap] + (value == 0).sum()
+                    units = value.transpose(0, 1).flatten(1)
+                    sizes[name, tap] = sizes[name, tap] + units.abs().sum(1, dtype=torch.float64)
+                    zeros[name, tap] = zeros[name, tap] + (units == 0).sum(1)
     return [
         {
             "network": name, "layer": layer, "node": pair[1], "place": place,
+            "scale": float(sizes[name, tap].mean()) / m.count,
             "mean": float(m.mean().mean()), "std": float(m.std().mean()),
-            "zeros": int(zeros[name, tap]) / (m.count * len(m.mean())),
+            "zeros": float(zeros[name, tap].double().mean()) / m.count,
+            "dead": float((zeros[name, tap] == m.count).double().mean()),
         }
         for name in nets
         for layer, pair in enumerate(nodes, start=1)

@@ -64,7 +64,9 @@ def diagonal_fisher(
             else:
                 values = [F.log_softmax(logits[0], 0)[y if labels == "data" else _draw(logits[0], generator)]]
             for value in values:
-                gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=len(values) > 1)
+                gradients = torch.autograd.grad(
+                    value, list(parameters.values()), retain_graph=len(values) > 1, materialize_grads=True
+                )
                 for square, gradient in zip(total.values(), gradients, strict=True):
                     square.add_(gradient.double() ** 2)
             count += 1

@@ -84,7 +84,9 @@ def test_activation_scales_against_a_direct_computation(name):
             x = value.double().transpose(0, 1).flatten(1)
             assert row["mean"] == pytest.approx(float(x.mean()), rel=1e-4, abs=1e-6)
             assert row["std"] == pytest.approx(float(x.std(1, correction=0).mean()), rel=1e-4)
+            assert row["scale"] == pytest.approx(float(x.abs().mean()), rel=1e-4)
             assert row["zeros"] == pytest.approx(float((x == 0).double().mean()), abs=1e-4)
+            assert row["dead"] == pytest.approx(float((x == 0).all(1).double().mean()))
     split = [x for batch in data for x in batch.split(7)]
     for row, other in zip(found, diagnostics.activation_scales({"a": a, "b": b}, split), strict=True):
         assert row["std"] == pytest.approx(other["std"], rel=1e-5) and row["zeros"] == pytest.approx(other["zeros"])

@@ -13,9 +13,10 @@ from companion.runs.data import iterate, load
 from repairlib.diagnostics import distance
 from repairlib.evaluation import evaluate
 from repairlib.interpolate import interpolate_models, mix_states, with_state
+from repairlib.names import check
 from repairlib.permutations import invert, permute, random_permutation
 from repairlib.renorm import reset
-from repairlib.several import match_several
+from repairlib.several import REGIMES, match_several
 
 
 def shuffle_rows(pair: Pair, alphas: Iterable[float], seed: int = 1) -> list[dict]:
@@ -78,13 +79,13 @@ def average_rows(
 ) -> list[dict]:
     """Averages of the first n networks, brought into one order of units in several ways (Sec. 3.3, Figs. 3, 14 to 16).
 
-    Averages of networks with BatchNorm are reset. A regime that is none of `repairlib.several.REGIMES` matches nothing:
-    its networks share a basin as they are.
+    Averages of networks with BatchNorm are reset. The regime "same basin" matches nothing: its networks share one as
+    they are.
 
     Args:
         runs: names of at least max(numbers) runs.
         numbers: how many networks are averaged.
-        regimes: see `repairlib.several.match_several`.
+        regimes: see `repairlib.several.match_several`, or "same basin".
         matchings: by weights or activations.
         rounds: of the iterative regime, at most.
         calibration: training images for matching and RESET.
@@ -94,6 +95,8 @@ def average_rows(
         Rows {regime, matching ("none" where nothing is matched), n, loss (nats), accuracy (in [0, 1]), ends: mean
         accuracy of the n networks, rounds, converged}.
     """
+    for regime in regimes:
+        check(regime, (*REGIMES, "same basin"), "regime")
     dataset = load(runs[0].split("/")[0])
     models = [store.get(run, dataset.device) for run in runs]
     data = iterate(dataset, "train", batch_size=500, limit=calibration)
@@ -102,7 +105,7 @@ def average_rows(
     rows = []
     for n in numbers:
         for regime in regimes:
-            for matching in matchings if regime in ("reference", "sequential", "iterative") else ["none"]:
+            for matching in matchings if regime in REGIMES else ["none"]:
                 mean, how = _average(models[:n], regime, matching, data, rounds)
                 mean = reset(mean, data).model if has_batchnorm(mean) else mean
                 loss, accuracy = evaluate(mean, test)

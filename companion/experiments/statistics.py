@@ -44,6 +44,25 @@ def midpoints(pair: Pair, renorms: Sequence[str] = ("none",), **options) -> dict
     }  # fmt: skip
 
 
+def renormalised_rows(pair: Pair) -> list[dict]:
+    """Midpoints as trained and matched by weights, renormalised or not, and their dead units (Sec. 4.2).
+
+    Returns:
+        Rows {matching, renorm: "none", "REPAIR" or "RESCALE", method, loss, accuracy, dead: share of the units that
+        are zero behind their nonlinearity on all images, mean over layers}.
+    """
+    rows = []
+    for matching in ("none", "WM"):
+        for renorm in ("none", "REPAIR", "RESCALE"):
+            model = pair.path(matching, renorm, **({"method": "simultaneous"} if renorm != "none" else {}))(0.5)
+            loss, accuracy = pair.evaluate(model)
+            scales = activation_scales({"midpoint": model}, pair.calibration)
+            dead = [row["dead"] for row in scales if row["place"] == "after"]
+            rows.append({"matching": matching, "renorm": renorm, "method": "simultaneous", "loss": loss,
+                         "accuracy": accuracy, "dead": sum(dead) / len(dead)})  # fmt: skip
+    return rows
+
+
 def scale_rows(pair: Pair, beside_new: bool = False) -> list[dict]:
     """Activations of endpoints and midpoints at every nonlinearity (Figs. 4A, 4B, 29 to 34).
 
@@ -52,9 +71,11 @@ def scale_rows(pair: Pair, beside_new: bool = False) -> list[dict]:
         beside_new: whether an untrained network is measured instead of renormalised midpoints.
 
     Returns:
-        Rows {network, layer, node, place, mean, std, zeros}, see `repairlib.diagnostics.activation_scales`.
+        Rows {network, layer, node, place, scale, mean, std, zeros, dead}, see
+        `repairlib.diagnostics.activation_scales`.
     """
-    networks = {"endpoint A": pair.a} | midpoints(pair, ["none"] if beside_new else ["none", "REPAIR", "RESCALE"])
+    renorms = ["none"] if beside_new else ["none", "REPAIR", "RESCALE"]
+    networks = {"endpoint A": pair.a} | midpoints(pair, renorms, method="simultaneous")
     if beside_new:
         networks["new network"] = new_network(pair)
     return activation_scales(networks, pair.calibration)

@@ -231,7 +231,8 @@ class Item:
         found = []
         for network in self.networks:
             columns = {name: value for name, value in network.items() if name != "seeds"}
-            for name, pair in self.section.pairs(network["run"], network.get("seeds", ()), **how):
+            seeds = network.get("seeds", self.section.grid.seeds)
+            for name, pair in self.section.pairs(network["run"], seeds, **how):
                 found += [{**columns, "pair": name, **row} for row in function(pair, *arguments)]
         return pd.DataFrame(found)
 

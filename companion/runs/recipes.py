@@ -238,7 +238,8 @@ def find_recipe(name: str, kind: str, data: str, parent: Recipe | None = None) -
     Images of upright data sets (see data.Source) stay so: unless a change says otherwise, they are not mirrored or cut.
 
     Args:
-        name: of `RECIPES`, then any changes: `qu~lr0.03~wd5e-4~init=uniform`. Or `retrain`, which is the parent's.
+        name: of `RECIPES`, then any changes: `qu~lr0.03~wd5e-4~init=uniform`. Or `retrain`, which is the parent's,
+            without its warm-up.
         kind: of model (`vgg`, `resnet-ln`), see models.ModelName.kind.
         data: name of the data set.
         parent: the recipe of the run that is continued.
@@ -259,7 +260,9 @@ def find_recipe(name: str, kind: str, data: str, parent: Recipe | None = None) -
         if parent is None or not parent.epochs:
             raise ValueError("retrain trains a stored run once more by the recipe of that run: "
                              "<data>/<model>/<recipe>/s1/retrain/s2, where <recipe> is not imported")  # fmt: skip
-        found = replace(parent, name=base, init=Recipe.init, until=None, start=0, stop=None, nobias=False)
+        found = replace(
+            parent, name=base, init=Recipe.init, until=None, start=0, stop=None, nobias=False, warmup_epochs=0.0
+        )
     else:
         found = _find_entry(base, kind, data)
     return _change(found, changes) if changes else found

@@ -8,7 +8,8 @@
 # The paper trains plain VGGs and plain ResNet20s on CIFAR-10 and finds:
 #
 # * The barrier is high without renormalisation, whether units are matched by weights or by activations.
-# * It falls with width, but slowly: by less than 10 % from 2x to 8x for VGG16.
+# * It falls with width, but slowly: by less than 10 % from 2x to 8x for VGG16. The exception is activation matching of
+#   VGG11 and VGG16.
 
 # %% tags=["parameters"]
 import os
@@ -82,8 +83,6 @@ if fig := section.item("rethink/fig2b"):
     fig.save(*by_width(fig, "WM"))
 
 # %% [markdown]
-# No plain network comes near a barrier of 0.
-#
 # ## Weight matching, also without biases (Fig. 7)
 
 # %%
@@ -98,8 +97,7 @@ if fig := section.item("rethink/fig8"):
     fig.save(*by_width(fig, "AM"))
 
 # %% [markdown]
-# Activation matching leaves less of a barrier than weight matching at `quick`. Both need renormalisation: see
-# [Section 4.1](04_1_rescaling.ipynb).
+# What renormalisation does for these networks is in [Section 4.1](04_1_rescaling.ipynb).
 #
 # ## Check
 #

@@ -129,13 +129,15 @@ if fig := section.item("rethink/fig17-24"):
 
 # %%
 RENORM = {"VGG": "RESCALE", "ResNet": "REPAIR"}
+HOW = {"matchings": ["WM", "AM"], "alphas": ALPHAS}
 if fig := section.item("rethink/fig25-26"):
-    table = measure(fig, ["none", "REPAIR", "RESCALE"])
-    mine = table["series"].map(RENORM)
-    kept = table["biases"] == "biases kept"
-    table = table[(table["renorm"] == "none") | (kept & (table["renorm"] == mine))]
-    named = table["biases"] + table["renorm"].map(lambda name: "" if name == "none" else f", {name}")
-    table = table.assign(biases=named).drop(columns="renorm")
+    tables = [measure(fig)]
+    for network in fig.networks:
+        if network["biases"] == "kept":
+            renorm = RENORM[network["series"]]
+            made = section.rows([network], renorms=[renorm], method="simultaneous", **HOW)
+            tables.append(made.assign(biases=f"with {renorm}"))
+    table = pd.concat(tables, ignore_index=True).drop(columns=["kind", "renorm"])
     fig.save(table, *draw(table, {"accuracy": SHOWN["accuracy"]}))
 
 # %% [markdown]

@@ -9,10 +9,11 @@
 # $$\text{REPAIR: } \frac{x - \mu}{\sigma}\sigma^* + \mu^*, \qquad \text{RESCALE: } \frac{x}{\sigma}\sigma^*, \qquad
 #   \text{RESHIFT: } x - \mu + \mu^*.$$
 #
-# RESCALE (average) takes one $\sigma^*$ for a whole layer: the mean over its channels. (The paper's formula of REPAIR
-# has the two goals the wrong way round.) The paper finds:
+# RESCALE (average) takes one $\sigma^*$ for a whole layer: the mean over its channels. (The paper defines the two goals
+# the wrong way round.) The paper finds:
 #
-# * RESCALE is at least as good as REPAIR, also with one scale a layer. RESHIFT ruins the network.
+# * RESCALE is no worse than REPAIR. With one scale for a whole layer it is comparable for VGG16 (Tables 1 and 4).
+#   RESHIFT ruins the network.
 # * The statistics of an independent network will do.
 # * Measuring layer by layer ("sequential") makes REPAIR better, and RESCALE no different.
 
@@ -86,6 +87,7 @@ pair.compare(A=pair.a, B=pair.b, halfway=middle, **networks)
 def ablation(fig, *matchings):
     """Midpoints of every variant; means over pairs by the paper's names, shown with their range."""
     table = fig.rows(matchings=list(matchings), renorms=VARIANTS, alphas=[0.5], method="simultaneous")
+    table = table.assign(method="simultaneous")
     found = (100 * table.set_index(["renorm", "matching"])["accuracy"]).groupby(level=[0, 1], sort=False)
     words = found.agg(lambda values: f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})")
     display(words.unstack("matching", sort=False))
@@ -141,32 +143,32 @@ if fig := section.item("rethink/table9"):
 # %% [markdown]
 # ## Scales layer by layer (Fig. 4A and 4B)
 #
-# Standard deviation of the activations before and after each ReLU, mean over channels. Averages of networks that are
-# not aligned lose it; aligned ones lose less; RESCALE and REPAIR give it back.
+# Mean size of the activations before and after each ReLU. In the paper, RESCALE and REPAIR give the scale back before
+# the ReLU; behind it, only in aligned networks, because in others some units are always zero.
 
 # %%
 if fig := section.item("rethink/fig4ab"):
     table = fig.measure(scale_rows)
     shown = table[~table["network"].str.contains("AM") & (table["network"] != "not aligned + REPAIR")]
-    figure = plots.lines(shown, "layer", {"std": "scale (std, mean\nover channels)"}, columns="place", xlabel="layer")
+    figure = plots.lines(shown, "layer", {"scale": "scale (mean $|x|$)"}, columns="place", xlabel="layer")
     last = table[table["layer"] == table["layer"].max()]
-    mean = last[last["place"] == "after"].groupby("network", sort=False)["std"].mean()
+    mean = last[last["place"] == "after"].groupby("network", sort=False)["scale"].mean()
     fig.save(table, figure, {f"{name}, last ReLU": value / mean["endpoint A"] for name, value in mean.items()})
 
 # %% [markdown]
 # The figure has networks that are not aligned, and those that are matched by weights. The numbers are scales behind the
 # last ReLU, relative to endpoint A's.
 #
-# ## Means and scales of a VGG and a ResNet, also without training (Figs. 29 to 34)
+# ## Activations of a VGG and a ResNet, beside those of an untrained network (Figs. 29 to 34)
 
 # %%
 if fig := section.item("rethink/fig29-34"):
     table = fig.measure(scale_rows, True)
     panels = table.assign(panel=table["series"] + ", " + table["place"] + " ReLU")
-    shown = {"mean": "mean", "std": "standard deviation"}
-    figure = plots.lines(panels, "layer", shown, columns="panel", xlabel="layer", log_y=["std"])
-    after = table[(table["place"] == "before")].groupby(["series", "network"], sort=False)["std"].mean()
-    fig.save(table, figure, {f"{series}, {network}": value for (series, network), value in after.items()})
+    shown = {"scale": "scale (mean $|x|$)", "mean": "mean", "std": "standard deviation"}
+    figure = plots.lines(panels, "layer", shown, columns="panel", xlabel="layer", log_y=["scale", "std"])
+    before = table[table["place"] == "before"].groupby(["series", "network"], sort=False)["std"].mean()
+    fig.save(table, figure, {f"{series}, {network}: std": value for (series, network), value in before.items()})
 
 # %% [markdown]
 # ## Check

@@ -9,7 +9,7 @@
 #
 # * Trained on, an aligned midpoint is good again after some 60 mini-batches, one that is not aligned much later.
 # * Its weights are larger.
-# * Fewer of its activations are zero.
+# * Fewer of its activations in early layers are zero.
 # * Its parameters carry more Fisher information.
 
 # %% tags=["parameters"]
@@ -26,11 +26,14 @@ section = Section(matching_retains, scale, items)
 section.overview()
 
 # %%
+import functools
+
 import pandas as pd
 import torch
+from IPython.display import display
 
 from companion.experiments.pairs import load_pair
-from companion.experiments.statistics import fisher_rows, magnitude_rows, midpoints, zero_rows
+from companion.experiments.statistics import fisher_rows, magnitude_rows, midpoints, renormalised_rows, zero_rows
 from companion.experiments.trajectories import recovery_rows
 from companion.figures.plots import rethink as plots
 from repairlib.diagnostics import layer_means, weight_magnitudes
@@ -71,15 +74,17 @@ pd.Series(layer_means(information), name="mean Fisher information").to_frame()
 # %% [markdown]
 # ## Without matching, renormalisation does not help
 #
-# Test accuracy (%) of midpoints of networks that are not aligned.
+# Test accuracy (%) of midpoints, and the share of their units that are zero on all images (%): nothing that is
+# multiplied brings these back.
 
 # %%
 if fig := section.item("rethink/no-matching"):
-    renorms = ["none", "REPAIR", "RESCALE"]
-    table = fig.rows(matchings=["none", "WM"], renorms=renorms, alphas=[0.5], method="simultaneous")
-    mean = 100 * table.groupby(["matching", "renorm"], sort=False)["accuracy"].mean()
-    fig.save(table, None, {"repair": mean["none", "REPAIR"], "rescale": mean["none", "RESCALE"]}
-             | {f"{m} {r}": mean[m, r] for m, r in mean.index})  # fmt: skip
+    table = fig.measure(renormalised_rows)
+    mean = 100 * table.groupby(["matching", "renorm"], sort=False)[["accuracy", "dead"]].mean()
+    display(mean.round(1))
+    named = {"repair": ("none", "REPAIR"), "rescale": ("none", "RESCALE")}
+    fig.save(table, None, {name: mean["accuracy"][key] for name, key in named.items()}
+             | {f"{m}, {r}: {what} (%)": row[what] for (m, r), row in mean.iterrows() for what in row.index})  # fmt: skip
 
 # %% [markdown]
 # ## Midpoints trained on (Fig. 4C)
@@ -89,9 +94,15 @@ if fig := section.item("rethink/no-matching"):
 
 
 # %%
+@functools.cache
+def recover(runs):
+    """Midpoints of one pair, trained on once for all figures."""
+    return recovery_rows(load_pair(runs), grid.settings["learning rate"], grid.epochs, grid.every)
+
+
 def train_on(fig):
     """Trajectories of midpoints; after how many mini-batches they are good again."""
-    table = fig.measure(recovery_rows, grid.settings["learning rate"], grid.epochs, grid.every)
+    table = fig.measure(lambda pair: recover(pair.runs))
     last = table.groupby(["series", "pair", "network"], sort=False)["step"].max()
     mean = last.groupby(level=["series", "network"], sort=False).mean()
     figure = plots.lines(table, "step", VALUES, columns="series", xlabel="mini-batch")
@@ -135,8 +146,8 @@ if fig := section.item("rethink/fig43"):
     table = pd.DataFrame(rows)
     labels = {"zeros": "zero activations (%)", "magnitude": "mean |weight|"}
     figure = plots.lines(table, "layer", labels, columns="series", xlabel="layer", log_y=["magnitude"])
-    mean = table.groupby(["series", "network"], sort=False)[["zeros", "magnitude"]].mean()
-    fig.save(rows, figure, {f"{s}, {n}: zeros (%)": 100 * row["zeros"] for (s, n), row in mean.iterrows()})
+    early = table[table["layer"] <= table["layer"].max() / 2].groupby(["series", "network"], sort=False)["zeros"].mean()
+    fig.save(rows, figure, {f"{s}, {n}: zeros in early layers (%)": 100 * share for (s, n), share in early.items()})
 
 # %% [markdown]
 # ## Fisher information (Fig. 42)
@@ -151,9 +162,9 @@ if fig := section.item("rethink/fig42"):
 #
 # ## Pruning is an interpolation, too (Fig. 35)
 #
-# A pruned network has the weights of the network where they are large, and zeros where they are small. So it is a
-# mixture of the network and itself with a coefficient for each weight. What is large is matched perfectly, and what is
-# lost was small.
+# A pruned network $M(\theta)$ is a mixture of the network $\theta$ and of $M(\theta)$, weight by weight: halves of both
+# where a weight is kept, $M(\theta)$ alone where it is pruned. What is large is matched perfectly. What is lost was
+# small.
 
 # %%
 if fig := section.item("rethink/fig35"):

@@ -5,8 +5,8 @@
 # correlations are summed up? (Qu and Horváth 2024, Table 2.)
 #
 # The paper compares three codes. **A** is Git Re-Basin's: one pass, sums in float32. **B** is REPAIR's: float64, and
-# the data again for every layer. **Ours** (the paper's) is one pass in float64. It finds larger barriers with A and
-# blames float32.
+# the data again for every layer. **Ours** (the paper's) is one pass in float64. It finds larger barriers with A. It
+# blames float32, and that A sums over all data where B averages the means of batches.
 #
 # Reading the released code of A shows something else. It sums each channel over images and positions, and divides by
 # the number of images only. The mean of a map of 16x16 positions comes out 256 times too large, and every correlation
@@ -77,8 +77,9 @@ if fig := section.item("rethink/table2"):
              "float32, faulty": "a"}  # fmt: skip
     names = {i: next(name for start, name in short.items() if i.startswith(start)) for i in mean.index.unique(1)}
     summary = {f"{s}_{names[i]}": row["barrier"] for (s, i), row in mean.iterrows()}
-    seconds = mean["seconds"].unstack("implementation", sort=False).rename(columns=names).loc["vgg"]
-    fig.save(table, None, summary | {f"vgg_time_{name}": value / seconds["own"] for name, value in seconds.items()})
+    seconds = mean["seconds"].rename(names, level="implementation")
+    times = {f"{s}_time_{name}": value / seconds[s, "own"] for (s, name), value in seconds.items() if name != "own"}
+    fig.save(table, None, summary | times)
 
 # %% [markdown]
 # ## Check

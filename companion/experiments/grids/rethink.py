@@ -20,23 +20,24 @@ def _seeds(scale: str) -> tuple[int, ...]:
     return by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2), paper=(1, 2, 3))
 
 
-def vgg(scale: str, norm: str, width: float | None = None, again: bool = False) -> str:
+def vgg(scale: str, norm: str, width: float | None = None, again: bool = False, depth: int | None = None) -> str:
     """Run name, without its seed, of a VGG.
 
     Args:
         scale: smoke, quick, fast or paper.
         norm: "plain", "bn", "ln", or "nobias" for a plain one that never had biases.
         width: multiplier; default: the usual one of the scale.
-        again: the repetition on a second data set.
+        again: the repetition on a second data set, with a VGG11.
+        depth: 11, 13, 16 or 19; default: the usual one of the scale.
     """
     width = width or by_scale(scale, smoke=0.0625, quick=0.25, fast=0.5, paper=1)
-    depth = by_scale(scale, smoke=11, quick=11, fast=16, paper=16)
+    depth = depth or by_scale(scale, smoke=11, quick=11, fast=16, paper=16)
     recipe = by_scale(
         scale,
         smoke="smoke",
         quick="quick" + VGG_CHANGES.get(norm, ""),
         fast="fast" + FAST_VGG_CHANGES.get(norm, ""),
-        paper="qu",
+        paper="qu" + "~warmup1" * (norm == "plain" and width == 8),  # App. C
     )
     return _name(scale, "vgg{}-{}-w{:g}{}", 11 if again else depth, norm, width, again, recipe)
 
@@ -120,7 +121,8 @@ def renormalization(scale: str) -> Grid:
         return [{"run": run, "series": series, "width": width} for run, width in zip(runs, widths, strict=True)]
 
     plain = networks(vgg, vgg_widths, norm="plain") + networks(resnet, resnet_widths, norm="plain")
-    everything = plain + networks(resnet, resnet_widths, norm="nobias")
+    shallow = [each for each in networks(vgg, vgg_widths, norm="plain", depth=11) if each not in plain]
+    everything = shallow + plain + networks(resnet, resnet_widths, norm="nobias")
     return Grid(
         needs={"rethink/fig2b": plain, "rethink/fig7": everything, "rethink/fig8": everything},
         seeds=_seeds(scale),
@@ -142,8 +144,8 @@ def same_basin(scale: str) -> Grid:
     def three_ways(series: str) -> list:
         run = both[series]
         return [
-            {"run": run, "series": series, "basin": "independent"},
-            {"run": child(scale, run), "series": series, "basin": "spawned"},
+            {"run": run, "series": series, "basin": "independent", "kind": f"{series} independent"},
+            {"run": child(scale, run), "series": series, "basin": "spawned", "kind": f"{series} spawned"},
             *copies(series),
         ]
 
@@ -154,13 +156,14 @@ def same_basin(scale: str) -> Grid:
              for norm in ("bn", "ln")}  # fmt: skip
     return Grid(
         needs={
-            "rethink/fig2c": three_ways("ResNet"),
-            "rethink/fig2d": three_ways("ResNet")[:1] + copies("ResNet"),
+            "rethink/fig2c": three_ways("VGG"),
+            "rethink/fig2d": three_ways("VGG")[:1] + copies("VGG"),
             "rethink/fig9-12": three_ways("VGG") + three_ways("ResNet"),
             "rethink/fig13": [seeded(run, seeds[0]) for run in both.values()],
             "rethink/table3": [{"run": run, "series": name} for name, run in norms.items()],
         },
         seeds=seeds,
+        compares={"rethink/fig2c": "kind", "rethink/fig9-12": "kind"},
         settings={
             **both,
             "children": child(scale, both["VGG"]),
@@ -223,7 +226,7 @@ def biases(scale: str) -> Grid:
 
     def networks(*series: str) -> list[dict]:
         return [
-            {"run": run, "series": name, "biases": kept}
+            {"run": run, "series": name, "biases": kept, "kind": f"{name} {kept}"}
             for name in series
             for run, kept in zip(
                 (made[name][0], without_biases(scale, made[name][0]), made[name][1]),
@@ -240,6 +243,7 @@ def biases(scale: str) -> Grid:
             "rethink/fig27-28": networks("VGG", "ResNet"),
         },
         seeds=_seeds(scale),
+        compares={f"rethink/fig{item}": "kind" for item in ("3cd", "17-24", "25-26", "27-28")},
         settings={
             **{name: run for name, (run, _) in made.items()},
             "removed": without_biases(scale, made["VGG"][0]),
@@ -306,7 +310,7 @@ def matching_retains(scale: str) -> Grid:
         needs={
             "rethink/fig4c": network["VGG"],
             "rethink/fig4d": network["VGG"],
-            "rethink/fig35": [],
+            "rethink/fig35": network["VGG"],
             "rethink/fig36-41": [each for name in runs for each in network[name]],
             "rethink/fig42": plain,
             "rethink/fig43": plain,
@@ -317,7 +321,7 @@ def matching_retains(scale: str) -> Grid:
             **runs,
             "learning rate": by_scale(scale, smoke=0.01, quick=0.01, fast=0.01, paper=0.01),
             "epochs": by_scale(scale, smoke=1, quick=10, fast=5, paper=20),  # at most
-            "every": by_scale(scale, smoke=5, quick=7, fast=20, paper=20),  # steps from one measurement to the next
+            "every": by_scale(scale, smoke=5, quick=7, fast=10, paper=5),  # steps from one measurement to the next
             "images for Fisher information": by_scale(scale, smoke=20, quick=300, fast=1000, paper=5000),
         },
     )

@@ -6,7 +6,9 @@ from companion.experiments.tables import barriers
 from companion.figures.claims import Claim, Finding
 
 NOISE = 2.0  # points: differences of midpoints that are within it are none
+BARRIER = 10.0  # points: what is more is no linear mode connectivity
 SAME = 5.0  # points that the average of networks of one basin may lose
+LITTLE = 0.5  # points: Table 2's smallest difference between float64 and float32 is 0.8
 NEAR = 3.0  # points between a renormalisation with data and without
 
 
@@ -18,6 +20,15 @@ def _points(frame: pd.DataFrame, by: list[str]) -> pd.Series:
 def _percent(frame: pd.DataFrame, by: list[str]) -> pd.Series:
     """Mean accuracy in percent, by some columns."""
     return 100 * frame.groupby(by, sort=False)["accuracy"].mean()
+
+
+def plain_has_a_barrier(frame: pd.DataFrame, item: str) -> list[Finding]:
+    found = []
+    for series, lost in _points(frame, ["series", "width"]).groupby(level="series", sort=False):
+        values = lost.droplevel("series").sort_index()
+        words = f"{series} {' → '.join(f'{v:.1f}' for v in values)} points at {len(values)} widths"
+        found.append(Finding(words, values.min() > BARRIER and (values.iloc[-1] < values.iloc[0] or len(values) == 1)))
+    return found
 
 
 def same_basin_differs(frame: pd.DataFrame, item: str) -> list[Finding]:
@@ -87,10 +98,11 @@ def rescale_is_the_key(frame: pd.DataFrame, item: str) -> list[Finding]:
         chance = 100 / (100 if "cifar100" in rows["run"].iloc[0] else 10)
         repair, rescale, average, reshift = (mean[name] for name in ("REPAIR", "RESCALE", "RESCALE average", "RESHIFT"))
         found += [
-            Finding(f"{matching}: REPAIR {repair:.1f}, RESCALE {rescale:.1f} %", rescale > repair - NOISE),
-            Finding(f"with one scale a layer {average:.1f} %", average > mean["none"] + NOISE),
+            Finding(f"{matching}: REPAIR {repair:.1f}, RESCALE {rescale:.1f} %", rescale > repair - NEAR),
             Finding(f"RESHIFT {reshift:.1f} %", reshift < chance + SAME),
         ]
+        if item in ("rethink/table1", "rethink/table4"):  # the paper says so of VGG16
+            found.append(Finding(f"RESCALE with one scale a layer {average:.1f} %", average > repair - NEAR))
     return found
 
 
@@ -107,19 +119,20 @@ def sequential_better(frame: pd.DataFrame, item: str) -> list[Finding]:
     mean = _percent(frame[frame["split"] == "test"], ["renorm"])
     at_once, one_by_one = ([mean[f"{name}{end}"] for name in ("REPAIR", "RESCALE")] for end in (" simultaneous", ""))
     return [
-        Finding(f"REPAIR {at_once[0]:.1f} %, sequential {one_by_one[0]:.1f} %", one_by_one[0] > at_once[0]),
+        Finding(f"REPAIR {at_once[0]:.1f} %, sequential {one_by_one[0]:.1f} %", one_by_one[0] > at_once[0] + NOISE),
         Finding(f"RESCALE {at_once[1]:.1f} %, sequential {one_by_one[1]:.1f} %",
                 abs(one_by_one[1] - at_once[1]) < NOISE),
     ]  # fmt: skip
 
 
 def data_independent(frame: pd.DataFrame, item: str) -> list[Finding]:
-    mean = _percent(frame[frame["renorm"] != "none"], ["matching", "renorm", "data"]).unstack("data")
-    return [
-        Finding(f"{renorm} ({matching}): {row['used']:.1f} % with data, {row['not used']:.1f} % without",
-                row["not used"] > row["used"] - NEAR)
-        for (matching, renorm), row in mean.iterrows()
-    ]  # fmt: skip
+    mean = _percent(frame, ["matching", "renorm", "data"])
+    found = []
+    for matching, renorm in dict.fromkeys((m, r) for m, r, _ in mean.index if r != "none"):
+        used, not_used = (mean[matching, renorm, data] for data in ("used", "not used"))
+        holds = not_used > used - NEAR and not_used > mean[matching, "none", "not used"]
+        found.append(Finding(f"{renorm} ({matching}): {used:.1f} % with data, {not_used:.1f} % without", holds))
+    return found
 
 
 def matching_retains(frame: pd.DataFrame, item: str) -> list[Finding]:
@@ -164,18 +177,26 @@ def precision(frame: pd.DataFrame, item: str) -> list[Finding]:
         rows = mean.loc[series]
         lost = {short: 100 * rows["accuracy_barrier"][name] for short, name in names.items()}
         moved = {short: rows["moved"][name] for short, name in names.items()}
-        one, each = lost["float64, one pass"], lost["float64, layer by layer"]
+        one, each = lost["this library"], lost["float64, layer by layer"]
         right, faulty = (f"float32, {mean_}" for mean_ in ("mean right", "faulty mean"))
         found += [
-            Finding(f"{series}: one pass {one:.1f} points, layer by layer {each:.1f}", abs(one - each) < 0.01),
+            Finding(f"{series}: one pass {one:.1f} points, layer by layer {each:.1f}", abs(one - each) < NOISE),
             Finding(f"float32 {lost[right]:.1f} points ({moved[right]:.1f} % of the units moved); with the faulty mean "
-                    f"{lost[faulty]:.1f} ({moved[faulty]:.1f} %)", lost[right] > one + NOISE),
+                    f"{lost[faulty]:.1f} ({moved[faulty]:.1f} %)", lost[right] > one + LITTLE),
         ]  # fmt: skip
     return found
 
 
 ABLATIONS = tuple(f"rethink/table{number}" for number in (1, 4, 5, 6, 7))
 CLAIMS = [
+    Claim(
+        "rethink/plain-has-a-barrier",
+        f"matched by weights, averages of plain networks lose more than {BARRIER:g} points at every width; less, the "
+        "wider they are",
+        "a plot",
+        ("rethink/fig2b", "rethink/fig7"),
+        plain_has_a_barrier,
+    ),
     Claim(
         "rethink/same-basin-differs",
         f"averages within one basin need no RESET (retrained: at most {SAME:g} points are lost; spawned: less than "
@@ -214,7 +235,7 @@ CLAIMS = [
     ),
     Claim(
         "rethink/rescale-is-the-key",
-        f"RESCALE is as good as REPAIR or better, within {NOISE:g} points; with one scale a layer it still helps; "
+        f"RESCALE is as good as REPAIR or better, within {NEAR:g} points, between VGGs with one scale a layer, too; "
         "RESHIFT is at chance",
         "WM 75.1, 84.3, 78.2, 10 %",
         ABLATIONS,
@@ -229,14 +250,14 @@ CLAIMS = [
     ),
     Claim(
         "rethink/sequential-better",
-        f"sequential REPAIR is better than simultaneous; RESCALE is the same, within {NOISE:g} points",
+        f"sequential REPAIR is better than simultaneous by more than {NOISE:g} points; RESCALE is the same within them",
         "65.8 and 75.4; 83.6 and 83.6 %",
         ("rethink/table9",),
         sequential_better,
     ),
     Claim(
         "rethink/data-independent",
-        f"renormalisation without data is within {NEAR:g} points of that with data",
+        f"renormalisation without data is within {NEAR:g} points of that with data, and better than none",
         "88.7 and 86.6 %",
         ("rethink/table10", "rethink/table11"),
         data_independent,
@@ -251,7 +272,8 @@ CLAIMS = [
     ),
     Claim(
         "rethink/precision",
-        f"one pass gives what a pass for every layer gives; sums in float32 cost more than {NOISE:g} points",
+        f"this library's one pass is as good as a pass for every layer, within {NOISE:g} points; sums in float32 cost "
+        f"more than {LITTLE:g} points",
         "VGG16 37.5, 37.5, 54.9 points",
         ("rethink/table2",),
         precision,

@@ -103,8 +103,8 @@ def _other(place: int) -> dict:
 def pruning_as_interpolation(weights: np.ndarray, kept: float) -> Figure:
     """Magnitude pruning as an interpolation with a coefficient for each weight (Qu and Horvath 2024, Fig. 35).
 
-    A pruned network M keeps large weights and zeroes small ones. So it lies between the network and itself: halfway, or
-    anywhere, where a weight is kept, and all the way at 0 where it is not.
+    A pruned network M is a mixture of the network and of M, weight by weight: halves of both where a weight is kept, M
+    alone where it is pruned.
 
     Args:
         weights: a matrix of a trained network (rows, columns).
