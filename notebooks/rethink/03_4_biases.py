@@ -26,6 +26,7 @@ section = Section(biases, scale, items)
 section.overview()
 
 # %%
+import pandas as pd
 import torch
 
 import repairlib

@@ -82,9 +82,9 @@ if fig := section.item("rethink/no-matching"):
     table = fig.measure(renormalised_rows)
     mean = 100 * table.groupby(["matching", "renorm"], sort=False)[["accuracy", "dead"]].mean()
     display(mean.round(1))
-    named = {"repair": ("none", "REPAIR"), "rescale": ("none", "RESCALE")}
-    fig.save(table, None, {name: mean["accuracy"][key] for name, key in named.items()}
-             | {f"{m}, {r}: {what} (%)": row[what] for (m, r), row in mean.iterrows() for what in row.index})  # fmt: skip
+    summary = {f"{m}, {r}: {what} (%)": row[what] for (m, r), row in mean.iterrows() for what in row.index}
+    theirs = {name.lower(): mean["accuracy"]["none", name] for name in ("REPAIR", "RESCALE")}
+    fig.save(table, None, theirs | summary)
 
 # %% [markdown]
 # ## Midpoints trained on (Fig. 4C)
