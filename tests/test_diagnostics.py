@@ -115,7 +115,7 @@ def test_weights_and_distances():
     for name, layer in layers.items():
         values = torch.cat([p.detach().flatten() for p in layer.parameters()])
         assert found[name] == pytest.approx(float(values.abs().mean()), rel=1e-6)
-    vectors = [torch.nn.utils.parameters_to_vector(model.parameters()).double() for model in (a, b)]
+    vectors = [torch.nn.utils.parameters_to_vector(model.parameters()).detach().double() for model in (a, b)]
     assert diagnostics.distance(a, b) == pytest.approx(float((vectors[0] - vectors[1]).norm()), rel=1e-9)
     a.train()(torch.cat(batches("vgg11-bn-w0.125")))  # moves the running statistics and nothing else
     moved = [(p - q).double().square().sum() for p, q in zip(a.buffers(), b.buffers(), strict=True) if p.ndim]

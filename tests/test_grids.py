@@ -44,6 +44,7 @@ def test_networks_that_continue_others_are_of_the_seed_that_they_should_be(scale
     run = rethink.vgg(scale, "plain")
     removed = [parse_run(seeded(rethink.without_biases(scale, run), seed), check_data=False) for seed in (1, 2)]
     assert [(name.seed, name.parent.seed, name.model.bias) for name in removed] == [(1, 1, False), (2, 2, False)]
+    assert all(recipe_of(name).warmup_epochs == 0 for name in removed)  # App. C has none
     bn = rethink.resnet(scale, "bn")
     children = [parse_run(seeded(rethink.child(scale, bn), seed), check_data=False) for seed in (2, 3)]
     assert [(name.seed, name.parent.seed) for name in children] == [(2, 1), (3, 1)]
@@ -59,6 +60,7 @@ def test_networks_that_continue_others_are_of_the_seed_that_they_should_be(scale
 
 
 def test_rethink_of_the_paper_is_as_printed():
+    assert rethink.vgg("paper", "plain", 8) == "cifar10/vgg16-plain-w8/qu~warmup1"
     assert rethink.vgg("paper", "ln") == "cifar10/vgg16-ln-w1/qu"
     assert rethink.vgg("paper", "nobias", again=True) == "cifar100/vgg11-plain-w1-nobias/qu-cifar100"
     assert rethink.resnet("paper", "plain", 4, again=True) == "cifar100/resnet20-plain-w4-sc1/qu"

@@ -88,6 +88,16 @@ def test_a_function_measures_every_pair_and_pairs_are_loaded_once(here, monkeypa
     assert name == "2-3" and pair.method == "AM"
 
 
+def test_an_item_is_measured_on_its_own_seeds_whatever_others_have(here):
+    def two(scale: str) -> Grid:
+        network = {"run": RUN, "width": 8}
+        return Grid(needs={LEFT: [network], MIDDLE: [{**network, "seeds": (1, 2, 3)}]}, seeds=(1, 2))
+
+    work = Section(two, "smoke")
+    pairs = {name: set(work.item(name).measure(lambda pair: [{"x": 0}])["pair"]) for name in (LEFT, MIDDLE)}
+    assert pairs == {LEFT: {"1-2"}, MIDDLE: {"1-2", "1-3", "2-3"}}
+
+
 def test_an_item_that_sums_up_others_waits_for_them(here, capsys):
     work = Section(grid, "smoke")
     assert work.item(SUMMARY) is None
