@@ -24,7 +24,7 @@ from repairlib.names import check
 from repairlib.other_matchings import match_straight_through, match_transport
 from repairlib.permutations import permute
 from repairlib.renorm import Goals, Repair, renormalize, reset
-from repairlib.several import match_several
+from repairlib.several import match_several, running_means
 from repairlib.tracing import as_batches, trace
 from repairlib.weight_matching import match_weights
 
@@ -33,7 +33,7 @@ __all__ = [
     "Goals", "Matching", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of", "batch_statistics",
     "evaluate", "evaluate_many", "interpolate_models", "match_activations", "match_several", "match_straight_through",
     "match_transport", "match_weights", "merge", "permutation_spec", "permute", "renormalize", "repair", "reset",
-    "trace",
+    "running_means", "trace",
 ]  # fmt: skip
 MATCH: dict[str, Callable] = {
     "activations": match_activations, "weights": match_weights,

@@ -1,14 +1,14 @@
 """Bring more than two networks into one order of units."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from repairlib.groups import Permutation
-from repairlib.interpolate import mix_states, with_state
+from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.matching import Matching
 from repairlib.names import check
 from repairlib.permutations import compose
@@ -95,3 +95,41 @@ def match_several(
         if not moved:
             return AlignedNetworks(tuple(aligned), tuple(total), number, True)
     return AlignedNetworks(tuple(aligned), tuple(total), rounds, False)
+
+
+def running_means(
+    models: Iterable[nn.Module], match: Callable[[nn.Module, nn.Module], Matching], regime: str = "reference"
+) -> Iterator[nn.Module]:
+    """Means of the first 1, 2, 3, ... networks in one order of units, ``m_n = m_(n-1) + (theta_n - m_(n-1)) / n``.
+
+    Each network is matched once and then let go, so that a hundred need no more memory than three. The n-th mean is
+    that of `match_several` on the first n networks.
+
+    Args:
+        models: networks of one architecture; a generator may load each when its turn comes. Untouched.
+        match: see `match_several`.
+        regime: "reference" or "sequential" (Qu & Horvath 2024, App. E.3, Algorithms 1 and 2).
+
+    Yields:
+        One network for each of the models; the first is a copy of the first model.
+
+    Raises:
+        ValueError: unknown regime, or no network.
+
+    >>> from repairlib.weight_matching import match_weights
+    >>> nets = (nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(3))
+    >>> len(list(running_means(nets, lambda a, b: match_weights(a, b, torch.zeros(1, 2)))))
+    3
+    """
+    check(regime, REGIMES[:2], "regime")
+    rest = iter(models)
+    target = next(rest, None)
+    if target is None:
+        raise ValueError("there is no network to average")
+    mean = copy.deepcopy(target)
+    yield copy.deepcopy(mean)  # so that what is done to it changes no later mean
+    for n, model in enumerate(rest, start=2):
+        aligned = match(target, model).apply(model)
+        mean = interpolate_models(mean, aligned, 1 / n)
+        target = aligned if regime == "sequential" else target
+        yield copy.deepcopy(mean)

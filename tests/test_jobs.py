@@ -53,10 +53,12 @@ def test_after_the_soonest_come_the_longest(project, monkeypatch):
 
 
 def test_a_run_that_is_continued_is_trained_first(project):
-    child = f"{SMALL.format(1)}/retrain/s2"
+    child = f"{LARGE.format(1)}/retrain/s2"
     found = plan({"one": need([child])})
-    assert [job.key for job in found] == [f"train/{SMALL.format(1)}", f"train/{child}", "notebook/one"]
+    assert [job.key for job in found] == [f"train/{LARGE.format(1)}", f"train/{child}", "notebook/one"]
     assert found[1].after == [found[0].key]
+    short = plan({"one": need([f"{SMALL.format(1)}/retrain/s2"])})
+    assert short[0].runs == [SMALL.format(1), f"{SMALL.format(1)}/retrain/s2"] and short[0].after == []
 
 
 def test_what_is_stored_is_not_trained(project, monkeypatch):

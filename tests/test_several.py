@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -88,7 +89,36 @@ def test_iterative_matching_stops_at_its_cap_and_raises_the_similarity():
         assert sorted(perm.tolist()) == list(range(spec[group].size))
 
 
+@pytest.mark.parametrize("regime", ["reference", "sequential"])
+def test_running_means_are_those_of_the_first_networks(regime):
+    models, _, _, match = setup()
+    asked, alive = [], []
+
+    def loaded():
+        for model in models:
+            alive.append(weakref.ref(network := copy.deepcopy(model)))
+            yield network
+            del network
+
+    def spy(a, b):
+        asked.append(b)
+        asked[:-1] = [None] * (len(asked) - 1)  # so that this list keeps no network alive
+        return match(a, b)
+
+    for n, mean in enumerate(several.running_means(loaded(), spy, regime), start=1):
+        assert sum(ref() is not None for ref in alive) <= 3  # the first, the one before, this one
+        expected = several.match_several(models[:n], match, regime).mean() if n > 1 else models[0]
+        for name, value in mean.state_dict().items():
+            torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
+            value.zero_()  # no later mean changes
+    assert n == len(models) and len(asked) == n - 1
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="unknown regime 'iterative'"):
+        next(several.running_means([make(NAME)], match_weights, "iterative"))
+    with pytest.raises(ValueError, match="there is no network"):
+        next(several.running_means([], match_weights))
     with pytest.raises(ValueError, match="unknown regime 'star'"):
         several.match_several([make(NAME)] * 2, match_weights, "star")
     with pytest.raises(ValueError, match="two networks or more and a round, not 1 and 30"):

@@ -40,7 +40,8 @@ from companion.runs.data import project_root
 from companion.runs.store import Store
 
 START = 4.0  # seconds that a job takes to import PyTorch
-TOGETHER = 15.0  # seconds: trainings of a network's seeds share a job up to here, because starting a job takes longer
+# Seconds up to which trainings share a job, as starting one takes seconds, too: before the first pictures, and after.
+TOGETHER_SOON, TOGETHER = 15.0, 45.0
 SOON = 3  # notebooks that come before all others, because they are soonest there
 PASSES = 20  # passes over test and calibration images in a notebook that was never executed: the median at quick
 
@@ -136,7 +137,7 @@ def plan_jobs(
                 continue
             planned.append(name)
             new = [run for run in lineages[name] if run in missing and run not in job_of]
-            for group in _groups(new, runs, missing):
+            for group in _groups(new, missing, TOGETHER_SOON if soon else TOGETHER):
                 job = Job(group[0], START + sum(missing[run] for run in group), group)
                 parents = {parent for run in group for parent in costs.with_parents([run])[:-1]} - {*group}
                 job.after = list(dict.fromkeys(job_of[parent].key for parent in sorted(parents) if parent in job_of))
@@ -150,19 +151,15 @@ def plan_jobs(
     return jobs
 
 
-def _groups(names: list[str], runs: Mapping[str, costs.Run], seconds: Mapping[str, float]) -> Iterable[list[str]]:
-    """Runs of the same network, as many as take up to `TOGETHER` seconds."""
-    group: list[str] = []
+def _groups(names: Iterable[str], seconds: Mapping[str, float], most: float) -> list[list[str]]:
+    """Runs in their order, neighbours together as long as they take up to `most` seconds."""
+    groups: list[list[str]] = []
     for name in names:
-        same = group and runs[name].network == runs[group[0]].network
-        if same and sum(seconds[each] for each in [*group, name]) <= TOGETHER:
-            group.append(name)
+        if groups and sum(seconds[each] for each in [*groups[-1], name]) <= most:
+            groups[-1].append(name)
         else:
-            if group:
-                yield group
-            group = [name]
-    if group:
-        yield group
+            groups.append([name])
+    return groups
 
 
 def _looking(run: costs.Run, seconds: float) -> float:

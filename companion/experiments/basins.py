@@ -1,6 +1,7 @@
 """Averages of networks within one basin of the loss, and of many networks (Qu and Horvath 2024, Secs. 3.2 and 3.3)."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.names import check
 from repairlib.permutations import invert, permute, random_permutation
 from repairlib.renorm import reset
-from repairlib.several import REGIMES, match_several
+from repairlib.several import REGIMES, match_several, running_means
 
 
 def shuffle_rows(pair: Pair, alphas: Iterable[float], seed: int = 1) -> list[dict]:
@@ -69,7 +70,7 @@ def distance_rows(pair: Pair) -> list[dict]:
 
 def average_rows(
     runs: Sequence[str],
-    numbers: Iterable[int],
+    numbers: Sequence[int],
     regimes: Sequence[str] = ("reference", "sequential", "iterative"),
     *,
     matchings: Sequence[str] = MATCHED,
@@ -83,7 +84,7 @@ def average_rows(
     they are.
 
     Args:
-        runs: names of at least max(numbers) runs.
+        runs: names of at least max(numbers) runs; the first so many are used.
         numbers: how many networks are averaged.
         regimes: see `repairlib.several.match_several`, or "same basin".
         matchings: by weights or activations.
@@ -98,15 +99,15 @@ def average_rows(
     for regime in regimes:
         check(regime, (*REGIMES, "same basin"), "regime")
     dataset = load(runs[0].split("/")[0])
-    models = [store.get(run, dataset.device) for run in runs]
+    models = [store.get(run, dataset.device) for run in runs[: max(numbers)]]
     data = iterate(dataset, "train", batch_size=500, limit=calibration)
     test = iterate(dataset, "test", batch_size=500, limit=test_images)
     ends = [evaluate(model, test)[1] for model in models]
     rows = []
-    for n in numbers:
-        for regime in regimes:
-            for matching in matchings if regime in REGIMES else ["none"]:
-                mean, how = _average(models[:n], regime, matching, data, rounds)
+    for regime in regimes:
+        for matching in matchings if regime in REGIMES else ["none"]:
+            match = functools.partial(MATCHINGS[matching].match, data=data) if regime in REGIMES else None
+            for n, mean, how in _averages(models, numbers, regime, match, rounds):
                 mean = reset(mean, data).model if has_batchnorm(mean) else mean
                 loss, accuracy = evaluate(mean, test)
                 rows.append(
@@ -116,14 +117,19 @@ def average_rows(
     return rows
 
 
-def _average(
-    models: Sequence[nn.Module], regime: str, matching: str, data: Iterable, rounds: int
-) -> tuple[nn.Module, dict]:
-    """The mean of some networks, in one order of units, and how the matching went."""
-    if matching == "none":
-        states = [model.state_dict() for model in models]
-        mean = with_state(models[0], mix_states(states, [1 / len(states)] * len(states)))
-        return mean, {"rounds": 0, "converged": True}
-    match = MATCHINGS[matching].match
-    aligned = match_several(models, lambda a, b: match(a, b, data), regime, rounds=rounds)
-    return aligned.mean(), {"rounds": aligned.rounds, "converged": aligned.converged}
+def _averages(
+    models: Sequence[nn.Module], numbers: Sequence[int], regime: str, match: Callable | None, rounds: int
+) -> Iterator[tuple[int, nn.Module, dict]]:
+    """Number, mean of the first so many networks in one order of units, and how the matching went."""
+    if match is None:
+        for n in numbers:
+            states = [model.state_dict() for model in models[:n]]
+            yield n, with_state(models[0], mix_states(states, [1 / n] * n)), {"rounds": 0, "converged": True}
+    elif regime == "iterative":
+        for n in numbers:
+            aligned = match_several(models[:n], match, regime, rounds=rounds)
+            yield n, aligned.mean(), {"rounds": aligned.rounds, "converged": aligned.converged}
+    else:
+        for n, mean in enumerate(running_means(models, match, regime), start=1):
+            if n in numbers:
+                yield n, mean, {"rounds": 1, "converged": True}

@@ -21,13 +21,15 @@ scale: str = os.environ.get("REPAIRLIB_SCALE", "quick")  # smoke, quick, fast or
 items: str = ""  # comma-separated items to make, for instance "rethink/fig2c,rethink/table3"; empty: all
 
 # %% tags=["runs"]
-from companion.experiments.grids.rethink import copy, same_basin
+from companion.experiments.grids.rethink import child, copy, same_basin
 from companion.figures.section import Section
 
 section = Section(same_basin, scale, items)
 section.overview()
 
 # %%
+import functools
+
 import pandas as pd
 from IPython.display import display
 
@@ -84,10 +86,11 @@ def copies(run):
     return [(f"{s}-copy", load_pair([seeded(run, s), seeded(copy(scale, run), s)])) for s in grid.seeds]
 
 
-def three_ways(fig, run, series):
+@functools.cache
+def three_ways(run, series):
     """Paths between networks of the three kinds, as interpolated and RESET."""
-    networks = [n for n in fig.networks if n["series"] == series]
-    pairs = [(n["basin"], each) for n in networks for each in section.pairs(n["run"])]
+    pairs = [("independent", each) for each in section.pairs(run)]
+    pairs += [("spawned", each) for each in section.pairs(child(scale, run))]
     pairs += [("retrained", each) for each in copies(run)]
     rows = [
         {"series": series, "basin": basin, "pair": name, **row}
@@ -112,7 +115,7 @@ def draw_ways(table):
 
 
 if fig := section.item("rethink/fig2c"):
-    table = three_ways(fig, grid.VGG, "VGG")
+    table = three_ways(grid.VGG, "VGG")
     figure, summary = draw_ways(table)
     ours = {"spawn_barrier": "spawned", "spawn_after_reset": "spawned after RESET", "rebasin_barrier": "independent"}
     fig.save(table, figure, {name: summary[f"VGG {kind}"] for name, kind in ours.items()} | summary)
@@ -125,6 +128,7 @@ if fig := section.item("rethink/fig2c"):
 
 
 # %%
+@functools.cache
 def shuffle_and_recover(run, series):
     """Every network of a run, shuffled, against its copy."""
     return [{"series": series, "pair": name, **row} for name, pair in copies(run) for row in shuffle_rows(pair, ALPHAS)]
@@ -150,7 +154,7 @@ if fig := section.item("rethink/fig2d"):
 # %%
 if fig := section.item("rethink/fig9-12"):
     both = {"VGG": grid.VGG, "ResNet": grid.ResNet}
-    ways = pd.concat([three_ways(fig, run, series) for series, run in both.items()])
+    ways = pd.concat([three_ways(run, series) for series, run in both.items()])
     figure, summary = draw_ways(ways)
     shuffles = [row for series, run in both.items() for row in shuffle_and_recover(run, series)]
     _, _, shares = draw_recovered(shuffles)
