@@ -2,17 +2,17 @@
 
 The paper's networks are VGG16s and ResNet20s on CIFAR-10, with BatchNorm, LayerNorm, Fixup or no normalisation
 ("plain"). It repeats some figures with a VGG11 and a plain ResNet20 on CIFAR-100. At `quick` these are a VGG11 and a
-ResNet8 on harder digits; the repetition is on easier ones.
+ResNet8 on harder digits; the repetition is on easier ones. At `fast` they are REPAIR's networks on CIFAR-10, so that
+nobody trains twice: its plain VGG11 was trained with BatchNorm, which was then fused into the convolutions.
 """
 
 from companion.experiments.grids import Grid
-from companion.experiments.grids.repair import NORM_FREE, RESNET
+from companion.experiments.grids.repair import NORM_FREE, RESNET, VGG
 from companion.experiments.scales import by_scale
 from companion.runs.names import seeded
 
 # Plain VGGs diverge at the rate that suits BatchNorm. The paper's weight decay is what REPAIR's failures hinge on.
 VGG_CHANGES = {"plain": "~lr0.05~wd1e-4", "bn": "~wd1e-4"}
-FAST_VGG_CHANGES = {"plain": "~lr0.05~wd1e-4~batch125", "bn": "~wd1e-4~batch125"}
 
 
 def _seeds(scale: str) -> tuple[int, ...]:
@@ -31,15 +31,16 @@ def vgg(scale: str, norm: str, width: float | None = None, again: bool = False, 
         depth: 11, 13, 16 or 19; default: the usual one of the scale.
     """
     width = width or by_scale(scale, smoke=0.0625, quick=0.25, fast=0.5, paper=1)
-    depth = depth or by_scale(scale, smoke=11, quick=11, fast=16, paper=16)
+    depth = 11 if again else depth or by_scale(scale, smoke=11, quick=11, fast=11, paper=16)
     recipe = by_scale(
         scale,
         smoke="smoke",
         quick="quick" + VGG_CHANGES.get(norm, ""),
-        fast="fast" + FAST_VGG_CHANGES.get(norm, ""),
-        paper="qu" + "~warmup1" * (norm == "plain" and width == 8),  # App. C
+        fast=NORM_FREE if norm in ("ln", "nobias") else VGG,
+        paper="qu-cifar100" if again else "qu" + "~warmup1" * (norm == "plain" and width == 8),  # App. C
     )
-    return _name(scale, "vgg{}-{}-w{:g}{}", 11 if again else depth, norm, width, again, recipe)
+    kind = "fused" if (scale, norm) == ("fast", "plain") else norm
+    return f"{_dataset(scale, again)}/vgg{depth}-{_norm(kind, width)}/{recipe}"
 
 
 def resnet(scale: str, norm: str, width: float | None = None, again: bool = False) -> str:
@@ -48,19 +49,20 @@ def resnet(scale: str, norm: str, width: float | None = None, again: bool = Fals
     depth = by_scale(scale, smoke=8, quick=8, fast=20, paper=20)
     shared = RESNET if norm == "bn" else NORM_FREE
     recipe = by_scale(scale, smoke="smoke", quick="quick", fast=shared, paper="qu")
-    return _name(scale, "resnet{}-{}-w{:g}{}", depth, norm, width, again, recipe, "-sc1" if scale == "paper" else "")
+    shortcuts = "-sc1" if scale == "paper" else ""
+    return f"{_dataset(scale, again)}/resnet{depth}-{_norm(norm, width, shortcuts)}/{recipe}"
 
 
-def _name(
-    scale: str, form: str, depth: int, norm: str, width: float, again: bool, recipe: str, ending: str = ""
-) -> str:
-    """A run name of one of the paper's two data sets and what stands for them."""
+def _dataset(scale: str, again: bool) -> str:
+    """The paper's CIFAR-10, or its CIFAR-100, and what stands for them."""
     first = by_scale(scale, smoke="digits", quick="digits-hard", fast="cifar10", paper="cifar10")
     second = by_scale(scale, smoke="digits", quick="digits", fast="cifar10", paper="cifar100")
-    model = form.format(depth, "plain" if norm == "nobias" else norm, width, ending + "-nobias" * (norm == "nobias"))
-    if again and scale == "paper" and form.startswith("vgg"):
-        recipe = "qu-cifar100"
-    return f"{second if again else first}/{model}/{recipe}"
+    return second if again else first
+
+
+def _norm(norm: str, width: float, shortcuts: str = "") -> str:
+    """The middle of a model's name."""
+    return f"plain-w{width:g}{shortcuts}-nobias" if norm == "nobias" else f"{norm}-w{width:g}{shortcuts}"
 
 
 def without_biases(scale: str, run: str) -> str:
@@ -282,7 +284,8 @@ def rescaling(scale: str) -> Grid:
 
 def data_independent(scale: str) -> Grid:
     """Appendix F.2: renormalisation without data."""
-    runs = {"BatchNorm": vgg(scale, "bn"), "LayerNorm": vgg(scale, "ln")}
+    batchnorm = by_scale(scale, smoke=vgg, quick=vgg, fast=resnet, paper=vgg)  # at `fast`, what REPAIR has
+    runs = {"BatchNorm": batchnorm(scale, "bn"), "LayerNorm": vgg(scale, "ln")}
     return Grid(
         needs={
             "rethink/table10": [{"run": runs["BatchNorm"]}],
