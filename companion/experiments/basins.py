@@ -13,6 +13,7 @@ from companion.runs import store
 from companion.runs.data import iterate, load
 from repairlib.diagnostics import distance
 from repairlib.evaluation import evaluate
+from repairlib.groups import permutation_spec
 from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.names import check
 from repairlib.permutations import invert, permute, random_permutation
@@ -103,10 +104,11 @@ def average_rows(
     data = iterate(dataset, "train", batch_size=500, limit=calibration)
     test = iterate(dataset, "test", batch_size=500, limit=test_images)
     ends = [evaluate(model, test)[1] for model in models]
+    spec = permutation_spec(models[0], next(iter(data))[0][:2])
     rows = []
     for regime in regimes:
         for matching in matchings if regime in REGIMES else ["none"]:
-            match = functools.partial(MATCHINGS[matching].match, data=data) if regime in REGIMES else None
+            match = functools.partial(MATCHINGS[matching].match, data=data, spec=spec) if regime in REGIMES else None
             for n, mean, how in _averages(models, numbers, regime, match, rounds):
                 mean = reset(mean, data).model if has_batchnorm(mean) else mean
                 loss, accuracy = evaluate(mean, test)

@@ -74,7 +74,9 @@ def averages(run, seeds, basin, numbers):
     return [
         {"first": runs[start], **row}
         for start in range(grid.orders)
-        for row in average_rows([*runs[start:], *runs[:start]], numbers, regimes, rounds=grid.rounds)
+        for row in average_rows(
+            [*runs[start:], *runs[:start]], numbers, regimes, rounds=grid.rounds, calibration=grid.calibration
+        )
     ]
 
 

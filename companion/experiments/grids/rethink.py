@@ -170,7 +170,7 @@ def same_basin(scale: str) -> Grid:
             **both,
             "children": child(scale, both["VGG"]),
             "copies": copy(scale, both["VGG"]),
-            "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=11),  # of a path, ends included
+            "points": by_scale(scale, smoke=3, quick=7, fast=7, paper=11),  # of a path, ends included
             "every": by_scale(scale, smoke=5, quick=7, fast=200, paper=200),  # steps from one measurement to the next
         },
     )
@@ -179,7 +179,7 @@ def same_basin(scale: str) -> Grid:
 def many_models(scale: str) -> Grid:
     """Section 3.3: averages of more and more networks."""
     width = by_scale(scale, smoke=None, quick=None, fast=None, paper=4)
-    several = by_scale(scale, smoke=(1, 2, 3), quick=(1, 2, 3, 4, 5), fast=(1, 2, 3), paper=tuple(range(1, 9)))
+    several = by_scale(scale, smoke=(1, 2, 3), quick=(1, 2, 3, 4), fast=(1, 2, 3), paper=tuple(range(1, 9)))
     mlps = by_scale(scale, smoke=(1, 2, 3), quick=tuple(range(1, 9)), fast=tuple(range(1, 9)), paper=tuple(range(1, 9)))
     mlp = by_scale(
         scale,
@@ -208,11 +208,12 @@ def many_models(scale: str) -> Grid:
             "ResNet": resnets[0]["run"],
             "copies": resnets[2]["run"],
             "MLP": mlp,
-            "numbers": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 3, 4, 5), fast=(2, 3), paper=range(2, 9))],
+            "numbers": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 3, 4), fast=(2, 3), paper=range(2, 9))],
             "numbers of MLPs": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 4, 6, 8), fast=(2, 4, 6, 8),
                                                     paper=range(2, 9))],
             "orders": by_scale(scale, smoke=1, quick=3, fast=1, paper=3),
-            "rounds": by_scale(scale, smoke=2, quick=10, fast=30, paper=30),  # of iterative matching, at most
+            "rounds": by_scale(scale, smoke=2, quick=5, fast=30, paper=30),  # of iterative matching, at most
+            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
         },
     )  # fmt: skip
 
@@ -250,7 +251,7 @@ def biases(scale: str) -> Grid:
             **{name: run for name, (run, _) in made.items()},
             "removed": without_biases(scale, made["VGG"][0]),
             "never": made["VGG"][1],
-            "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=11),  # of a path, ends included
+            "points": by_scale(scale, smoke=3, quick=7, fast=7, paper=11),  # of a path, ends included
         },
     )
 
