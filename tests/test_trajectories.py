@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from companion.experiments.pairs import load_pair
+from companion.experiments.statistics import midpoints, new_network
 from companion.experiments.trajectories import recovery_rows, retraining_rows, trajectory
 from companion.runs.recipes import Recipe
 from companion.runs.train import fit
@@ -48,13 +49,12 @@ def test_it_stops_where_it_is_told_to(pair):
 
 
 def test_midpoints_recover(pair):
-    rows = recovery_rows(pair, lr=0.1, epochs=2, every=5, enough=0.5, images=200)
-    names = ["not aligned", "aligned (WM)", "aligned (AM)", "new network"]
-    assert list(dict.fromkeys(row["network"] for row in rows)) == names
-    start = next(row for row in rows if row["network"] == "aligned (AM)")
-    assert start["accuracy"] == pair.evaluate(pair.path("AM")(0.5))[1]
-    for name in names:
+    starts = midpoints(pair) | {"new network": new_network(pair)}
+    rows = recovery_rows(pair, starts, lr=0.1, epochs=2, every=5, enough=0.5, images=200)
+    assert list(dict.fromkeys(row["network"] for row in rows)) == [*starts]
+    for name, model in starts.items():
         mine = [row for row in rows if row["network"] == name]
+        assert mine[0]["accuracy"] == pair.evaluate(model)[1]  # the start is measured, and untouched
         assert all(row["train_accuracy"] < 0.5 for row in mine[:-1])
 
 

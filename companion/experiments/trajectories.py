@@ -7,7 +7,6 @@ from dataclasses import replace
 from torch import nn
 
 from companion.experiments.pairs import Pair
-from companion.experiments.statistics import midpoints, new_network
 from companion.runs.data import Dataset, iterate
 from companion.runs.names import parse_run, recipe_of
 from companion.runs.recipes import Recipe
@@ -60,13 +59,20 @@ def trajectory(
 
 
 def recovery_rows(
-    pair: Pair, lr: float, epochs: int, every: int, enough: float = 0.9, images: int = 1000
+    pair: Pair,
+    starts: Mapping[str, nn.Module],
+    lr: float,
+    epochs: int,
+    every: int,
+    enough: float = 0.9,
+    images: int = 500,
 ) -> list[dict]:
-    """Midpoints trained until they fit the training data again, beside a new network (Sec. 4.2, Figs. 4C, 36 to 41).
+    """Networks trained until they fit the training data (Sec. 4.2, Figs. 4C, 36 to 41).
 
     Args:
-        pair: the endpoints.
-        lr: learning rate of the midpoints, which stays.
+        pair: of the data, and of the recipe, which is that of the endpoints at a constant rate (App. C).
+        starts: the networks by name, for instance midpoints. Untouched.
+        lr: learning rate.
         epochs: at most.
         every: steps from one measurement to the next.
         enough: accuracy on training images to stop at, in (0, 1].
@@ -75,8 +81,10 @@ def recovery_rows(
     Returns:
         Rows {network, step, accuracy: on the test set, train_accuracy}.
     """
-    recipe = _recovery_recipe(pair.runs[0], lr, epochs)
-    starts = midpoints(pair) | {"new network": new_network(pair)}
+    recipe = replace(
+        recipe_of(parse_run(pair.runs[0])), name="recovery", epochs=epochs, lr=lr, schedule="constant", milestones=(),
+        warmup_epochs=0, weight_decay=1e-4, start=0, stop=None, until=None, init=Recipe.init, nobias=False,
+    )  # fmt: skip
     known = iterate(pair.dataset, "train", batch_size=500, limit=images)
 
     def measure(model: nn.Module) -> dict[str, float]:
@@ -102,12 +110,3 @@ def retraining_rows(pair: Pair, recipes: Sequence[Recipe], every: int) -> list[d
         return {"accuracy": pair.evaluate(model)[1], "distance": distance(pair.a, model, buffers=True)}
 
     return trajectory(pair.a, pair.dataset, recipes, measure, every)
-
-
-def _recovery_recipe(run: str, lr: float, epochs: int) -> Recipe:
-    """As the endpoints were trained, at a constant rate (App. C)."""
-    own = recipe_of(parse_run(run))
-    return replace(
-        own, name="recovery", epochs=epochs, lr=lr, schedule="constant", milestones=(), warmup_epochs=0,
-        weight_decay=1e-4, start=0, stop=None, until=None, init=Recipe.init, nobias=False,
-    )  # fmt: skip

@@ -33,7 +33,14 @@ import torch
 from IPython.display import display
 
 from companion.experiments.pairs import load_pair
-from companion.experiments.statistics import fisher_rows, magnitude_rows, midpoints, renormalised_rows, zero_rows
+from companion.experiments.statistics import (
+    fisher_rows,
+    magnitude_rows,
+    midpoints,
+    new_network,
+    renormalised_rows,
+    zero_rows,
+)
 from companion.experiments.trajectories import recovery_rows
 from companion.figures.plots import rethink as plots
 from repairlib.diagnostics import layer_means, weight_magnitudes
@@ -95,23 +102,28 @@ if fig := section.item("rethink/no-matching"):
 
 # %%
 @functools.cache
-def recover(runs):
-    """Midpoints of one pair, trained on once for all figures."""
-    return recovery_rows(load_pair(runs), grid.settings["learning rate"], grid.epochs, grid.every)
+def recover(runs, beginning):
+    """Midpoints of a pair, or a new network like them, trained on once for all figures."""
+    pair = load_pair(runs)
+    starts = midpoints(pair) if beginning == "midpoints" else {"new network": new_network(pair)}
+    return recovery_rows(pair, starts, grid.settings["learning rate"], grid.epochs, grid.every)
 
 
 def train_on(fig):
-    """Trajectories of midpoints; after how many mini-batches they are good again."""
-    table = fig.measure(lambda pair: recover(pair.runs))
-    last = table.groupby(["series", "pair", "network"], sort=False)["step"].max()
+    """Trajectories of midpoints and of a new network; after how many mini-batches they are good again."""
+    rows = fig.measure(lambda pair: recover(pair.runs, "midpoints")).to_dict("records")
+    for network in fig.networks:
+        _, pair = section.pairs(network["run"])[0]
+        rows += [{**network, "pair": "new", **row} for row in recover(pair.runs, "new network")]
+    last = pd.DataFrame(rows).groupby(["series", "pair", "network"], sort=False)["step"].max()
     mean = last.groupby(level=["series", "network"], sort=False).mean()
-    figure = plots.lines(table, "step", VALUES, columns="series", xlabel="mini-batch")
-    return table, figure, {f"{series}, {network}": steps for (series, network), steps in mean.items()}
+    figure = plots.lines(rows, "step", VALUES, columns="series", xlabel="mini-batch")
+    return rows, figure, {f"{series}, {network}": steps for (series, network), steps in mean.items()}
 
 
 if fig := section.item("rethink/fig4c"):
-    table, figure, summary = train_on(fig)
-    fig.save(table, figure, {"minibatches_after_wm": summary["VGG, aligned (WM)"]} | summary)
+    rows, figure, summary = train_on(fig)
+    fig.save(rows, figure, {"minibatches_after_wm": summary["VGG, aligned (WM)"]} | summary)
 
 # %% [markdown]
 # ## Six networks (Figs. 36 to 41)

@@ -45,7 +45,7 @@ def vgg(scale: str, norm: str, width: float | None = None, again: bool = False, 
 
 def resnet(scale: str, norm: str, width: float | None = None, again: bool = False) -> str:
     """Run name, without its seed, of a ResNet; for arguments see `vgg`, and norm may be "fixup"."""
-    width = width or by_scale(scale, smoke=0.125, quick=1, fast=1, paper=1)
+    width = width or by_scale(scale, smoke=0.125, quick=0.5, fast=1, paper=1)
     depth = by_scale(scale, smoke=8, quick=8, fast=20, paper=20)
     shared = RESNET if norm == "bn" else NORM_FREE
     recipe = by_scale(scale, smoke="smoke", quick="quick", fast=shared, paper="qu")
@@ -113,7 +113,7 @@ def renormalization(scale: str) -> Grid:
     vgg_widths = by_scale(
         scale, smoke=[0.0625, 0.125], quick=[0.125, 0.25, 0.5], fast=[0.25, 0.5, 1], paper=[1, 2, 4, 8]
     )
-    resnet_widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 2], fast=[1, 2, 4], paper=[1, 2, 4, 8])
+    resnet_widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.25, 0.5, 1], fast=[1, 2, 4], paper=[1, 2, 4, 8])
 
     def networks(make, widths: list[float], **how) -> list[dict]:
         runs = [make(scale, width=width, **how) for width in widths]
@@ -211,7 +211,7 @@ def many_models(scale: str) -> Grid:
             "numbers": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 3, 4), fast=(2, 3), paper=range(2, 9))],
             "numbers of MLPs": [n for n in by_scale(scale, smoke=(2, 3), quick=(2, 4, 6, 8), fast=(2, 4, 6, 8),
                                                     paper=range(2, 9))],
-            "orders": by_scale(scale, smoke=1, quick=3, fast=1, paper=3),
+            "orders": by_scale(scale, smoke=1, quick=2, fast=1, paper=3),
             "rounds": by_scale(scale, smoke=2, quick=5, fast=30, paper=30),  # of iterative matching, at most
             "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
         },
@@ -324,8 +324,8 @@ def matching_retains(scale: str) -> Grid:
         settings={
             **runs,
             "learning rate": by_scale(scale, smoke=0.01, quick=0.01, fast=0.01, paper=0.01),
-            "epochs": by_scale(scale, smoke=1, quick=10, fast=5, paper=20),  # at most
-            "every": by_scale(scale, smoke=5, quick=7, fast=10, paper=5),  # steps from one measurement to the next
+            "epochs": by_scale(scale, smoke=1, quick=25, fast=5, paper=20),  # at most
+            "every": by_scale(scale, smoke=5, quick=10, fast=10, paper=5),  # steps from one measurement to the next
             "images for Fisher information": by_scale(scale, smoke=20, quick=300, fast=1000, paper=5000),
         },
     )
