@@ -147,7 +147,8 @@ if fig := section.item("rethink/fig2d"):
     fig.save(*draw_recovered(shuffle_and_recover(grid.VGG, "VGG")))
 
 # %% [markdown]
-# The paper finds that both matchings return exactly the inverse of the shuffle.
+# The paper finds that both matchings return exactly the inverse of the shuffle. By activations, units that the further
+# training has changed much may go elsewhere.
 #
 # ## VGG and ResNet (Figs. 9 to 12)
 

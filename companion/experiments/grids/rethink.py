@@ -139,7 +139,7 @@ def renormalization(scale: str) -> Grid:
 
 def same_basin(scale: str) -> Grid:
     """Section 3.2: networks from different seeds, children of one parent, and copies of a network trained on."""
-    width = by_scale(scale, smoke=None, quick=None, fast=None, paper=4)
+    width = by_scale(scale, smoke=None, quick=1, fast=None, paper=4)
     both = {"VGG": vgg(scale, "bn"), "ResNet": resnet(scale, "bn", width)}
     seeds = _seeds(scale)
 
@@ -178,7 +178,7 @@ def same_basin(scale: str) -> Grid:
 
 def many_models(scale: str) -> Grid:
     """Section 3.3: averages of more and more networks."""
-    width = by_scale(scale, smoke=None, quick=None, fast=None, paper=4)
+    width = by_scale(scale, smoke=None, quick=1, fast=None, paper=4)
     several = by_scale(scale, smoke=(1, 2, 3), quick=(1, 2, 3, 4), fast=(1, 2, 3), paper=tuple(range(1, 9)))
     mlps = by_scale(scale, smoke=(1, 2, 3), quick=tuple(range(1, 9)), fast=tuple(range(1, 9)), paper=tuple(range(1, 9)))
     mlp = by_scale(
@@ -299,7 +299,7 @@ def data_independent(scale: str) -> Grid:
 
 def matching_retains(scale: str) -> Grid:
     """Section 4.2: midpoints trained on, and what of the endpoints is left in them."""
-    width = by_scale(scale, smoke=None, quick=None, fast=None, paper=4)
+    width = by_scale(scale, smoke=None, quick=1, fast=None, paper=4)
     runs = {
         "VGG": vgg(scale, "plain"),
         "VGG-BN": vgg(scale, "bn"),
@@ -333,12 +333,13 @@ def matching_retains(scale: str) -> Grid:
 
 def precision(scale: str) -> Grid:
     """Appendix D.2: activation matching as three codes do it."""
+    width = by_scale(scale, smoke=None, quick=1, fast=None, paper=None)  # at `quick`, those of other sections
     runs = {
         "vgg": vgg(scale, "plain"),
         "vgg_bn": vgg(scale, "bn"),
         "vgg_ln": vgg(scale, "ln"),
-        "resnet_bn": resnet(scale, "bn"),
-        "resnet_ln": resnet(scale, "ln"),
+        "resnet_bn": resnet(scale, "bn", width),
+        "resnet_ln": resnet(scale, "ln", width),
     }
     networks = [{"run": run, "series": name} for name, run in runs.items()]
     return Grid(needs={"rethink/table2": networks}, seeds=_seeds(scale), settings=runs)
