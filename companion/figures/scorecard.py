@@ -97,6 +97,8 @@ def markdown(rows: Sequence[dict]) -> str:
             f"{first.statement[0].upper()}{first.statement[1:]}. Published: {first.published}.",
             "",
         ]
+        if (caveat := claims()[name].caveat) and set(group["verdict"]) & {"holds in part", "does not hold"}:
+            lines += [f"Where it does not hold: {caveat}.", ""]
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(str(row[column]).replace('|', '/') for column in columns)} |"
                   for row in group.to_dict("records")]  # fmt: skip

@@ -184,8 +184,8 @@ def many_models(scale: str) -> Grid:
     mlp = by_scale(
         scale,
         smoke="digits/mlp2-plain-w120-taper/smoke",
-        quick="digits/mlp2-plain-w120-taper/quick",
-        fast="mnist/mlp2-plain-w120-taper/fast",
+        quick="digits/mlp2-plain-w120-taper/quick~wd5e-3~batch50",  # few images: more of what regularises
+        fast="mnist/mlp2-plain-w120-taper/qu~epochs40",
         paper="mnist/mlp2-plain-w120-taper/qu",
     )
 

@@ -38,6 +38,7 @@ class Claim:
         items: the items it rests on.
         judge: from the table of an item (a frame, seeds and all) and its ID to findings. A table may hold a part of the
             item's networks only: one width, one norm.
+        caveat: why small networks may not show it; the scorecard prints it where something does not hold.
     """
 
     name: str
@@ -45,3 +46,4 @@ class Claim:
     published: str
     items: tuple[str, ...]
     judge: Callable[[pd.DataFrame, str], list[Finding]]
+    caveat: str = ""
