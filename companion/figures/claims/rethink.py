@@ -248,8 +248,8 @@ CLAIMS = [
         "WM 75.1, 84.3, 78.2, 10 %",
         ABLATIONS,
         rescale_is_the_key,
-        "in thin networks that are matched by weights the means are wrong, too, and RESCALE leaves them; a Fixup ResNet8 "
-        "has three blocks only, and keeps some accuracy with RESHIFT",
+        "in thin networks that are matched by weights the means are wrong, too, and RESCALE leaves them; a Fixup "
+        "ResNet8 has three blocks only, and keeps some accuracy with RESHIFT",
     ),
     Claim(
         "rethink/independent-stats",
