@@ -200,7 +200,7 @@ def many_models(scale: str) -> Grid:
         needs={
             "rethink/fig3ab": resnets,
             "rethink/fig14-15": vggs + resnets,
-            "rethink/fig16": [{"run": mlp, "series": "MLP", "basin": "independent", "seeds": mlps}],
+            "rethink/fig16": [{"run": mlp, "series": "plain", "basin": "independent", "seeds": mlps}],
         },
         seeds=several,
         settings={
