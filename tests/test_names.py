@@ -105,8 +105,9 @@ def test_parents():
 def test_retrain_is_the_recipe_of_the_parent():
     parent = parse("cifar10/vgg16-ln/qu~lr0.05~init=uniform~until0.9~stop3/s1")
     child = recipe_of(parse(f"{parent}/retrain~epochs1/s2"))
-    same = replace(recipe_of(parent), name="retrain~epochs1", epochs=1, init=Recipe.init, until=None, stop=None)
-    assert child == same
+    assert recipe_of(parent).warmup_epochs == 1  # of networks that begin anew
+    changes = {"epochs": 1, "warmup_epochs": 0, "init": Recipe.init, "until": None, "stop": None}
+    assert child == replace(recipe_of(parent), name="retrain~epochs1", **changes)
     grandchild = recipe_of(parse(f"{parent}/retrain~epochs1/s2/retrain/s3"))
     assert grandchild == replace(child, name="retrain")
 
