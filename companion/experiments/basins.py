@@ -74,24 +74,20 @@ def average_rows(
     numbers: Sequence[int],
     regimes: Sequence[str] = ("reference", "sequential", "iterative"),
     *,
-    matchings: Sequence[str] = MATCHED,
     rounds: int = 30,
     calibration: int = 5000,
-    test_images: int | None = None,
 ) -> list[dict]:
     """Averages of the first n networks, brought into one order of units in several ways (Sec. 3.3, Figs. 3, 14 to 16).
 
-    Averages of networks with BatchNorm are reset. The regime "same basin" matches nothing: its networks share one as
-    they are.
+    Units are matched by weights and by activations. The regime "same basin" matches nothing: its networks share one as
+    they are. Averages of networks with BatchNorm are reset.
 
     Args:
         runs: names of at least max(numbers) runs; the first so many are used.
         numbers: how many networks are averaged.
         regimes: see `repairlib.several.match_several`, or "same basin".
-        matchings: by weights or activations.
         rounds: of the iterative regime, at most.
         calibration: training images for matching and RESET.
-        test_images: evaluate on so many; default all.
 
     Returns:
         Rows {regime, matching ("none" where nothing is matched), n, loss (nats), accuracy (in [0, 1]), ends: mean
@@ -102,12 +98,12 @@ def average_rows(
     dataset = load(runs[0].split("/")[0])
     models = [store.get(run, dataset.device) for run in runs[: max(numbers)]]
     data = iterate(dataset, "train", batch_size=500, limit=calibration)
-    test = iterate(dataset, "test", batch_size=500, limit=test_images)
+    test = iterate(dataset, "test", batch_size=500)
     ends = [evaluate(model, test)[1] for model in models]
     spec = permutation_spec(models[0], next(iter(data))[0][:2])
     rows = []
     for regime in regimes:
-        for matching in matchings if regime in REGIMES else ["none"]:
+        for matching in MATCHED if regime in REGIMES else ["none"]:
             match = functools.partial(MATCHINGS[matching].match, data=data, spec=spec) if regime in REGIMES else None
             for n, mean, how in _averages(models, numbers, regime, match, rounds):
                 mean = reset(mean, data).model if has_batchnorm(mean) else mean

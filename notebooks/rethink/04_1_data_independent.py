@@ -73,7 +73,8 @@ def compare(fig, name):
     mean = 100 * table.groupby(["renorm", "data", "matching"], sort=False)["accuracy"].mean()
     names = {"used": "original", "not used": "data_independent"}
     summary = {name(names[data], m.lower(), r.lower()): v for (r, data, m), v in mean.items() if r != "none"}
-    fig.save(table, None, summary | {f"midpoint_as_it_is_{m.lower()}": v for m, v in mean["none", "not used"].items()})
+    as_it_is = {f"midpoint_as_it_is_{m.lower()}": v for (r, _, m), v in mean.items() if r == "none"}
+    fig.save(table, None, summary | as_it_is)
 
 
 # %% [markdown]

@@ -150,7 +150,8 @@ if fig := section.item("rethink/table9"):
 if fig := section.item("rethink/fig4ab"):
     table = fig.measure(scale_rows)
     shown = table[~table["network"].str.contains("AM") & (table["network"] != "not aligned + REPAIR")]
-    figure = plots.lines(shown, "layer", {"scale": "scale (mean $|x|$)"}, columns="place", xlabel="layer")
+    shown = shown.assign(panel=shown["place"] + " the ReLU")
+    figure = plots.lines(shown, "layer", {"scale": "scale (mean $|x|$)"}, columns="panel", xlabel="layer")
     last = table[table["layer"] == table["layer"].max()]
     mean = last[last["place"] == "after"].groupby("network", sort=False)["scale"].mean()
     fig.save(table, figure, {f"{name}, last ReLU": value / mean["endpoint A"] for name, value in mean.items()})

@@ -39,7 +39,6 @@ def lines(
     title: str = "",
     log_x: int = 0,
     log_y: Sequence[str] = (),
-    looks: Mapping[str, dict] = THEIRS,
 ) -> Figure:
     """Curves in a row of panels for each measure: means over repetitions, with bands from the least to the greatest.
 
@@ -55,7 +54,7 @@ def lines(
     """
     frame = name_networks(table)
     names = list(frame[columns].unique()) if columns else [""]
-    looks = {name: looks.get(name) or _other(place) for place, name in enumerate(frame[by].unique())}
+    looks = {name: THEIRS.get(name) or _other(place) for place, name in enumerate(frame[by].unique())}
     across = _across(len(names), len(measures))
     panels = list(itertools.product(measures, names))
     down = -(-len(panels) // across)
