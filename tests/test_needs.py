@@ -133,6 +133,8 @@ def test_a_section_says_it_for_the_notebook(tmp_path):
         "runs": ["digits/mlp2-bn-w8/smoke/s1"],
         "reads": ["repair/fig2-left"],
     }
+    (tmp_path / "a.py").write_text(f'# %% tags=["runs"]\n{cell}section.passes = 100\n')
+    assert needs.notebook_needs(tmp_path / "a.py", "smoke")["passes"] == 100
 
 
 # ---------------------------------------------------------------------------------------------------------- contents

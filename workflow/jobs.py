@@ -111,7 +111,8 @@ def plan_jobs(
     for name in todo:
         executing[name], _ = notebook_seconds(name, scale, wanted[name]["runs"], here, costs.describe)
         if math.isnan(executing[name]):
-            executing[name] = START + sum(_looking(runs[run], seconds[run]) for run in lineages[name])
+            passes = wanted[name].get("passes", PASSES)
+            executing[name] = START + sum(passes * _pass_seconds(runs[run], seconds[run]) for run in lineages[name])
 
     def chain(name: str) -> list[str]:
         """A notebook after those that it reads from."""
@@ -162,9 +163,9 @@ def _groups(names: Iterable[str], seconds: Mapping[str, float], most: float) -> 
     return groups
 
 
-def _looking(run: costs.Run, seconds: float) -> float:
-    """Seconds that a notebook may spend on a run: at the speed of its training, which takes `seconds`."""
-    return seconds * PASSES * run.evaluation_flops / run.train_flops if run.train_flops else 0.0
+def _pass_seconds(run: costs.Run, seconds: float) -> float:
+    """Seconds of a pass over test and calibration images, at the speed of the training, which takes `seconds`."""
+    return seconds * run.evaluation_flops / run.train_flops if run.train_flops else 0.0
 
 
 def notebook_seconds(

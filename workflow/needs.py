@@ -112,7 +112,7 @@ def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, A
     """What a notebook in the percent format needs: names of training `runs`, and items of other notebooks it `reads`.
 
     If its section does without some runs, `left_out` has them by item, `gone` names the items that lack too much, and
-    `idle` says whether no other item is left to make.
+    `idle` says whether no other item is left to make. `passes` is there if its grid has it.
 
     Raises:
         ValueError: a cell fails, or a run's name does not parse.
@@ -150,6 +150,8 @@ def notebook_needs(path: str | Path, scale: str, items: str = "") -> dict[str, A
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     unique = {name: list(dict.fromkeys(value)) for name, value in needs.items()}
+    if passes := getattr(section, "passes", None):
+        unique["passes"] = passes
     if left_out := getattr(section, "left_out", None):
         unique |= {"left_out": left_out, "gone": section.gone, "idle": not section.items}
     return unique

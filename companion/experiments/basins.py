@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from companion.experiments.methods import MATCHINGS
-from companion.experiments.pairs import Pair
+from companion.experiments.pairs import CALIBRATION_BATCH, Pair
 from companion.experiments.statistics import MATCHED, has_batchnorm
 from companion.runs import store
 from companion.runs.data import iterate, load
@@ -97,8 +97,8 @@ def average_rows(
         check(regime, (*REGIMES, "same basin"), "regime")
     dataset = load(runs[0].split("/")[0])
     models = [store.get(run, dataset.device) for run in runs[: max(numbers)]]
-    data = iterate(dataset, "train", batch_size=500, limit=calibration)
-    test = iterate(dataset, "test", batch_size=500)
+    data = iterate(dataset, "train", CALIBRATION_BATCH, limit=calibration)
+    test = iterate(dataset, "test")
     ends = [evaluate(model, test)[1] for model in models]
     spec = permutation_spec(models[0], next(iter(data))[0][:2])
     rows = []

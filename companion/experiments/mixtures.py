@@ -111,7 +111,7 @@ def evaluate_rows(
     """
     named, rows = list(named), []
     for split in splits:
-        batches = pair.test if split == "test" else iterate(pair.dataset, split, batch_size=500, limit=train_images)
+        batches = pair.test if split == "test" else iterate(pair.dataset, split, limit=train_images)
         ends = evaluate_many(pair.a, [pair.a.state_dict(), pair.b.state_dict()], batches)
         mean = {name: sum(end[i] for end in ends) / 2 for i, name in enumerate(("end_loss", "end_accuracy"))}
         found = evaluate_many(pair.a, Lazy([make for _, make in named]), batches)

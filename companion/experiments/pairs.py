@@ -17,6 +17,9 @@ from repairlib.evaluation import evaluate
 from repairlib.matching import Matching
 from repairlib.names import check
 
+# Images. Statistics that a simultaneous pass takes depend on it, and so it is the same on every device.
+CALIBRATION_BATCH = 250
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -108,7 +111,7 @@ class Pair:
         """n training images drawn at random without augmentation; another seed draws others."""
         chosen = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(seed))[:n]
         half = self.dataset.train.take(chosen)
-        return iterate(replace(self.dataset, train=half), "train", batch_size=500)
+        return iterate(replace(self.dataset, train=half), "train", CALIBRATION_BATCH)
 
 
 def load_pair(
@@ -144,8 +147,8 @@ def load_pair(
     device = device or train.default_device()
     a, b = (store.get(run, device) for run in runs)
     dataset = load(data or names[0].data, device=device)
-    calibration_batches = iterate(dataset, "train", batch_size=500, limit=calibration)
-    test = iterate(dataset, "test", batch_size=500, limit=test_images)
+    calibration_batches = iterate(dataset, "train", CALIBRATION_BATCH, limit=calibration)
+    test = iterate(dataset, "test", limit=test_images)
     return Pair(tuple(runs), a, b, dataset, calibration_batches, test, matching, options)
 
 

@@ -42,7 +42,7 @@ def path_rows(
         Rows {matching, renorm, alpha, split, loss (nats), accuracy (in [0, 1])}, split by split.
     """
     each = matchings if isinstance(matchings, Mapping) else dict.fromkeys(matchings, renorms)
-    data = {split: iterate(pair.dataset, split, batch_size=1000) for split in splits}
+    data = {split: iterate(pair.dataset, split) for split in splits}
     alphas, evaluated, found = list(alphas), {}, {}
     for matching, its_renorms in each.items():
         check(matching, MATCHINGS, "matching")

@@ -85,7 +85,7 @@ def recovery_rows(
         recipe_of(parse_run(pair.runs[0])), name="recovery", epochs=epochs, lr=lr, schedule="constant", milestones=(),
         warmup_epochs=0, weight_decay=1e-4, start=0, stop=None, until=None, init=Recipe.init, nobias=False,
     )  # fmt: skip
-    known = iterate(pair.dataset, "train", batch_size=500, limit=images)
+    known = iterate(pair.dataset, "train", limit=images)
 
     def measure(model: nn.Module) -> dict[str, float]:
         return {"accuracy": pair.evaluate(model)[1], "train_accuracy": evaluate(model, known)[1]}

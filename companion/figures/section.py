@@ -39,6 +39,7 @@ class Section:
     Attributes:
         grid: the needs and settings at the scale.
         runs: names of the training runs that the items need; the batch trains them first.
+        passes: of the grid, for the batch.
         reads: items of other notebooks that are summed up; the batch makes them first.
         left_out: by item, names of runs that it does without, see `available.can_train`. An item that is not in
             `items` lacks too much to be made.
@@ -55,7 +56,7 @@ class Section:
         left = {item: set(self.grid.runs([item])) for item in self.items}
         missing = {item: [run for run in everything.runs([item]) if run not in left.get(item, ())] for item in asked}
         self.left_out = {item: runs for item, runs in missing.items() if runs}
-        self.runs = self.grid.runs(self.items)
+        self.runs, self.passes = self.grid.runs(self.items), self.grid.passes
         self.reads = [name for item in self.items for name in self.grid.reads.get(item, ())]
         self.tables: dict[str, pd.DataFrame] = {}
         self._pairs: dict[str, list[tuple[str, Pair]]] = {}

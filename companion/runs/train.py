@@ -152,7 +152,7 @@ def measure(model: nn.Module, dataset: Dataset, name: str, splits: Sequence[str]
     """
     metrics = {}
     for split in splits:
-        loss, accuracy = evaluate(model, iterate(dataset, split, 1000))
+        loss, accuracy = evaluate(model, iterate(dataset, split))
         metrics |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
         if not math.isfinite(loss):
             raise DivergedError(
@@ -247,7 +247,7 @@ def fit(
                 if stopped:
                     break
             if recipe.until is not None and not stopped:
-                stopped = broadcast(rank == 0 and evaluate(model, iterate(dataset, "train", 1000))[1] >= recipe.until)
+                stopped = broadcast(rank == 0 and evaluate(model, iterate(dataset, "train"))[1] >= recipe.until)
             if stopped:
                 break
     if facts is not None and take_step.graph is not None:

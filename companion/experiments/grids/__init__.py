@@ -22,6 +22,8 @@ class Grid:
         settings: what else differs between scales, by name; also attributes of the grid.
         reads: by item, the items of other notebooks that it sums up.
         compares: by item, the column of its networks whose values it compares: without one of them it shows nothing.
+        passes: over test and calibration images with each network, roughly, if they are far more than usual. The batch
+            begins early with a notebook that takes long, and knows it by this before its first execution.
     """
 
     needs: Mapping[str, Sequence[Network]]
@@ -29,6 +31,7 @@ class Grid:
     settings: Mapping[str, object] = field(default_factory=dict)
     reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
     compares: Mapping[str, str] = field(default_factory=dict)
+    passes: int | None = None
 
     def __getattr__(self, name: str) -> object:
         settings = self.__dict__.get("settings", {})

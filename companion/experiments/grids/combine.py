@@ -203,6 +203,7 @@ def robustness(scale: str) -> Grid:
     return Grid(
         needs={"combine/fig14": [tiny]},
         seeds=both.seeds,
+        passes=100,
         settings={
             "tiny": both.tiny,
             "restarts": both.restarts,

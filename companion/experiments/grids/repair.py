@@ -96,6 +96,7 @@ def repair(scale: str) -> Grid:
             "repair/equivalence": [{"run": resnet, "seeds": first_pair}],
         },
         seeds=_seeds(scale),
+        passes=60,
         settings={
             "MLP": mlp,
             "depths": depths,
@@ -115,9 +116,9 @@ def normalization(scale: str) -> Grid:
         fast="cifar10/resnet20-{}-w{}/{}",
         paper="cifar10/resnet20-{}-w{}/jordan",
     )
-    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 0.75, 1], fast=[1, 2, 4, 8], paper=[1, 2, 4, 8, 16])
+    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.25, 0.5, 0.75], fast=[1, 2, 4, 8], paper=[1, 2, 4, 8, 16])
     layer_norm_widths = widths + by_scale(scale, smoke=[], quick=[], fast=[], paper=[32])
-    path_width = by_scale(scale, smoke=0.25, quick=1, fast=1, paper=4)
+    path_width = by_scale(scale, smoke=0.25, quick=0.75, fast=1, paper=4)
 
     def networks(norm: str, widths: list[float]) -> list[dict]:
         recipe = RESNET if norm == "bn" else NORM_FREE  # at `fast`; the other scales' names have it
@@ -180,9 +181,9 @@ def width_depth(scale: str) -> Grid:
         paper="cifar10/vgg{}-fused-w1/jordan",
     )
     units = by_scale(
-        scale, smoke=[8, 16], quick=[16, 64, 256], fast=[32, 128, 512], paper=[32, 64, 128, 256, 512, 1024, 2048]
+        scale, smoke=[8, 16], quick=[16, 64, 128], fast=[32, 128, 512], paper=[32, 64, 128, 256, 512, 1024, 2048]
     )
-    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.25, 0.5, 1], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16])
+    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.25, 0.5, 0.75], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16])
     depths = by_scale(scale, smoke=[11, 13], quick=[11, 13, 16, 19], fast=[11, 13, 16, 19], paper=[11, 13, 16, 19])
     panels = {
         "repair/fig6-left": [{"run": mlp.format(d, n), "series": d, "width": n} for d in data for n in units],
@@ -256,7 +257,7 @@ def split_pairs(scale: str) -> list[dict]:
     networks = by_scale(
         scale,
         smoke=["resnet8-bn-w0.25/smoke"],
-        quick=["mlp3-fused-w256/quick", "resnet20-bn-w1/quick"],
+        quick=["mlp3-fused-w256/quick", "resnet20-bn-w0.75/quick"],
         fast=[f"resnet18-bn-w0.5/{RESNET}"],
         paper=["resnet18-bn-w1/jordan"],
     )

@@ -279,6 +279,7 @@ def rescaling(scale: str) -> Grid:
             "rethink/table9": network["VGG"],
         },
         seeds=_seeds(scale),
+        passes=70,
         settings=runs,
     )
 
@@ -321,11 +322,12 @@ def matching_retains(scale: str) -> Grid:
             "rethink/no-matching": network["VGG"],
         },
         seeds=_seeds(scale),
+        passes=100,
         settings={
             **runs,
             "learning rate": by_scale(scale, smoke=0.01, quick=0.01, fast=0.01, paper=0.01),
             "epochs": by_scale(scale, smoke=1, quick=25, fast=5, paper=20),  # at most
-            "every": by_scale(scale, smoke=5, quick=10, fast=10, paper=5),  # steps from one measurement to the next
+            "every": by_scale(scale, smoke=5, quick=20, fast=10, paper=5),  # steps from one measurement to the next
             "images for Fisher information": by_scale(scale, smoke=20, quick=300, fast=1000, paper=5000),
         },
     )

@@ -263,7 +263,7 @@ CLAIMS = [
         "65.8 and 75.4; 83.6 and 83.6 %",
         ("rethink/table9",),
         sequential_better,
-        "in our simultaneous pass a layer normalises by the statistics of batches of 500 images, so that deeper layers "
+        "in our simultaneous pass a layer normalises by the statistics of batches of 250 images, so that deeper layers "
         "see corrected inputs already",
     ),
     Claim(

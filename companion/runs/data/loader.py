@@ -64,7 +64,7 @@ class Loader:
 def iterate(
     dataset: Dataset,
     split: str = "train",
-    batch_size: int = 500,
+    batch_size: int | None = None,
     augment: Sequence[str] = (),
     generator: torch.Generator | None = None,
     shuffle: bool = False,
@@ -77,7 +77,8 @@ def iterate(
     Args:
         dataset: of `load`.
         split: "train" or "test".
-        batch_size: images in a batch; the last may have fewer.
+        batch_size: images in a batch; the last may have fewer. Default: 500 on a GPU, and 200 on a CPU, whose cache
+            holds the activations of so few.
         augment: names, see `augment`.
         generator: on the CPU; one number is drawn from it, the seed of this pass (0 without it), so calling again with
             the same generator gives another pass, while iterating twice over one result gives the same pass twice.
@@ -98,6 +99,8 @@ def iterate(
     check(split, ("train", "test"), "split")
     for name in augment:
         check(name, AUGMENTATIONS, "augmentation")
+    if batch_size is None:
+        batch_size = 200 if dataset.device.type == "cpu" else 500
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit are at least 1, not {batch_size} and {limit}")
     half = getattr(dataset, split)
