@@ -38,7 +38,7 @@ def main() -> None:
         }
         mid = interpolate_models(a, b, 0.5)
         net, data = trace(mid, example), Batches(batches, mid)
-        ours, seconds = timed(lambda net=net, data=data, rules=rules: _sequential(net, data, rules, False))
+        (ours, _), seconds = timed(lambda net=net, data=data, rules=rules: _sequential(net, data, rules, False))
         prefix, seconds_prefix = timed(lambda net=net, rules=rules: layer_by_layer(net, batches, rules, False))
         _, seconds_whole = timed(lambda net=net, rules=rules: layer_by_layer(net, batches, rules, True))
         gap = max(float(((ours[n].gain - prefix[n].gain) / prefix[n].gain).abs().max()) for n in rules)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def correction(
     goal_std: Units,
     correct: str = "repair",
     eps: float = 0.0,
+    reliable: Units | None = None,
 ) -> Correction:
     """Gain and shift that take (mean, var) to the goal, wholly or in part (Qu & Horvath 2024, Sec. 4.1).
 
@@ -48,24 +49,31 @@ def correction(
     * rescale: ``x -> x / std * goal_std``, about zero, so that a bias is scaled as well;
     * reshift: ``x -> x - mean + goal_mean``.
 
-    with ``std = sqrt(var + eps)``.
+    with ``std = sqrt(var + eps)``. A gain that is not wholly reliable is multiplied by `reliable`.
 
     Args:
         mean, var: present statistics of the channels (units,).
         dead: which channels are constant (units,), bool; they are shifted, and scaled only if eps is added.
         goal_mean, goal_std: (units,).
         correct, eps: see `renorm.Options`.
+        reliable: factors of the gains (units,), in [0, 1].
     """
     if eps:
         dead = torch.zeros_like(dead)
     std = (var + eps).sqrt().masked_fill(dead, 1.0)
     gain = torch.ones_like(std) if correct == "reshift" else torch.where(dead, 1.0, goal_std / std)
+    if reliable is not None:
+        gain = torch.where(dead, gain, gain * reliable)
     return Correction(gain, torch.zeros_like(gain) if correct == "rescale" else goal_mean - gain * mean)
 
 
-def correct_moments(now: Moments, **goal) -> Correction:
-    """`correction` from measured moments to a goal (goal_mean, goal_std, correct, eps)."""
-    return correction(now.mean(), now.var(), now.dead(), **goal)
+def correct_moments(now: Moments, *, shrink: float = 0.0, **goal) -> Correction:
+    """`correction` from measured moments to a goal (goal_mean, goal_std, correct, eps).
+
+    With `shrink`, the moments have the reference beside the network, see `renorm.Options`.
+    """
+    reliable = now.corr().clamp_min(0) ** shrink if shrink else None
+    return correction(now.mean(), now.var(), now.dead(), **goal, reliable=reliable)
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,15 +87,20 @@ class Repaired:
             torch.fx.GraphModule with a `ChannelAffine` after each of them (functional dropout in it stays as in
             evaluation); otherwise it has the original class and architecture.
         new_biases: layers that had no bias and received one.
+        dead: by node, int64 indices of the channels that are constant on the data before their correction, if there are
+            any. Pruning may have killed them. They are shifted, and no gain can bring them back.
     """
 
     model: nn.Module
     corrections: dict[str, Correction]
     visible: tuple[str, ...] = ()
     new_biases: tuple[str, ...] = ()
+    dead: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         lines = [f"{type(self.model).__name__}: {len(self.corrections)} corrected, {len(self.visible)} visible"]
+        if self.dead:
+            lines[0] += f"; constant channels: {', '.join(f'{len(c)} of {name}' for name, c in self.dead.items())}"
         width = max(map(len, ("node", *self.corrections)))
         if self.corrections:
             lines.append(f"{'node':{width}}  units  mean gain  correction")

@@ -7,8 +7,9 @@ go into ordinary weights (`fold`).
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
 
 Rule = Callable[[Moments], Correction]  # a target's present statistics -> its correction
+Constant = dict[str, Tensor]  # by node, which channels are constant, bool (units,)
 
 
 def predicted_variance(ends: Moments, alpha: float = 0.5) -> Units:
@@ -71,22 +73,28 @@ def _set_statistics(module: Any, moments: Moments) -> None:
         module.running_var.copy_(moments.var())
 
 
-def _sequential(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool) -> dict[str, Correction]:
+def _sequential(
+    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool, reference: TracedNet | None = None
+) -> tuple[dict[str, Correction], Constant]:
     """Corrections from exact statistics, in one pass: every node is computed for the whole set before the next one.
 
     A target is measured with all corrections before it in place, as if the network were repaired layer by layer with
-    one pass each. All activations of the set are held at the nodes in flight.
+    one pass each. All activations of the set are held at the nodes in flight. A reference runs along, so that rules
+    have the moments of both.
     """
     norms = batchnorms(net) if reset else {}
     left = len(goals) + len(norms)
     values: list[dict] = [{} for _ in batches]
-    corrections = {}
+    beside = _Beside(reference, batches, len(values)) if reference else None
+    corrections, constant = {}, {}
     with eval_mode(net.model):
         for node in net.nodes:
             if not left:
                 break
             if node.name in norms:
-                _set_statistics(net.modules[node.target], moments_of(chunk[node.args[0]] for chunk in values))
+                moments = moments_of(chunk[node.args[0]] for chunk in values)
+                _set_statistics(net.modules[node.target], moments)
+                constant[node.name] = moments.dead()
                 left -= 1
             # Only a placeholder reads the batches; the loader is asked once more, not held twice.
             inputs = batches if node.op == "placeholder" else [None] * len(values)
@@ -94,14 +102,42 @@ def _sequential(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], res
                 chunk[node] = net.compute(node, chunk, iter((x,)))
                 net.forget(node, chunk)
             if node.name in goals:
-                fix = corrections[node.name] = goals[node.name](moments_of(chunk[node] for chunk in values))
+                here = [chunk[node] for chunk in values]
+                moments = beside.moments(node.name, here) if beside else moments_of(here)
+                constant[node.name] = moments.dead()
+                fix = corrections[node.name] = goals[node.name](moments)
                 for chunk in values:
                     chunk[node] = fix.apply(chunk[node])
                 left -= 1
-    return corrections
+    return corrections, constant
 
 
-def _simultaneous(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool) -> dict[str, Correction]:
+class _Beside:
+    """A reference that runs node by node beside the network that is renormalised."""
+
+    def __init__(self, net: TracedNet, batches: Batches, count: int):
+        self.net, self.batches, self.count = net, batches, count
+        self.nodes, self.values = iter(net.nodes), [{} for _ in range(count)]
+
+    def moments(self, name: str, here: Sequence[Tensor]) -> Moments:
+        """Moments of a node's values, and beside them of the reference's, chunk by chunk."""
+        with eval_mode(self.net.model):
+            for node in self.nodes:
+                inputs = self.batches if node.op == "placeholder" else [None] * self.count
+                for chunk, x in zip(self.values, inputs, strict=True):
+                    chunk[node] = self.net.compute(node, chunk, iter((x,)))
+                    self.net.forget(node, chunk)
+                if node.name == name:
+                    moments = Moments("paired")
+                    for value, chunk in zip(here, self.values, strict=True):
+                        moments.update(value, chunk[node])
+                    return moments
+        raise ValueError(f"the reference has no node {name!r} to compare with; use shrink=0")
+
+
+def _simultaneous(
+    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool
+) -> tuple[dict[str, Correction], Constant]:
     """Corrections by the paper's procedure: targets normalise each batch by its own statistics while recording them."""
     norms = batchnorms(net) if reset else {}
     if both := norms.keys() & goals.keys():
@@ -131,7 +167,8 @@ def _simultaneous(net: TracedNet, batches: Batches, goals: Mapping[str, Rule], r
         hook.remove()
     for name, module in modules.items():
         _set_statistics(module, seen[name])
-    return {name: goals[name](seen[name]) for name in goals}
+    corrections = {name: goals[name](seen[name]) for name in goals}
+    return corrections, {name: moments.dead() for name, moments in seen.items()}
 
 
 MEASURE = {"sequential": _sequential, "simultaneous": _simultaneous}
@@ -146,6 +183,10 @@ class Options:
         average: replace a layer's goal stds by their mean over channels (RESCALE (average), Qu & Horvath 2024,
             Table 1).
         eps: added to the variance that is divided by; 1e-5 in Qu & Horvath's released code.
+        shrink: power s of the correlation with the reference's channel that the gain is multiplied by. 0 gives the
+            channel the reference's std. But a channel that lost what made it vary, as pruning may do, would have its
+            noise amplified; ``gain = rho^s std_ref / std`` spares it. With 1 it is the least-squares gain, which comes
+            nearest to the reference. For "sequential", and one network as the reference.
         method: one of four:
 
             * "sequential": statistics are exact for the resulting network; one pass;
@@ -164,6 +205,7 @@ class Options:
     correct: str = "repair"
     average: bool = False
     eps: float = 0.0
+    shrink: float = 0.0
     method: str = "sequential"
     targets: str | Sequence[str] = TARGETS
     bn: str = "frozen"
@@ -179,6 +221,9 @@ class Options:
             )
         if self.correct == "reshift" and self.method == "closed-form":
             raise ValueError("method='closed-form' takes the means to be right already: there is nothing to reshift")
+        if self.shrink and (self.method != "sequential" or not 0 <= self.shrink < math.inf):
+            raise ValueError(f"shrink is at least 0, and for method='sequential' only, not {self.shrink} with "
+                             f"method={self.method!r}")  # fmt: skip
         if self.correct == "reshift" and self.average:
             raise ValueError("average=True averages the goal std, which correct='reshift' does not use")
 
@@ -209,6 +254,8 @@ class Goals:
         recorded = isinstance(self.references[0], Mapping)
         if self.options.method == "closed-form" and (recorded or len(self.references) != 2):
             raise ValueError("method='closed-form' needs two networks as references")
+        if self.options.shrink and (recorded or len(self.references) != 1):
+            raise ValueError("shrink compares channels with those of one network as the reference")
         if recorded:
             self.statistics: list[Statistics] = self.references
             self.targets = list(self.statistics[0])
@@ -300,8 +347,13 @@ class Goals:
                 mean, var = goal["goal_mean"], predicted_variance(ends, alpha)  # the first layer has this mean already
                 corrections[name] = correction(mean, var, var.sqrt() <= 1e-6 * mean.abs(), **goal)
         else:
-            rules = {name: functools.partial(correct_moments, **goal) for name, goal in goals.items()}
-            corrections = MEASURE[self.options.method](net, batches, rules, self.options.bn == "reset")
+            shrink = self.options.shrink
+            rules = {name: functools.partial(correct_moments, **goal, shrink=shrink) for name, goal in goals.items()}
+            beside = {"reference": trace(self.references[0], example)} if shrink else {}
+            corrections, constant = MEASURE[self.options.method](
+                net, batches, rules, self.options.bn == "reset", **beside
+            )
+            return _report(fold(model, corrections, example), constant)
         return fold(model, corrections, example)
 
 
@@ -384,5 +436,9 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential") -> Re
     net = trace(out, batches.example())
     if not batchnorms(net):
         raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to reset; use Repair instead")
-    MEASURE[method](net, batches, {}, True)
-    return Repaired(out, {})
+    _, constant = MEASURE[method](net, batches, {}, True)
+    return _report(Repaired(out, {}), constant)
+
+
+def _report(repaired: Repaired, constant: Constant) -> Repaired:
+    return replace(repaired, dead={name: flags.nonzero().flatten() for name, flags in constant.items() if flags.any()})
