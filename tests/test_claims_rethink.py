@@ -127,6 +127,60 @@ def widths(narrow: float, wide: float) -> list[dict]:
     return joined(*(path(0.9 - lost, series="VGG", width=w) for w, lost in {1: narrow, 2: wide}.items()))
 
 
+def rates(small: float, large: float, worse: float | None = None) -> list[dict]:
+    """What is lost halfway at a small learning rate, at a large one, and by networks made worse at the large one."""
+    lost = {(0.01, False): small, (0.1, False): large} | ({} if worse is None else {(0.1, True): worse})
+    return joined(*(
+        path(0.9 - points, series="VGG", matching=m, lr=lr, **({} if worse is None else {"degraded": degraded}))
+        for m in ("WM", "AM") for (lr, degraded), points in lost.items()
+    ))  # fmt: skip
+
+
+def sparser(small: float, large: float) -> list[dict]:
+    values = {(lr, s): 0.9 - s * lost for lr, lost in {0.01: small, 0.1: large}.items() for s in (0.0, 0.5, 0.9)}
+    return measured(values, by=("lr", "sparsity"), series="VGG")
+
+
+def initial(small: float, large: float) -> list[dict]:
+    """How much more is lost from normal initial weights than from uniform ones."""
+    return joined(*(
+        path(0.8 - more, series="VGG", matching="WM", lr=lr, init=init)
+        for lr, extra in {0.01: small, 0.1: large}.items()
+        for init, more in {"Kaiming normal": extra, "Kaiming uniform": 0.0}.items()
+    ))  # fmt: skip
+
+
+def decays(small: float, large: float, control: float | None = None) -> list[dict]:
+    lost = {(1e-4, False): small, (5e-4, False): large} | ({} if control is None else {(1e-4, True): control})
+    return joined(*(
+        path(0.9 - points, series="VGG", wd=wd, **({} if control is None else {"degraded": degraded}))
+        for (wd, degraded), points in lost.items()
+    ))  # fmt: skip
+
+
+def two_ways(repair: float, rescale: float) -> list[dict]:
+    """How far the midpoint moves with weight decay."""
+    return joined(*(
+        path(0.8 - moved * (wd == 1e-4), matching="WM", renorm=renorm, wd=wd)
+        for renorm, moved in {"REPAIR": repair, "RESCALE": rescale}.items() for wd in (1e-4, 5e-4)
+    ))  # fmt: skip
+
+
+def pruned(gain: float, magnitude: float) -> list[dict]:
+    """Accuracies gained by renormalising, and that of magnitude less than WoodFisher's."""
+    return [
+        {"series": "VGG", "pair": pair, "pruner": pruner, "sparsity": sparsity, "renorm": renorm,
+         "accuracy": 0.5 + (gain * (sparsity > 0.5) if renorm != "none" else 0) - magnitude * (pruner[0] == "g")}
+        for pair in PAIRS for pruner in ("global magnitude", "WoodFisher") for sparsity in (0.0, 0.5, 0.9)
+        for renorm in ("none", "renormalised")
+    ]  # fmt: skip
+
+
+def images(few: float) -> list[dict]:
+    values = {("before", "none"): 0.2, ("64 images", "renormalised"): few, ("all images", "renormalised"): 0.8}
+    return measured(values, by=("samples", "renorm"), pruner="global magnitude", sparsity=0.9)
+
+
 BASINS = basins(0.8, 0.89, 0.85, 1.0), basins(0.3, 0.5, 0.4, 0.99)
 CASES = {  # item: (a table that shows it, one that does not)
     **{f"rethink/fig{i}": (widths(0.5, 0.4), widths(0.05, 0.06)) for i in ("2b", "7")},
@@ -146,6 +200,15 @@ CASES = {  # item: (a table that shows it, one that does not)
     "rethink/fig43": (joined(layers("magnitude", 0.8), layers("zeros", 0.3)),
                       joined(layers("magnitude", 0.4), layers("zeros", 0.6))),
     "rethink/no-matching": (unmatched(0.12), unmatched(0.7)),
+    **dict.fromkeys(("rethink/fig5a", "rethink/fig45-46"), (rates(0.5, 0.1), rates(0.1, 0.1))),
+    "rethink/fig47-58": (rates(0.5, 0.1, 0.2), rates(0.2, 0.1, 0.3)),
+    "rethink/fig44": (sparser(0.5, 0.2), sparser(0.2, 0.5)),
+    **dict.fromkeys(("rethink/fig5b", "rethink/fig60-62"), (initial(0.4, 0.0), initial(0.1, 0.1))),
+    "rethink/fig6a": (decays(0.5, 0.1), decays(0.1, 0.3)),
+    "rethink/fig63-68": (decays(0.5, 0.1, 0.4), decays(0.2, 0.3, 0.1)),
+    **dict.fromkeys(("rethink/fig6c", "rethink/fig71"), (two_ways(0.4, 0.1), two_ways(0.1, 0.4))),
+    **{f"rethink/fig{i}": (pruned(0.3, 0.01), pruned(-0.1, 0.2)) for i in ("2a", "6d", "72", "73")},
+    "rethink/fig74": (images(0.795), images(0.7)),
     "rethink/table2": (codes(0.6, 0.58), codes(0.5, 0.6)),
 }  # fmt: skip
 JUDGED = [(claim, item) for claim in claims("rethink").values() for item in claim.items]

@@ -30,7 +30,8 @@ def test_the_paper_is_as_printed():
     [hypercube, stitching, width, min_max, combine.extrapolation, combine.three_models, combine.functional_difference,
      combine.robustness, repair.variance_collapse, repair.repair, repair.normalization,
      repair.width_depth, rethink.renormalization, rethink.same_basin, rethink.many_models, rethink.biases,
-     rethink.rescaling, rethink.data_independent, rethink.matching_retains, rethink.precision],
+     rethink.rescaling, rethink.data_independent, rethink.matching_retains, rethink.precision,
+     rethink.learning_rate, rethink.weight_decay, rethink.pruning],
 )  # fmt: skip
 def test_sections_have_all_items_of_their_notebook_and_runs_that_exist(make, scale):
     grid, index = make(scale), read_index()

@@ -5,9 +5,10 @@ import torch
 
 from companion.experiments.pairs import load_pair
 from companion.experiments.statistics import midpoints, new_network
-from companion.experiments.trajectories import recovery_rows, retraining_rows, trajectory
+from companion.experiments.trajectories import distance_rows, recovery_rows, retraining_rows, trajectory
 from companion.runs.recipes import Recipe
 from companion.runs.train import fit
+from repairlib.diagnostics import distance
 from repairlib.interpolate import interpolate_models
 
 RUNS = ["digits/mlp2-plain-w16/smoke/s1", "digits/mlp2-plain-w16/smoke/s2"]
@@ -46,6 +47,14 @@ def test_it_stops_where_it_is_told_to(pair):
     )
     assert [row["step"] for row in rows] == [0, 3, 6]
     assert len(trajectory(pair.a, pair.dataset, [recipe], lambda model: {"x": 1.0}, 3, until=lambda row: True)) == 1
+
+
+def test_distances_are_those_of_the_stored_networks_in_the_end(pair):
+    rows = distance_rows(tuple(RUNS), [1, 2, 50])
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert rows[-1]["distance"] == pytest.approx(distance(pair.a, pair.b), rel=1e-6)
+    start = [new_network(load_pair([run, run], 100), seed) for seed, run in enumerate(RUNS, start=1)]
+    assert rows[0]["distance"] == pytest.approx(distance(*start), rel=1e-6)
 
 
 def test_midpoints_recover(pair):

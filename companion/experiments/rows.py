@@ -12,6 +12,7 @@ from companion.experiments.pairs import Pair, pairs_of
 from companion.experiments.tables import MEASURES, Table, barriers
 from companion.runs import train
 from companion.runs.data import iterate
+from companion.runs.names import seeded
 from repairlib.diagnostics import unit_agreement
 from repairlib.evaluation import evaluate
 from repairlib.names import check
@@ -101,6 +102,16 @@ def rows(
             for row in path_rows(pair, alphas, matchings=matchings, renorms=renorms, splits=splits, **options)
         ]
     )
+
+
+def usual_renorm(run: str) -> str:
+    """How a network between others is renormalised: RESET with BatchNorm, nothing with LayerNorm, else REPAIR.
+
+    >>> usual_renorm("cifar10/vgg16-ln-w1/qu"), usual_renorm("cifar10/vgg16-plain-w1/qu")
+    ('none', 'REPAIR')
+    """
+    norm = train.parse_run(seeded(run, 1), check_data=False).model.norm
+    return {"bn": "RESET", "ln": "none"}.get(norm, "REPAIR")
 
 
 def equal_steps(points: int) -> list[float]:

@@ -2,21 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from companion.experiments.pairs import Pair
 from companion.experiments.tables import network_name
-from companion.runs import models, store
-from companion.runs.data import iterate
+from companion.runs import models, store, train
+from companion.runs.data import iterate, load
 from companion.runs.names import parse_run, recipe_of
-from repairlib.corrections import Statistics
+from repairlib.corrections import Statistics, target_nodes
 from repairlib.data_independent import Recorder, batch_statistics
 from repairlib.diagnostics import activation_scales, layer_means, weight_magnitudes
 from repairlib.evaluation import evaluate
 from repairlib.fisher import diagonal_fisher
 from repairlib.interpolate import interpolate_models
+from repairlib.pruning import prunable
 from repairlib.renorm import renormalize, reset
+from repairlib.tracing import eval_mode, trace
 
 MATCHED = ("WM", "AM")
 
@@ -205,6 +208,45 @@ def zero_rows(pair: Pair) -> list[dict]:
     rows = activation_scales({"endpoint A": pair.a} | midpoints(pair), pair.calibration)
     columns = ("network", "layer", "node", "zeros")
     return [{column: row[column] for column in columns} for row in rows if row["place"] == "after"]
+
+
+SIZES = np.linspace(-6, 2, 49)  # log10, edges of the bins that sizes are counted in
+
+
+def density_rows(run: str, images: int = 500) -> list[dict]:
+    """How often sizes of weights and of activations occur in a network (Figs. 6B, 69, 70).
+
+    Weights are those of convolutions and linear layers; an activation is the mean size ``E|x_c|`` of a channel of a
+    convolution's output.
+
+    Args:
+        run: the network's name.
+        images: training images that activations are measured on.
+
+    Returns:
+        Rows {what: "weights" or "activations", size: log10 of it, the middle of a bin, density: the share in the bin
+        divided by its width, median: of all}.
+    """
+    dataset = load(parse_run(run).data, device=train.default_device())
+    model = store.get(run, dataset.device)
+    weights = torch.cat([weight.flatten() for weight in prunable(model).values()]).abs()
+    batches = list(iterate(dataset, "train", limit=images))
+    net = trace(model, batches[0][0][:2])
+    sums: dict[str, Tensor] = {}
+    with eval_mode(model):
+        for x, _ in batches:
+            for node, values in net.walk(x, target_nodes(net, "conv")):
+                sums[node] = sums.get(node, 0) + values.abs().mean(list(range(2, values.ndim))).sum(0)
+    channels = torch.cat(list(sums.values())) / sum(len(x) for x, _ in batches)
+    rows = []
+    for what, values in {"weights": weights, "activations": channels}.items():
+        logs = values[values > 0].double().log10().cpu().numpy()
+        density, edges = np.histogram(logs.clip(SIZES[0], SIZES[-1]), SIZES, density=True)
+        rows += [
+            {"what": what, "size": float(low + high) / 2, "density": float(share), "median": float(values.median())}
+            for low, high, share in zip(edges, edges[1:], density, strict=False)
+        ]
+    return rows
 
 
 def _by_layer(found: Mapping[str, Mapping[str, float]], measure: str) -> list[dict]:

@@ -96,6 +96,21 @@ def restore_ends(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{measure: ends[measure].fillna(table[measure]) for measure in MEASURES})
 
 
+def pruned_means(table: Table, by: Sequence[str] = ("series", "pruner", "sparsity")) -> pd.DataFrame:
+    """Mean accuracies of pruned networks in percent, by some columns: before and after they are renormalised.
+
+    Args:
+        table: rows of `pruning.pruning_rows`.
+        by: columns.
+
+    Returns:
+        Columns "none", "renormalised", ..., indexed by the values of `by`; dense networks are left out.
+    """
+    frame = pd.DataFrame(table)
+    frame = frame[frame["sparsity"] > 0]
+    return 100 * frame.groupby([*by, "renorm"], sort=False)["accuracy"].mean().unstack("renorm")
+
+
 def barrier_means(table: Table, by: Sequence[str], metric: str = "loss") -> pd.DataFrame:
     """Means over pairs of the barriers of a long table, a column for each renormalisation.
 

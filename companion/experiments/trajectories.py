@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from companion.experiments.pairs import Pair
-from companion.runs.data import Dataset, iterate
+from companion.runs import train
+from companion.runs.data import Dataset, iterate, load
 from companion.runs.names import parse_run, recipe_of
 from companion.runs.recipes import Recipe
 from companion.runs.train import fit
@@ -97,6 +98,37 @@ def recovery_rows(
             start, pair.dataset, [recipe], measure, every, until=lambda row: row["train_accuracy"] >= enough
         )
     ]
+
+
+def distance_rows(runs: tuple[str, str], epochs: Sequence[int]) -> list[dict]:
+    """Distance between two networks while they are trained, from their initial weights on (Figs. 5C and 62).
+
+    Both are trained anew, as their names say; at the end they are the stored networks.
+
+    Args:
+        runs: names of two runs of one model, none of which continues another.
+        epochs: after which epochs to measure; what is beyond the last one is left out.
+
+    Returns:
+        Rows {epoch: from 0, distance: l2 of all parameters}.
+    """
+    recipe, dataset = recipe_of(parse_run(runs[0])), load(parse_run(runs[0]).data, device=train.default_device())
+    per_epoch = max(1, len(dataset.train) // recipe.batch_size)
+    steps = {0: 0} | {epoch * per_epoch: epoch for epoch in epochs if epoch <= recipe.trained_epochs}
+    seen: dict[int, nn.Module] = {}
+    rows = []
+
+    def keep(step: int, model: nn.Module, loss: Tensor) -> None:
+        if step in steps:
+            seen[step] = copy.deepcopy(model).cpu()
+
+    def compare(step: int, model: nn.Module, loss: Tensor) -> None:
+        if step in steps:
+            rows.append({"epoch": steps[step], "distance": distance(seen.pop(step), copy.deepcopy(model).cpu())})
+
+    for run, look in zip(runs, (keep, compare), strict=True):
+        train.train(run, dataset=dataset, device=dataset.device, callback=look, progress=False)
+    return rows
 
 
 def retraining_rows(pair: Pair, recipes: Sequence[Recipe], every: int) -> list[dict]:

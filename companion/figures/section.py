@@ -20,9 +20,9 @@ from matplotlib.figure import FigureBase
 from companion.experiments.available import can_be_had, say_left_out
 from companion.experiments.grids import Grid
 from companion.experiments.pairs import Pair, pairs_of
-from companion.experiments.rows import rows
+from companion.experiments.rows import rows, usual_renorm
 from companion.experiments.scales import SCALES, check_scale, wanted
-from companion.experiments.tables import Table
+from companion.experiments.tables import Table, restore_ends
 from companion.figures.report import load_item, read_index, save_item
 from companion.runs import costs
 from companion.runs.names import seeded
@@ -152,6 +152,21 @@ class Section:
         table.attrs["seconds"] = seconds
         return table
 
+    def usual_rows(self, networks: Iterable[Mapping[str, object]], **how) -> pd.DataFrame:
+        """The long table of some networks, each renormalised as usual, see `experiments.rows.usual_renorm`.
+
+        The ends of all paths are the networks as trained.
+
+        Args:
+            networks, **how: see `rows`, without renorms.
+        """
+        tables = []
+        for network in networks:
+            renorm = usual_renorm(network["run"])
+            table = self.rows([network], renorms=list(dict.fromkeys(["none", renorm])), **how)
+            tables.append(restore_ends(table)[table["renorm"] == renorm])
+        return pd.concat(tables, ignore_index=True)
+
     def pairs(self, run: str, seeds: Iterable[int] = (), **how) -> list[tuple[str, Pair]]:
         """Every pair of seeds of a run, by name ("1-2"); each is loaded and matched once for all items.
 
@@ -235,6 +250,24 @@ class Item:
             seeds = network.get("seeds", self.section.grid.seeds)
             for name, pair in self.section.pairs(network["run"], seeds, **how):
                 found += [{**columns, "pair": name, **row} for row in function(pair, *arguments)]
+        return pd.DataFrame(found)
+
+    def measure_each(self, function: Callable[..., Iterable[Mapping]], *arguments) -> pd.DataFrame:
+        """What a function measures on every network of the item, one by one.
+
+        Args:
+            function: (name of the run, *arguments) -> rows.
+            *arguments: of the function.
+
+        Returns:
+            Columns {**network, seed, **row}.
+        """
+        found = []
+        for network in self.networks:
+            columns = {name: value for name, value in network.items() if name != "seeds"}
+            for seed in network.get("seeds", self.section.grid.seeds):
+                rows = function(seeded(network["run"], seed), *arguments)
+                found += [{**columns, "seed": seed, **row} for row in rows]
         return pd.DataFrame(found)
 
     def save(self, table: Table, figure: FigureBase | None = None, summary: Mapping[str, object] | None = None) -> None:

@@ -74,6 +74,7 @@ def train(
     dataset: Dataset | None = None,
     data_root: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
+    callback: Callable[[int, nn.Module, Tensor], bool | None] | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, dict]:
     """Train a run by name.
@@ -90,6 +91,7 @@ def train(
         recipe, dataset: instead of those in the name.
         data_root: where data sets are (see data.load).
         device: default `default_device()`.
+        callback: see `fit`; steps are counted from 1, and 0 is the network before the first.
         progress: a bar if somebody is looking, and one line at the end.
 
     Returns:
@@ -123,7 +125,9 @@ def train(
             values = parent.state_dict()
             model.load_state_dict({key: values[key] for key in model.state_dict()})  # without biases if it has none
         facts: dict[str, bool] = {}
-        fit(model, dataset, how, run.seed, name=str(run), progress=progress, facts=facts)
+        if callback is not None:
+            callback(0, model.to(device), torch.tensor(math.nan, device=device))
+        fit(model, dataset, how, run.seed, callback=callback, name=str(run), progress=progress, facts=facts)
         if trained is not run.model:
             plain = models.build(run.model, dataset.shape, dataset.classes)
             plain.load_state_dict(fold_batchnorms(model).state_dict())

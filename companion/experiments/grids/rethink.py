@@ -6,13 +6,21 @@ ResNet8 on harder digits; the repetition is on easier ones. At `fast` they are R
 nobody trains twice: its plain VGG11 was trained with BatchNorm, which was then fused into the convolutions.
 """
 
+import math
+import re
+
 from companion.experiments.grids import Grid
 from companion.experiments.grids.repair import NORM_FREE, RESNET, VGG
 from companion.experiments.scales import by_scale
-from companion.runs.names import seeded
+from companion.runs.models import parse as parse_model
+from companion.runs.names import parse_run, recipe_of, seeded
+from companion.runs.recipes import CHANGES, Recipe, find_recipe
 
 # Plain VGGs diverge at the rate that suits BatchNorm. The paper's weight decay is what REPAIR's failures hinge on.
 VGG_CHANGES = {"plain": "~lr0.05~wd1e-4", "bn": "~wd1e-4"}
+
+PAPER_SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
+SPARSITIES = [0.3, 0.6, 0.8, 0.9, 0.95]
 
 
 def _seeds(scale: str) -> tuple[int, ...]:
@@ -345,3 +353,215 @@ def precision(scale: str) -> Grid:
     }
     networks = [{"run": run, "series": name} for name, run in runs.items()]
     return Grid(needs={"rethink/table2": networks}, seeds=_seeds(scale), settings=runs)
+
+
+def changed(run: str, change: str, value: float) -> str:
+    """A run name, without its seed, with another learning rate ("lr") or weight decay ("wd"), in its one form.
+
+    >>> changed("cifar10/vgg16-bn-w1/qu", "lr", 0.03), changed("cifar10/vgg16-bn-w1/qu~lr0.03", "lr", 0.1)
+    ('cifar10/vgg16-bn-w1/qu~lr0.03', 'cifar10/vgg16-bn-w1/qu')
+    """
+    data, model, recipe = run.split("/")
+    name, *changes = recipe.split("~")
+    others = [each for each in changes if not re.match(change + r"[\d.]", each)]
+    kind = parse_model(model).kind
+    usual = find_recipe("~".join([name, *others]), kind, data)
+    if math.isclose(getattr(usual, CHANGES[change].field), value):
+        return f"{data}/{model}/{usual.name}"
+    return f"{data}/{model}/{find_recipe('~'.join([usual.name, f'{change}{value:g}']), kind, data).name}"
+
+
+def _epoch(scale: str) -> str:
+    """Changes of `retrain` for one more epoch at the same rate."""
+    return by_scale(scale, smoke="", quick="~epochs1", fast="~epochs1", paper="~epochs1") + "~schedule=constant"
+
+
+def _as_trained(networks: list[dict]) -> list[dict]:
+    """Networks beside which there are degraded ones."""
+    return [{**network, "degraded": False} for network in networks]
+
+
+def _usual(run: str) -> Recipe:
+    return recipe_of(parse_run(seeded(run, 1), check_data=False))
+
+
+def _models(scale: str) -> dict[str, str]:
+    """The four networks whose learning rates are compared, run names without their seeds."""
+    width = by_scale(scale, smoke=None, quick=1, fast=None, paper=4)
+    return {
+        "VGG-BN": vgg(scale, "bn"),
+        "VGG-LN": vgg(scale, "ln"),
+        "ResNet-BN": resnet(scale, "bn", width),
+        "ResNet-LN": resnet(scale, "ln", width),
+    }
+
+
+def learning_rate(scale: str) -> Grid:
+    """Section 4.3: networks trained at several learning rates, from two initialisations."""
+    shares = by_scale(scale, smoke=[0.1, 1], quick=[0.1, 0.3, 1], fast=[0.1, 0.3, 1], paper=[0.1, 0.3, 0.5, 0.7, 1])
+    both = _models(scale)
+
+    def rates(series: str, run: str) -> list[dict]:
+        usual = _usual(run).lr
+        return [
+            {"run": changed(run, "lr", round(share * usual, 6)), "series": series, "lr": round(share * usual, 6)}
+            for share in shares
+        ]
+
+    def control(series: str) -> dict:
+        """The networks of the largest rate, trained on at that rate, which makes them worse."""
+        largest = rates(series, both[series])[-1]
+        return {**largest, "run": f"{largest['run']}/s{{seed}}/retrain{_epoch(scale)}", "degraded": True}
+
+    def inits(series: str) -> list[dict]:
+        """The smallest and the largest rate, from normal and from uniform initial weights."""
+        normal = by_scale(scale, smoke="", quick="", fast="", paper="~init=fan-out")
+        named = {"Kaiming normal": normal, "Kaiming uniform": "~init=uniform"}
+        ends = rates(series, both[series])[:: len(shares) - 1]
+        return [{**each, "run": each["run"] + change, "init": init} for init, change in named.items() for each in ends]
+
+    everything = {series: rates(series, run) for series, run in both.items()}
+    easier = by_scale(
+        scale,
+        smoke="digits/vgg11-ln-w0.0625/smoke",
+        quick="digits/vgg11-ln-w0.25/quick",
+        fast="mnist/vgg11-ln-w0.5/qu-mnist~epochs5",
+        paper="mnist/vgg16-ln-w1/qu-mnist~init=uniform",
+    )
+    tenths = by_scale(scale, smoke=[0.1, 1], quick=[0.01, 0.1, 1], fast=[0.01, 0.1, 1], paper=[0.01, 0.1, 1])
+    mnist = [
+        {"run": changed(easier, "lr", round(share * _usual(easier).lr, 6)), "series": "VGG-LN",
+         "lr": round(share * _usual(easier).lr, 6)}
+        for share in tenths
+    ]  # fmt: skip
+    rates_of_all = [network for networks in everything.values() for network in networks]
+    return Grid(
+        needs={
+            "rethink/fig5a": everything["VGG-LN"],
+            "rethink/fig45-46": rates_of_all,
+            "rethink/fig47-58": _as_trained(rates_of_all) + [control(series) for series in both],
+            "rethink/fig44": everything["VGG-BN"] + everything["ResNet-BN"],
+            "rethink/fig5d": mnist,
+            "rethink/fig59": mnist,
+            "rethink/fig5b": inits("VGG-LN"),
+            "rethink/fig5c": inits("VGG-LN"),
+            "rethink/fig60-62": inits("VGG-LN") + inits("ResNet-LN"),
+        },
+        seeds=_seeds(scale),
+        settings={
+            **both,
+            "shares of the usual learning rate": shares,
+            "on the easier data": easier,
+            "shares of its learning rate": tenths,
+            "points": by_scale(scale, smoke=3, quick=5, fast=5, paper=11),  # of a path, ends included
+            "sparsities": by_scale(scale, smoke=[0.5], quick=SPARSITIES, fast=SPARSITIES, paper=PAPER_SPARSITIES),
+            "measured after epochs": by_scale(
+                scale, smoke=[1], quick=[1, 2, 5, 10, 20], fast=[1, 2, 5, 14], paper=[1, 2, 5, 10, 20, 40, 80, 120, 160]
+            ),
+        },
+    )
+
+
+def weight_decay(scale: str) -> Grid:
+    """Section 4.3: networks trained with several weight decays."""
+    # Within so few steps as at `quick`, weights fade only if they decay faster.
+    decays = by_scale(
+        scale, smoke=[1e-4, 1e-2], quick=[1e-4, 3e-3, 1e-2], fast=[1e-4, 5e-4], paper=[1e-4, 2e-4, 3e-4, 4e-4, 5e-4]
+    )
+    width = by_scale(scale, smoke=None, quick=1, fast=None, paper=1)
+    runs = {
+        "VGG": vgg(scale, "plain"),
+        "ResNet-BN": resnet(scale, "bn", width),
+        "ResNet-LN": resnet(scale, "ln", width),
+    }
+    networks = {
+        series: [{"run": changed(run, "wd", decay), "series": series, "wd": decay} for decay in decays]
+        for series, run in runs.items()
+    }
+
+    def control(series: str) -> dict:
+        """The networks of the smallest weight decay, trained on with the largest."""
+        least = networks[series][0]
+        change = find_recipe(f"retrain~wd{decays[-1]:g}{_epoch(scale)}", "", "", _usual(least["run"]))
+        return {**least, "run": f"{least['run']}/s{{seed}}/{change.name}", "degraded": True}
+
+    everything = [network for each in networks.values() for network in each]
+    compressed = [each for series in ("VGG", "ResNet-BN") for each in (networks[series][0], networks[series][-1])]
+    return Grid(
+        needs={
+            "rethink/fig6a": everything,
+            "rethink/fig63-68": _as_trained(everything) + [control(series) for series in runs],
+            "rethink/fig6b": compressed[:2],
+            "rethink/fig69-70": compressed,
+            "rethink/fig6c": networks["VGG"],
+            "rethink/fig71": networks["VGG"],
+        },
+        seeds=_seeds(scale),
+        settings={
+            **runs,
+            "weight decays": decays,
+            "points": by_scale(scale, smoke=3, quick=5, fast=5, paper=11),  # of a path, ends included
+        },
+    )
+
+
+def pruning(scale: str) -> Grid:
+    """Section 5: trained networks, pruned at once in several ways, and renormalised."""
+    width = by_scale(scale, smoke=None, quick=1, fast=None, paper=1)
+    first = {
+        "ResNet-BN": resnet(scale, "bn", width),
+        "ResNet-LN": resnet(scale, "ln", width),
+        "VGG-BN": vgg(scale, "bn"),
+        "VGG-LN": vgg(scale, "ln"),
+        "VGG": vgg(scale, "plain"),
+    }
+    again = by_scale(
+        scale,
+        smoke={"VGG-BN again": vgg(scale, "bn", again=True)},
+        # REPAIR's, so that nobody trains others
+        quick={
+            "ResNet20-BN again": "digits/resnet20-bn-w0.5/quick",
+            "ResNet20-LN again": "digits/resnet20-ln-w0.5/quick",
+            "VGG again": "digits/vgg11-fused-w0.25/quick",
+        },
+        fast={"ResNet18-BN": f"cifar10/resnet18-bn-w0.5/{RESNET}"},
+        paper={
+            "ResNet-BN again": "cifar100/resnet20-bn-w1-sc1/qu",
+            "ResNet-LN again": "cifar100/resnet20-ln-w1-sc1/qu",
+            "VGG-BN again": "cifar100/vgg11-bn-w1/qu-cifar100",
+        },
+    )
+    imagenet = by_scale(
+        scale,
+        smoke="digits/resnet26-bn-w0.0625/smoke",
+        quick="digits-hard/resnet26-bn-w0.125/quick",
+        fast=f"cifar10/resnet50-bn-w1/{RESNET}",
+        paper="imagenet@224/torchvision-resnet50/jordan",
+    )
+    network = {series: [{"run": run, "series": series}] for series, run in (first | again).items()}
+    plain = {"run": resnet(scale, "plain"), "series": "ResNet, plain"}
+    return Grid(
+        needs={
+            "rethink/fig2a": network["ResNet-LN"],
+            "rethink/fig6d": [{"run": imagenet, "series": "ResNet50"}],
+            "rethink/fig72": [each for series in first for each in network[series]],
+            "rethink/fig73": [plain] + [each for series in again for each in network[series]],
+            "rethink/fig74": network["ResNet-BN"],
+        },
+        seeds=_seeds(scale),
+        passes=by_scale(scale, smoke=None, quick=100, fast=100, paper=None),
+        settings={
+            **first,
+            **again,
+            "ResNet, plain": plain["run"],
+            "ResNet50": imagenet,
+            "sparsities": by_scale(scale, smoke=[0.5], quick=SPARSITIES, fast=SPARSITIES, paper=PAPER_SPARSITIES),
+            "calibration": by_scale(scale, smoke=64, quick=256, fast=256, paper=5000),  # images, for renormalising
+            # For the diagonal Fisher information; for WoodFisher gradients, each of how many images.
+            "images for Fisher information": by_scale(scale, smoke=20, quick=100, fast=400, paper=1000),
+            "gradients": by_scale(scale, smoke=20, quick=100, fast=400, paper=400),
+            "images of a gradient": by_scale(scale, smoke=1, quick=1, fast=1, paper=400),
+            "block": by_scale(scale, smoke=20, quick=50, fast=100, paper=1000),  # of WoodFisher, weights
+            "samples": by_scale(scale, smoke=[32, 64], quick=[64, 128, 256], fast=[64, 128, 256], paper=[64, 128, 256]),
+        },
+    )

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from companion.experiments.tables import barriers
+from companion.experiments.tables import barriers, pruned_means
 from companion.figures.claims import Claim, Finding
 
 NOISE = 2.0  # points: differences of midpoints that are within it are none
@@ -10,6 +10,8 @@ BARRIER = 10.0  # points: what is more is no linear mode connectivity
 SAME = 5.0  # points that the average of networks of one basin may lose
 LITTLE = 0.5  # points: Table 2's smallest difference between float64 and float32 is 0.8
 NEAR = 3.0  # points between a renormalisation with data and without
+HIGH = 0.8  # sparsity from which renormalisation should gain
+FEW = 1.0  # points between few images and all
 
 
 def _points(frame: pd.DataFrame, by: list[str]) -> pd.Series:
@@ -190,6 +192,102 @@ def precision(frame: pd.DataFrame, item: str) -> list[Finding]:
     return found
 
 
+def large_rates_help(frame: pd.DataFrame, item: str) -> list[Finding]:
+    found = []
+    if item == "rethink/fig44":
+        for series, rows in frame.groupby("series", sort=False):
+            mean = 100 * rows.groupby(["lr", "sparsity"])["accuracy"].mean().unstack("sparsity")
+            lost = (mean[0.0] - mean.drop(columns=0.0).mean(axis=1)).sort_index()
+            words = f"{series}: pruned, {lost.iloc[0]:.1f} points less at rate {lost.index[0]:g}, {lost.iloc[-1]:.1f}"
+            found.append(Finding(f"{words} at {lost.index[-1]:g}", lost.iloc[-1] < lost.iloc[0]))
+        return found
+    worse = frame["degraded"].eq(True) if "degraded" in frame else pd.Series(False, frame.index)
+    lost = _points(frame.drop(columns="degraded", errors="ignore")[~worse], ["series", "matching", "lr"])
+    control = _points(frame.drop(columns="degraded")[worse], ["series", "matching"]) if worse.any() else {}
+    for (series, matching), values in lost.groupby(level=["series", "matching"], sort=False):
+        values = values.droplevel(["series", "matching"]).sort_index()
+        words = f"{series}, {matching}: {values.iloc[0]:.1f} points at rate {values.index[0]:g}, "
+        if len(control):
+            after = control[series, matching]
+            words += f"{after:.1f} at {values.index[-1]:g} and degraded"
+        else:
+            after = values.iloc[-1]
+            words += f"{after:.1f} at {values.index[-1]:g}"
+        found.append(Finding(words, after < values.iloc[0] - NOISE))
+    return found
+
+
+def init_sensitivity(frame: pd.DataFrame, item: str) -> list[Finding]:
+    frame = frame[frame["alpha"].notna()]
+    lost = _points(frame.drop(columns=["epoch", "distance"], errors="ignore"), ["series", "matching", "lr", "init"])
+    found = []
+    for (series, matching), values in lost.groupby(level=["series", "matching"], sort=False):
+        values = values.droplevel(["series", "matching"]).unstack("init").sort_index()
+        more = values["Kaiming normal"] - values["Kaiming uniform"]
+        small, large = more.iloc[0], more.iloc[-1]
+        words = f"{series}, {matching}: from normal weights {small:+.1f} points at rate {more.index[0]:g}, {large:+.1f}"
+        found.append(Finding(f"{words} at {more.index[-1]:g}", small > NOISE and large < small / 2))
+    return found
+
+
+def large_decay_helps(frame: pd.DataFrame, item: str) -> list[Finding]:
+    if "degraded" in frame:
+        middle = frame[frame["alpha"] == 0.5]
+        found = []
+        for series, rows in middle.groupby("series", sort=False):
+            worse = rows["degraded"].eq(True)
+            control = 100 * rows[worse]["accuracy"].mean()
+            best = _percent(rows[~worse], ["wd"]).drop(rows["wd"].min()).max()
+            words = f"{series}: halfway {best:.1f} % with more weight decay, control {control:.1f} %"
+            found.append(Finding(words, best > control))
+        return found
+    lost = _points(frame, ["series", "wd"])
+    found = []
+    for series, values in lost.groupby(level="series", sort=False):
+        values = values.droplevel("series").sort_index()
+        words = f"{series}: {' → '.join(f'{v:.1f}' for v in values)} points"
+        found.append(Finding(f"{words} with {', '.join(f'{d:g}' for d in values.index)}",
+                             values.iloc[1:].min() < values.iloc[0] - NOISE))  # fmt: skip
+    return found
+
+
+def rescale_robust(frame: pd.DataFrame, item: str) -> list[Finding]:
+    mean = _percent(frame[frame["alpha"] == 0.5], ["matching", "renorm", "wd"]).unstack("wd")
+    span = mean.max(axis=1) - mean.min(axis=1)
+    return [
+        Finding(f"{matching}: over weight decays REPAIR moves by {span[matching, 'REPAIR']:.1f} points, RESCALE by "
+                f"{span[matching, 'RESCALE']:.1f}", span[matching, "RESCALE"] < span[matching, "REPAIR"])
+        for matching in mean.index.unique(0)
+    ]  # fmt: skip
+
+
+def pruning_renorm(frame: pd.DataFrame, item: str) -> list[Finding]:
+    means = pruned_means(frame)
+    gain = (means["renormalised"] - means["none"]).rename("gain")
+    found = []
+    for series, rows in gain.groupby(level="series", sort=False):
+        high = rows[rows.index.get_level_values("sparsity") >= HIGH].groupby(level="pruner", sort=False).max()
+        high = high if len(high) else rows.groupby(level="pruner", sort=False).max()
+        words = ", ".join(f"{pruner} {value:+.1f}" for pruner, value in high.items())
+        found.append(Finding(f"{series}, the most that is gained: {words} points", high.min() > 0))
+        after = means["renormalised"][series].unstack("pruner")
+        if {"global magnitude", "WoodFisher"} <= {*after}:
+            behind = (after["WoodFisher"] - after["global magnitude"]).max()
+            words = f"{series}: renormalised, magnitude is at most {max(behind, 0):.1f} points behind WoodFisher"
+            found.append(Finding(words, behind < SAME))
+    return found
+
+
+def one_batch_suffices(frame: pd.DataFrame, item: str) -> list[Finding]:
+    mean = 100 * frame[frame["sparsity"] > 0].groupby(["pruner", "samples"], sort=False)["accuracy"].mean()
+    few = next(name for name in frame["samples"].unique() if name.endswith("images"))
+    return [
+        Finding(f"{pruner}: {rows[pruner, few]:.1f} % with {few}, {rows[pruner, 'all images']:.1f} % with all",
+                abs(rows[pruner, few] - rows[pruner, "all images"]) < FEW)
+        for pruner, rows in mean.groupby(level="pruner", sort=False)
+    ]  # fmt: skip
+
+
 ABLATIONS = tuple(f"rethink/table{number}" for number in (1, 4, 5, 6, 7))
 CLAIMS = [
     Claim(
@@ -291,5 +389,51 @@ CLAIMS = [
         precision,
         "sums in float32 differ from those in float64 by rounding and move hardly any unit; the faulty mean of the "
         "released code moves many",
+    ),
+    Claim(
+        "rethink/large-lr-helps",
+        f"the barrier at the largest learning rate is more than {NOISE:g} points below that at the smallest, even "
+        "between networks that were made worse; pruned, networks of the largest rate lose less",
+        "VGG16 with LayerNorm 40 points lower",
+        ("rethink/fig5a", "rethink/fig45-46", "rethink/fig47-58", "rethink/fig44"),
+        large_rates_help,
+    ),
+    Claim(
+        "rethink/init-sensitivity",
+        "at a small learning rate, networks from larger (normal) initial weights have the higher barrier; at a large "
+        "rate less than half of that is left",
+        "over 40 points",
+        ("rethink/fig5b", "rethink/fig60-62"),
+        init_sensitivity,
+    ),
+    Claim(
+        "rethink/large-wd-helps",
+        f"with some larger weight decay the barrier is more than {NOISE:g} points lower, and the midpoint better than "
+        "that of the control",
+        "plots",
+        ("rethink/fig6a", "rethink/fig63-68"),
+        large_decay_helps,
+    ),
+    Claim(
+        "rethink/rescale-robust",
+        "over weight decays, the accuracy of midpoints moves less with RESCALE than with REPAIR",
+        "plots",
+        ("rethink/fig6c", "rethink/fig71"),
+        rescale_robust,
+    ),
+    Claim(
+        "rethink/pruning-renorm",
+        f"from {HIGH:.0%} of sparsity on, renormalising gains with every pruner; with it, magnitude is within {SAME:g} "
+        "points of WoodFisher",
+        "ResNet50 50 points at 80 %",
+        ("rethink/fig2a", "rethink/fig6d", "rethink/fig72", "rethink/fig73"),
+        pruning_renorm,
+    ),
+    Claim(
+        "rethink/one-batch-suffices",
+        f"64 images are within {FEW:g} point of all, mean over sparsities",
+        "a plot",
+        ("rethink/fig74",),
+        one_batch_suffices,
     ),
 ]

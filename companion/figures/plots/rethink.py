@@ -99,6 +99,32 @@ def _other(place: int) -> dict:
     return {"color": color, "marker": marker, "linestyle": ("-", "--", ":")[place // len(OTHERS) % 3]}
 
 
+def paths_and_distances(paths: pd.DataFrame, distances: pd.DataFrame) -> Figure:
+    """Paths of networks matched in several ways, and the distance of two networks while they are trained (Figs. 60-62).
+
+    Args:
+        paths: tidy rows with columns series, matching, line, alpha and accuracy.
+        distances: tidy rows with columns series, line, epoch and distance.
+    """
+    names, matchings = list(paths["series"].unique()), list(paths["matching"].unique())
+    lines_ = list(dict.fromkeys([*paths["line"], *distances["line"]]))
+    looks = {name: _other(place) for place, name in enumerate(lines_)}
+    with style():
+        size = (COLUMN_WIDTH * (1 + 0.75 * len(matchings)), 0.6 + 2 * len(names))
+        figure, axes = plt.subplots(len(names), len(matchings) + 1, squeeze=False, figsize=size)
+        for row, name in zip(axes, names, strict=True):
+            of_name = paths[paths["series"] == name]
+            for ax, matching in zip(row, matchings, strict=False):
+                curves(of_name[of_name["matching"] == matching], "alpha", "accuracy", "line", xlabel=r"$\alpha$",
+                       ylabel="test accuracy (%)", title=f"{name}, {matching}", percent=True, legend="none", ax=ax,
+                       looks=looks)  # fmt: skip
+            curves(distances[distances["series"] == name], "epoch", "distance", "line", xlabel="epoch",
+                   ylabel="distance", title=f"{name}, in training", legend="none", ax=row[-1], looks=looks)  # fmt: skip
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        return figure
+
+
 def pruning_as_interpolation(weights: np.ndarray, kept: float) -> Figure:
     """Magnitude pruning as an interpolation with a coefficient for each weight (Qu and Horvath 2024, Fig. 35).
 
