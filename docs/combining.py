@@ -43,7 +43,7 @@ TRAINED = {
 
 
 def by_weights(pair: Pair, **options) -> Pair:
-    return replace(pair, match="weights", options=options)
+    return replace(pair, method="WM", options=options)
 
 
 def from_activations(pair: Pair) -> Pair:
@@ -54,7 +54,7 @@ def from_activations(pair: Pair) -> Pair:
 MATCHED = {
     "one descent, from the order as trained": lambda pair: by_weights(pair),
     "one descent, from the matching by activations": from_activations,
-    "matched by activations": lambda pair: replace(pair, match="activations", options={}),
+    "matched by activations": lambda pair: replace(pair, method="AM", options={}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Align, merge, repair, renormalise and diagnose neural networks.
+"""Align, merge, repair, renormalise, prune and diagnose neural networks.
 
 The algorithms of Jordan et al. 2022 (REPAIR), Qu & Horvath 2024 (Rethink Model Re-Basin) and Csiszarik et al. 2023
 (Mode Combinability).
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 # Every public module is there after `import repairlib`; groups_attention registers its rules.
+from repairlib import channels as channels
 from repairlib import combine as combine
 from repairlib import diagnostics as diagnostics
 from repairlib import fisher as fisher
 from repairlib import groups_attention as groups_attention
 from repairlib import permutations as permutations
+from repairlib import pruning as pruning
 from repairlib.corrections import Repaired
 from repairlib.data_independent import Recorder, batch_statistics
 from repairlib.evaluation import evaluate, evaluate_many
@@ -27,13 +29,14 @@ from repairlib.renorm import Goals, Repair, renormalize, reset
 from repairlib.several import match_several, running_means
 from repairlib.tracing import as_batches, trace
 from repairlib.weight_matching import match_weights
+from repairlib.woodfisher import WoodFisher
 
 __version__ = "0.1.0"
 __all__ = [
-    "Goals", "Matching", "Recorder", "Repair", "Repaired", "align", "barrier", "barrier_of", "batch_statistics",
-    "evaluate", "evaluate_many", "interpolate_models", "match_activations", "match_several", "match_straight_through",
-    "match_transport", "match_weights", "merge", "permutation_spec", "permute", "renormalize", "repair", "reset",
-    "running_means", "trace",
+    "Goals", "Matching", "Recorder", "Repair", "Repaired", "WoodFisher", "align", "barrier", "barrier_of",
+    "batch_statistics", "evaluate", "evaluate_many", "interpolate_models", "match_activations",
+    "match_several", "match_straight_through", "match_transport", "match_weights", "merge",
+    "permutation_spec", "permute", "renormalize", "repair", "reset", "running_means", "trace",
 ]  # fmt: skip
 MATCH: dict[str, Callable] = {
     "activations": match_activations, "weights": match_weights,

@@ -40,7 +40,7 @@ def correction(
     goal_std: Units,
     correct: str = "repair",
     eps: float = 0.0,
-    reliable: Units | None = None,
+    noise: Units | None = None,
 ) -> Correction:
     """Gain and shift that take (mean, var) to the goal, wholly or in part (Qu & Horvath 2024, Sec. 4.1).
 
@@ -49,31 +49,44 @@ def correction(
     * rescale: ``x -> x / std * goal_std``, about zero, so that a bias is scaled as well;
     * reshift: ``x -> x - mean + goal_mean``.
 
-    with ``std = sqrt(var + eps)``. A gain that is not wholly reliable is multiplied by `reliable`.
+    with ``std = sqrt(var + eps)``. With `noise`, gains are shrunk, see `renorm.Options`.
 
     Args:
         mean, var: present statistics of the channels (units,).
         dead: which channels are constant (units,), bool; they are shifted, and scaled only if eps is added.
         goal_mean, goal_std: (units,).
         correct, eps: see `renorm.Options`.
-        reliable: factors of the gains (units,), in [0, 1].
+        noise: variance of the logarithm of each gain (units,), from measuring it on few examples.
     """
     if eps:
         dead = torch.zeros_like(dead)
     std = (var + eps).sqrt().masked_fill(dead, 1.0)
     gain = torch.ones_like(std) if correct == "reshift" else torch.where(dead, 1.0, goal_std / std)
-    if reliable is not None:
-        gain = torch.where(dead, gain, gain * reliable)
+    if noise is not None:
+        gain = _shrink(gain, noise, ~dead & (gain > 0))
     return Correction(gain, torch.zeros_like(gain) if correct == "rescale" else goal_mean - gain * mean)
 
 
-def correct_moments(now: Moments, *, shrink: float = 0.0, **goal) -> Correction:
+def _shrink(gain: Units, noise: Units, which: Shaped[Tensor, " units"]) -> Units:
+    """Some of the gains, drawn towards their geometric mean as far as noise explains how they differ (empirical Bayes).
+
+    ``log gain_c -> m + t / (t + noise_c) (log gain_c - m)``, with mean m, and variance t in excess of the mean noise.
+    """
+    if not which.any():
+        return gain
+    logs, noise = gain[which].log(), noise[which]
+    spread = (logs.var(correction=0) - noise.mean()).clamp_min(0)
+    share = spread / (spread + noise).clamp_min(torch.finfo(logs.dtype).tiny)
+    return gain.masked_scatter(which, (logs.mean() + share * (logs - logs.mean())).exp())
+
+
+def correct_moments(now: Moments, *, shrink: bool = False, **goal) -> Correction:
     """`correction` from measured moments to a goal (goal_mean, goal_std, correct, eps).
 
     With `shrink`, the moments have the reference beside the network, see `renorm.Options`.
     """
-    reliable = now.corr().clamp_min(0) ** shrink if shrink else None
-    return correction(now.mean(), now.var(), now.dead(), **goal, reliable=reliable)
+    noise = (1 - now.corr() ** 2).clamp_min(0) / now.examples if shrink else None
+    return correction(now.mean(), now.var(), now.dead(), **goal, noise=noise)
 
 
 @dataclass(frozen=True, repr=False)

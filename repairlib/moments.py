@@ -30,6 +30,7 @@ class Moments:
     def __init__(self, cross: str = "none"):
         self.cross = check(cross, CROSS, "cross")
         self.count = 0  # examples times positions
+        self.examples = 0
         self._mean: list[Tensor] = []
         self._m2: list[Tensor] = []
         self._cross: list[Tensor] = []
@@ -44,6 +45,7 @@ class Moments:
             self._mean, self._m2 = zeros, [z.clone() for z in zeros]
             if self.cross != "none":
                 self._cross = [z.new_zeros((units[0], len(z)) if self.cross == "full" else len(z)) for z in zeros[1:]]
+        self.examples += len(activations[0])
         with torch.autocast(activations[0].device.type, enabled=False):  # a caller's would halve the precision
             self._add(*zip(*map(_centre, activations), strict=True))
 

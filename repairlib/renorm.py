@@ -7,7 +7,6 @@ go into ordinary weights (`fold`).
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,7 +131,7 @@ class _Beside:
                     for value, chunk in zip(here, self.values, strict=True):
                         moments.update(value, chunk[node])
                     return moments
-        raise ValueError(f"the reference has no node {name!r} to compare with; use shrink=0")
+        raise ValueError(f"the reference has no node {name!r} to compare with; use shrink=False")
 
 
 def _simultaneous(
@@ -183,10 +182,9 @@ class Options:
         average: replace a layer's goal stds by their mean over channels (RESCALE (average), Qu & Horvath 2024,
             Table 1).
         eps: added to the variance that is divided by; 1e-5 in Qu & Horvath's released code.
-        shrink: power s of the correlation with the reference's channel that the gain is multiplied by. 0 gives the
-            channel the reference's std. But a channel that lost what made it vary, as pruning may do, would have its
-            noise amplified; ``gain = rho^s std_ref / std`` spares it. With 1 it is the least-squares gain, which comes
-            nearest to the reference. For "sequential", and one network as the reference.
+        shrink: draw a layer's gains towards their geometric mean, the more the less reliable they are. A gain's
+            logarithm has a variance of about ``(1 - rho^2) / n`` from n examples, with rho the channel's correlation
+            with itself in the reference. For "sequential", and one network as the reference.
         method: one of four:
 
             * "sequential": statistics are exact for the resulting network; one pass;
@@ -205,7 +203,7 @@ class Options:
     correct: str = "repair"
     average: bool = False
     eps: float = 0.0
-    shrink: float = 0.0
+    shrink: bool = False
     method: str = "sequential"
     targets: str | Sequence[str] = TARGETS
     bn: str = "frozen"
@@ -221,9 +219,9 @@ class Options:
             )
         if self.correct == "reshift" and self.method == "closed-form":
             raise ValueError("method='closed-form' takes the means to be right already: there is nothing to reshift")
-        if self.shrink and (self.method != "sequential" or not 0 <= self.shrink < math.inf):
-            raise ValueError(f"shrink is at least 0, and for method='sequential' only, not {self.shrink} with "
-                             f"method={self.method!r}")  # fmt: skip
+        if self.shrink and (self.method != "sequential" or self.correct == "reshift"):
+            raise ValueError("shrink=True shrinks gains from exact statistics: it needs method='sequential', and "
+                             "correct='repair' or 'rescale'")  # fmt: skip
         if self.correct == "reshift" and self.average:
             raise ValueError("average=True averages the goal std, which correct='reshift' does not use")
 

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from companion.figures.plots import rethink as plots
@@ -57,6 +58,19 @@ def test_a_measure_that_some_rows_lack_is_drawn_of_the_others():
     figure = plots.lines(table, "layer", {"information": "F"}, columns="panel", xlabel="layer", log_y=["information"])
     assert all(ax.get_yscale() == "log" for ax in figure.axes)
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [1, 1, 1])
+
+
+def test_paths_stand_beside_distances_with_one_legend():
+    lines = ("normal, rate 0.1", "uniform, rate 0.1")
+    paths = [
+        {"series": s, "matching": m, "line": line, "alpha": alpha, "accuracy": 0.5}
+        for s in ("VGG", "ResNet") for m in ("WM", "AM") for line in lines for alpha in (0, 0.5, 1)
+    ]  # fmt: skip
+    apart = [{"series": s, "line": line, "epoch": e, "distance": 1.0 + e} for s in ("VGG", "ResNet") for line in lines
+             for e in (0, 1)]  # fmt: skip
+    figure = plots.paths_and_distances(pd.DataFrame(paths), pd.DataFrame(apart))
+    assert len(figure.axes) == 6 and [t.get_text() for t in figure.legends[0].get_texts()] == [*lines]
+    assert figure.axes[2].get_xlabel() == "epoch" and len(figure.axes[2].lines) == 2
 
 
 def test_pruning_is_the_sum_of_its_parts():

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import CASES, batches, make
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from repairlib import pruning, renorm
+from repairlib import corrections, pruning, renorm
 from repairlib.fisher import diagonal_fisher
 from repairlib.moments import gather
 from repairlib.tracing import eval_mode, trace
@@ -196,44 +195,54 @@ def test_reset_reports_constant_channels():
 # -------------------------------------------------------------------------------------------------------------- shrink
 
 
+def gains(name, images, **options):
+    """Gains of the first convolution of a pruned network, and its moments beside the dense one."""
+    dense, pruned, data = pruned_pair(name, 0.8)
+    data = torch.cat(data)[:images]
+    nets = [trace(m, data[:2]) for m in (pruned, dense)]
+    node = next(n for n, kind in nets[0].kinds.items() if kind == "conv")
+    fix = renorm.renormalize(pruned, dense, data, targets=[node], **options).corrections[node]
+    return fix, gather(nets, [data], [node], "paired")[node]
+
+
 @pytest.mark.parametrize("name", PLAIN)
-def test_shrink_of_one_is_least_squares_against_the_reference(name):
-    dense, pruned, data = pruned_pair(name, 0.5)
-    node = next(n for n, kind in trace(dense, data[0][:2]).kinds.items() if kind == "conv")
-    fix = renorm.renormalize(pruned, dense, data, shrink=1.0, targets=[node]).corrections[node]
-    nets = [trace(m, data[0][:2]) for m in (pruned, dense)]
-    values = [torch.cat([next(v for _, v in net.walk(x, [node])) for x in data]) for net in nets]
-    for c in range(len(fix.gain)):
-        here, there = (v[:, c].flatten() for v in values)
-        if here.std() > 1e-9:
-            design = torch.stack([here, torch.ones_like(here)], 1)
-            gain, shift = torch.linalg.lstsq(design, there).solution
-            if gain > 0:
-                torch.testing.assert_close(fix.gain[c], gain)
-                torch.testing.assert_close(fix.shift[c], shift)
+def test_shrink_is_empirical_bayes_of_the_logarithms(name):
+    (plain, moments), (fix, _) = gains(name, 8), gains(name, 8, shrink=True)
+    which = ~moments.dead() & (plain.gain > 0)
+    logs, noise = plain.gain[which].log(), (1 - moments.corr()[which] ** 2) / 8
+    spread = max(float(((logs - logs.mean()) ** 2).mean() - noise.mean()), 0)
+    expected = (logs.mean() + spread / (spread + noise) * (logs - logs.mean())).exp()
+    torch.testing.assert_close(fix.gain[which], expected)
+    assert torch.equal(fix.gain[~which], plain.gain[~which])
+    torch.testing.assert_close(fix.shift, moments.mean(1) - fix.gain * moments.mean())  # means are right all the same
 
 
-def test_shrink_comes_nearer_to_the_reference_layer_by_layer():
-    dense, pruned, data = pruned_pair("vgg11-plain-w0.125", 0.8)
-    x = torch.cat(data)
-    with eval_mode(dense):
-        errors = [
-            float(F.mse_loss(renorm.renormalize(pruned, dense, data, shrink=shrink).model(x), dense(x)))
-            for shrink in (0.0, 1.0)
-        ]
-    assert errors[1] < errors[0]
+def test_the_noisier_the_more_a_gain_is_drawn_to_the_mean():
+    goal = torch.tensor([0.5, 1.0, 2.0, 4.0, 0.0], dtype=torch.float64)  # the last channel is constant in the goal
+    ones, dead = torch.ones_like(goal), torch.zeros(5, dtype=torch.bool)
+    middle, before = goal[:4].log().mean(), torch.inf
+    for noise in (0.0, 0.1, 0.3, 10.0):
+        gain = corrections.correction(0 * ones, ones, dead, ones, goal, noise=noise * ones).gain
+        assert gain[4] == 0
+        distance = (gain[:4].log() - middle).abs().max()
+        assert distance < before and (gain[:4].diff() >= 0).all()
+        before = distance
+    assert distance < 1e-9
+    gain = corrections.correction(0 * ones, ones, dead, ones, goal, noise=torch.tensor([0, 0, 0, 0.5, 0]).double()).gain
+    torch.testing.assert_close(gain[:3], goal[:3])
+    assert gain[3] < goal[3]  # only the noisy one moves
 
 
 def test_shrink_of_an_unpruned_network_changes_nothing():
     dense, _, data = pruned_pair("resnet8-bn-w0.5")
-    fix = renorm.renormalize(dense, dense, data, shrink=1.0, targets="conv")
+    fix = renorm.renormalize(dense, dense, data, shrink=True, targets="conv")
     assert all((c.gain - 1).abs().max() < 1e-9 for c in fix.corrections.values())
 
 
 def test_shrink_is_for_one_network_and_exact_statistics():
     dense, pruned, data = pruned_pair("vgg11-plain-w0.125")
-    for options in ({"method": "simultaneous"}, {"shrink": -1.0}, {"shrink": float("inf")}):
-        with pytest.raises(ValueError, match="shrink is at least 0"):
-            renorm.renormalize(pruned, dense, data, **{"shrink": 1.0, **options})
+    for options in ({"method": "simultaneous"}, {"correct": "reshift"}):
+        with pytest.raises(ValueError, match="it needs method='sequential'"):
+            renorm.renormalize(pruned, dense, data, shrink=True, **options)
     with pytest.raises(ValueError, match="those of one network"):
-        renorm.renormalize(pruned, [dense, dense], data, shrink=1.0)
+        renorm.renormalize(pruned, [dense, dense], data, shrink=True)

@@ -88,6 +88,24 @@ def test_a_function_measures_every_pair_and_pairs_are_loaded_once(here, monkeypa
     assert name == "2-3" and pair.method == "AM"
 
 
+def test_a_function_measures_every_network_by_itself(here):
+    item = Section(grid, "smoke").item(LEFT)
+    table = item.measure_each(lambda run, x: [{"name": run, "x": x}], 3)
+    assert table.to_dict("records") == [
+        {"run": RUN, "series": "digits", "width": 8, "seed": seed, "name": f"{RUN}/s{seed}", "x": 3} for seed in (1, 2)
+    ]
+
+
+def test_networks_are_renormalised_as_usual_between_their_ends_as_trained(here):
+    networks = [{"run": f"digits/resnet8-{norm}-w0.125/smoke", "series": norm} for norm in ("bn", "ln", "plain")]
+    work = Section(lambda scale: Grid(needs={LEFT: networks}, seeds=(1, 2)), "smoke")
+    table = work.usual_rows(networks, matchings=["WM"], calibration=200).set_index(["series", "alpha"])
+    assert table["renorm"].unstack("alpha")[0.5].to_dict() == {"bn": "RESET", "ln": "none", "plain": "REPAIR"}
+    trained = work.rows(networks, matchings=["WM"], renorms=["none"], calibration=200).set_index(["series", "alpha"])
+    ends = [(norm, alpha) for norm in ("bn", "ln", "plain") for alpha in (0, 1)]
+    assert (table.loc[ends, "accuracy"] == trained.loc[ends, "accuracy"]).all()
+
+
 def test_an_item_is_measured_on_its_own_seeds_whatever_others_have(here):
     def two(scale: str) -> Grid:
         network = {"run": RUN, "width": 8}

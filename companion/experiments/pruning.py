@@ -109,7 +109,15 @@ AFTER_PRUNING: dict[str, Callable[[nn.Module, nn.Module, Iterable], nn.Module]] 
     "renormalised": renormalise_as_in_the_paper,
     "RESET": lambda pruned, dense, data: reset(pruned, data).model,
     "REPAIR": lambda pruned, dense, data: renormalize(pruned, dense, data, **FOLDED).model,
+    "REPAIR, shrunk": lambda pruned, dense, data: renormalize(pruned, dense, data, shrink=True, **FOLDED).model,
+    "REPAIR, simultaneous": lambda pruned, dense, data: (
+        renormalize(pruned, dense, data, method="simultaneous", **FOLDED).model
+    ),
+    "REPAIR, blocks too": lambda pruned, dense, data: renormalize(pruned, dense, data, limit=None).model,
     "RESCALE": lambda pruned, dense, data: renormalize(pruned, dense, data, correct="rescale", **FOLDED).model,
+    "RESCALE, shrunk": lambda pruned, dense, data: (
+        renormalize(pruned, dense, data, correct="rescale", shrink=True, **FOLDED).model
+    ),
 }
 
 
