@@ -18,7 +18,7 @@ MADE_LATER = ("build/", "data/runs", "figures/gallery.html", "figures/scorecard.
 
 def own_prose() -> list[Path]:
     """The pages without those that a script writes."""
-    written = ("scorecard", "gallery", "fidelity", "combining", "released", "torchvision")
+    written = ("scorecard", "gallery", "fidelity", "combining", "pruning", "released", "torchvision")
     return [page for page in PAGES if page.stem not in written]
 
 
@@ -31,6 +31,14 @@ def test_readmes_example_runs_as_pasted(capsys):
     accuracy = {name: float(percent) for name, percent in found}
     assert accuracy.keys() == {"A", "B", "average", "merged"}
     assert accuracy["average"] < accuracy["merged"]  # by 13 points where README was written
+
+
+def test_readmes_pruned_network_is_repaired(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = [block for block in blocks if "pruning.prune" in block]
+    exec("import repairlib\n" + example.replace("resnet8-bn-w1/quick", "resnet8-bn-w0.25/quick"), {})
+    dense, pruned, repaired = map(float, re.findall(r"(\d+\.\d)%", capsys.readouterr().out))
+    assert pruned < repaired <= dense + 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

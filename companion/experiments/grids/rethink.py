@@ -335,7 +335,7 @@ def matching_retains(scale: str) -> Grid:
             **runs,
             "learning rate": by_scale(scale, smoke=0.01, quick=0.01, fast=0.01, paper=0.01),
             "epochs": by_scale(scale, smoke=1, quick=25, fast=5, paper=20),  # at most
-            "every": by_scale(scale, smoke=5, quick=20, fast=10, paper=5),  # steps from one measurement to the next
+            "every": by_scale(scale, smoke=5, quick=10, fast=10, paper=5),  # steps from one measurement to the next
             "images for Fisher information": by_scale(scale, smoke=20, quick=300, fast=1000, paper=5000),
         },
     )
@@ -398,7 +398,7 @@ def _models(scale: str) -> dict[str, str]:
 
 def learning_rate(scale: str) -> Grid:
     """Section 4.3: networks trained at several learning rates, from two initialisations."""
-    shares = by_scale(scale, smoke=[0.1, 1], quick=[0.1, 0.3, 1], fast=[0.1, 0.3, 1], paper=[0.1, 0.3, 0.5, 0.7, 1])
+    shares = by_scale(scale, smoke=[0.1, 1], quick=[0.2, 0.5, 1], fast=[0.1, 0.3, 1], paper=[0.1, 0.3, 0.5, 0.7, 1])
     both = _models(scale)
 
     def rates(series: str, run: str) -> list[dict]:
@@ -428,7 +428,7 @@ def learning_rate(scale: str) -> Grid:
         fast="mnist/vgg11-ln-w0.5/qu-mnist~epochs5",
         paper="mnist/vgg16-ln-w1/qu-mnist~init=uniform",
     )
-    tenths = by_scale(scale, smoke=[0.1, 1], quick=[0.01, 0.1, 1], fast=[0.01, 0.1, 1], paper=[0.01, 0.1, 1])
+    tenths = by_scale(scale, smoke=[0.1, 1], quick=[0.1, 0.3, 1], fast=[0.01, 0.1, 1], paper=[0.01, 0.1, 1])
     mnist = [
         {"run": changed(easier, "lr", round(share * _usual(easier).lr, 6)), "series": "VGG-LN",
          "lr": round(share * _usual(easier).lr, 6)}
