@@ -188,6 +188,22 @@ def test_training_in_another_process_with_other_settings_gives_the_same_bits(tmp
     assert equal(torch.load(tmp_path / "weights", weights_only=True), bits(run(name)[0]))
 
 
+def test_the_callback_sees_the_initial_weights_and_every_step():
+    seen = {}
+
+    def look(step, model, loss):
+        seen[step] = copy.deepcopy(model.state_dict())
+
+    final, _ = train("digits/mlp2-plain-w8/smoke/s1", callback=look, progress=False)
+    again, _ = train("digits/mlp2-plain-w8/smoke/s1", progress=False)
+    assert list(seen) == list(range(len(seen))) and len(seen) > 2
+    assert all(torch.equal(value, final.state_dict()[key]) for key, value in seen[max(seen)].items())
+    assert all(torch.equal(value, final.state_dict()[key]) for key, value in again.state_dict().items())
+    torch.manual_seed(1)
+    start = build("mlp2-plain-w8", (1, 16, 16), 10).state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in seen[0].items())
+
+
 def test_seed_gives_the_initial_weights():
     untrained = Recipe("none", 0, 200, 0.1, "linear")
     for seed in (1, 2):
