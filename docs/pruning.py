@@ -27,7 +27,8 @@ from repairlib.pruning import prune
 
 PAGE = Path(__file__).with_name("pruning.md")
 SPARSITIES = (0.6, 0.8, 0.9)
-PRUNERS = ("global magnitude", "layer magnitude", "diagonal Fisher", "WoodFisher", "random")
+PRUNERS = ("global magnitude", "WoodFisher")
+TEST = 600  # images of CIFAR-10
 IMAGES = 256  # that renormalisations read, once
 NETWORKS = {  # run names without seeds: seeds
     f"cifar10/resnet20-bn-w1/{RESNET}": (1, 2),
@@ -42,7 +43,7 @@ Written by `docs/pruning.py` at commit {commit}, on {device}. [guide.md](guide.m
 
 ## Which renormalisation
 
-Test accuracy (%) of networks that lose their weights at once, mean over seeds and over five ways to choose the weights:
+Test accuracy (%) of networks that lose their weights at once, mean over seeds and over two ways to choose the weights:
 {pruners}. The statistics are of {images} training images{limit}. "As pruned" is without renormalisation.
 
 """
@@ -80,7 +81,7 @@ def which_renormalisation() -> tuple[str, pd.Series]:
                    (name != "RESET" or has_batchnorm(first.model))]  # fmt: skip
         rows = []
         for seed in seeds:
-            network = limited(load_trained(f"{run}/s{seed}", IMAGES), 2000)
+            network = limited(load_trained(f"{run}/s{seed}", IMAGES), TEST)
             rows += [{"seed": seed, **row} for row in pruning_rows(network, SPARSITIES, PRUNERS, renorms, HOW)]
         frame = pd.DataFrame(rows)
         dense = 100 * frame[frame["sparsity"] == 0]["accuracy"].mean()
@@ -104,7 +105,7 @@ def few_images() -> float:
     changes = []
     for run, seeds in NETWORKS.items():
         for seed in seeds:
-            network = limited(load_trained(f"{run}/s{seed}", 16), 1000)
+            network = limited(load_trained(f"{run}/s{seed}", 16), TEST)
             rows = pd.DataFrame(pruning_rows(network, SPARSITIES, PRUNERS[:1], ["REPAIR", "REPAIR, shrunk"], HOW))
             mean = 100 * rows[rows["sparsity"] > 0].groupby("renorm")["accuracy"].mean()
             changes.append(mean["REPAIR, shrunk"] - mean["REPAIR"])
@@ -158,8 +159,8 @@ def whole_channels() -> str:
 def main() -> None:
     made = environment()
     head = HEADER.format(
-        commit=made["commit"][:12], device=made["device"], pruners=", ".join(PRUNERS), images=IMAGES,
-        limit="; CIFAR-10 is tested on 2,000 images",
+        commit=made["commit"][:12], device=made["device"], pruners=" and ".join(PRUNERS), images=IMAGES,
+        limit=f"; CIFAR-10 is tested on {TEST}",
     )  # fmt: skip
     table, means = which_renormalisation()
     folded = means.drop(["none", "REPAIR, blocks too"])

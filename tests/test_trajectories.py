@@ -50,8 +50,8 @@ def test_it_stops_where_it_is_told_to(pair):
 
 
 def test_distances_are_those_of_the_stored_networks_in_the_end(pair):
-    rows = distance_rows(tuple(RUNS), [1, 2, 50])
-    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    rows = distance_rows(tuple(RUNS), [1, 2, 50])  # it has two epochs
+    assert [row["epoch"] for row in rows] == [0, 1, 2] and rows[0]["distance"] != rows[1]["distance"]
     assert rows[-1]["distance"] == pytest.approx(distance(pair.a, pair.b), rel=1e-6)
     start = [new_network(load_pair([run, run], 100), seed) for seed, run in enumerate(RUNS, start=1)]
     assert rows[0]["distance"] == pytest.approx(distance(*start), rel=1e-6)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from companion.experiments.pairs import Pair
-from companion.runs import train
+from companion.runs import store, train
 from companion.runs.data import Dataset, iterate, load
 from companion.runs.names import parse_run, recipe_of
 from companion.runs.recipes import Recipe
@@ -103,32 +103,31 @@ def recovery_rows(
 def distance_rows(runs: tuple[str, str], epochs: Sequence[int]) -> list[dict]:
     """Distance between two networks while they are trained, from their initial weights on (Figs. 5C and 62).
 
-    Both are trained anew, as their names say; at the end they are the stored networks.
+    Both are trained anew, as their names say, up to the last of the epochs. The stored networks are the end.
 
     Args:
         runs: names of two runs of one model, none of which continues another.
-        epochs: after which epochs to measure; what is beyond the last one is left out.
+        epochs: after which to measure; those from the last one on are left out.
 
     Returns:
         Rows {epoch: from 0, distance: l2 of all parameters}.
     """
     recipe, dataset = recipe_of(parse_run(runs[0])), load(parse_run(runs[0]).data, device=train.default_device())
     per_epoch = max(1, len(dataset.train) // recipe.batch_size)
-    steps = {0: 0} | {epoch * per_epoch: epoch for epoch in epochs if epoch <= recipe.trained_epochs}
-    seen: dict[int, nn.Module] = {}
-    rows = []
+    steps = {0: 0} | {epoch * per_epoch: epoch for epoch in epochs if epoch < recipe.trained_epochs}
+    seen: dict[int, list[nn.Module]] = {step: [] for step in steps}
 
-    def keep(step: int, model: nn.Module, loss: Tensor) -> None:
+    def keep(step: int, model: nn.Module, loss: Tensor) -> bool:
         if step in steps:
-            seen[step] = copy.deepcopy(model).cpu()
+            seen[step].append(copy.deepcopy(model).cpu())
+        return step == max(steps)
 
-    def compare(step: int, model: nn.Module, loss: Tensor) -> None:
-        if step in steps:
-            rows.append({"epoch": steps[step], "distance": distance(seen.pop(step), copy.deepcopy(model).cpu())})
-
-    for run, look in zip(runs, (keep, compare), strict=True):
-        train.train(run, dataset=dataset, device=dataset.device, callback=look, progress=False)
-    return rows
+    for run in runs:
+        train.train(run, dataset=dataset, device=dataset.device, callback=keep, progress=False)
+    ends = [store.get(run, "cpu") for run in runs]
+    found = {epoch: distance(*seen[step]) for step, epoch in steps.items()}
+    found[recipe.trained_epochs] = distance(*ends)
+    return [{"epoch": epoch, "distance": value} for epoch, value in found.items()]
 
 
 def retraining_rows(pair: Pair, recipes: Sequence[Recipe], every: int) -> list[dict]:

@@ -83,7 +83,7 @@ def draw_barriers(table):
     """Barriers over learning rates, a panel for each network; by name, those of the smallest and the largest rate."""
     found = barriers(table)
     labels = {"accuracy_barrier": "accuracy barrier (points)"}
-    figure = plots.lines(found, "lr", labels, "matching", "series", xlabel="learning rate", log_x=10)
+    figure = plots.lines(found, "share", labels, "matching", "series", xlabel="learning rate / usual one", log_x=2)
     mean = 100 * found.groupby(["series", "matching", "lr"], sort=False)["accuracy_barrier"].mean()
     summary = {f"{s}, {m}, rate {lr:g} (points)": value for (s, m, lr), value in mean.items()}
     return figure, summary, mean
@@ -110,21 +110,21 @@ if fig := section.item("rethink/fig45-46"):
 # %% [markdown]
 # ## Paths, and the control (Figs. 47 to 58)
 #
-# Dashed lines are the networks of the largest rate after one more epoch at that rate. Their ends are worse now.
+# The control are the networks of the largest rate after one more epoch at that rate. Their ends are worse now.
 
 
 # %%
-def name_rates(table, words="learning rate {:g}"):
-    """The table with a column `line`: the learning rate in words, and whether networks were made worse."""
-    lines = table["lr"].map(words.format)
+def name_rates(table):
+    """The table with a column `line`: the learning rate in words, or that networks were made worse."""
+    lines = table["share"].map("{:g} of the usual rate".format).replace("1 of the usual rate", "usual rate")
     if "degraded" in table:
-        lines += table["degraded"].map({True: ", degraded", False: ""})
-    return table.assign(line=lines, panel=table["series"] + ", " + table["matching"])
+        lines = lines.mask(table["degraded"], "usual rate, degraded")
+    return table.assign(line=lines)
 
 
 def draw_paths(table):
     """Paths, a panel for each network and matching; accuracies halfway by name, in percent."""
-    table = name_rates(table)
+    table = name_rates(table).assign(panel=table["series"] + ", " + table["matching"])
     figure = plots.lines(table, "alpha", SHOWN, "line", "panel", xlabel=r"$\alpha$")
     middle = 100 * table[table["alpha"] == 0.5].groupby(["panel", "line"], sort=False)["accuracy"].mean()
     return figure, {f"{panel}, {line} (%)": value for (panel, line), value in middle.items()}
@@ -148,8 +148,9 @@ def prune_without_more(run):
 
 if fig := section.item("rethink/fig44"):
     table = fig.measure_each(prune_without_more)
-    named = table.assign(line=table["lr"].map("learning rate {:g}".format))
-    figure = plots.lines(named, "sparsity", SHOWN, "line", "series", xlabel="share of weights that are zero")
+    figure = plots.lines(
+        name_rates(table), "sparsity", SHOWN, "line", "series", xlabel="share of weights that are zero"
+    )
     most = 100 * table.groupby(["series", "lr", "sparsity"], sort=False)["accuracy"].mean()
     fig.save(table, figure, {f"{s}, rate {lr:g}, sparsity {z:g} (%)": value for (s, lr, z), value in most.items() if z})
 
@@ -178,7 +179,7 @@ if fig := section.item("rethink/fig59"):
 # %%
 def name_inits(table):
     """The table with a column `line`: initialisation and learning rate in words."""
-    return table.assign(line=table["init"] + table["lr"].map(", rate {:g}".format))
+    return table.assign(line=table["init"] + ", " + name_rates(table)["line"])
 
 
 def halfway(table):
@@ -195,7 +196,7 @@ if fig := section.item("rethink/fig5b"):
     fig.save(table, figure, halfway(table))
 
 # %% [markdown]
-# The distance between two networks while they are trained, from their initial weights on:
+# The distance between two networks while they are trained, from their initial weights to the end:
 
 
 # %%

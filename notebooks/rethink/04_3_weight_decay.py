@@ -90,8 +90,8 @@ if fig := section.item("rethink/fig6a"):
 # %%
 if fig := section.item("rethink/fig63-68"):
     table = measure(fig)
-    worse = table["degraded"].map({True: ", degraded", False: ""})
-    named = table.assign(line=table["wd"].map("weight decay {:g}".format) + worse)
+    lines = table["wd"].map("weight decay {:g}".format)
+    named = table.assign(line=lines.mask(table["degraded"], f"{lines.iloc[0]}, degraded"))
     figure = plots.lines(named, "alpha", SHOWN, "line", "series", xlabel=r"$\alpha$")
     middle = 100 * named[named["alpha"] == 0.5].groupby(["series", "line"], sort=False)["accuracy"].mean()
     fig.save(table, figure, {f"{s}, {line} (%)": value for (s, line), value in middle.items()})

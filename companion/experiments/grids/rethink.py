@@ -404,7 +404,12 @@ def learning_rate(scale: str) -> Grid:
     def rates(series: str, run: str) -> list[dict]:
         usual = _usual(run).lr
         return [
-            {"run": changed(run, "lr", round(share * usual, 6)), "series": series, "lr": round(share * usual, 6)}
+            {
+                "run": changed(run, "lr", round(share * usual, 6)),
+                "series": series,
+                "lr": round(share * usual, 6),
+                "share": share,
+            }
             for share in shares
         ]
 
@@ -431,7 +436,7 @@ def learning_rate(scale: str) -> Grid:
     tenths = by_scale(scale, smoke=[0.1, 1], quick=[0.1, 0.3, 1], fast=[0.01, 0.1, 1], paper=[0.01, 0.1, 1])
     mnist = [
         {"run": changed(easier, "lr", round(share * _usual(easier).lr, 6)), "series": "VGG-LN",
-         "lr": round(share * _usual(easier).lr, 6)}
+         "lr": round(share * _usual(easier).lr, 6), "share": share}
         for share in tenths
     ]  # fmt: skip
     rates_of_all = [network for networks in everything.values() for network in networks]
@@ -456,7 +461,7 @@ def learning_rate(scale: str) -> Grid:
             "points": by_scale(scale, smoke=3, quick=5, fast=5, paper=11),  # of a path, ends included
             "sparsities": by_scale(scale, smoke=[0.5], quick=SPARSITIES, fast=SPARSITIES, paper=PAPER_SPARSITIES),
             "measured after epochs": by_scale(
-                scale, smoke=[1], quick=[1, 2, 5, 10, 20], fast=[1, 2, 5, 14], paper=[1, 2, 5, 10, 20, 40, 80, 120, 160]
+                scale, smoke=[1], quick=[1, 2, 5, 9], fast=[1, 2, 5], paper=[1, 2, 5, 10, 20, 40, 80, 120]
             ),
         },
     )

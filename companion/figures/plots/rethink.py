@@ -25,6 +25,7 @@ THEIRS["same basin"] = {"color": "#CC79A7", "linestyle": "-", "marker": "D"}
 THEIRS["endpoints"] = {"color": "#000000", "linestyle": ":", "marker": ""}
 THEIRS["as interpolated"], THEIRS["RESET"] = LOOKS["aligned"], LOOKS["aligned + RESET"]
 THEIRS["new network"] = {"color": "#CC79A7", "linestyle": "-.", "marker": "x"}
+THEIRS["usual rate, degraded"] = {"color": "#000000", "linestyle": "--", "marker": "x"}
 PERCENT = ("accuracy", "accuracy_barrier", "zeros", "train_accuracy")
 
 
