@@ -453,6 +453,8 @@ def learning_rate(scale: str) -> Grid:
             "rethink/fig60-62": inits("VGG-LN") + inits("ResNet-LN"),
         },
         seeds=_seeds(scale),
+        compares={f"rethink/fig{item}": "share" for item in ("5a", "45-46", "47-58", "44", "5d", "59")}
+        | {f"rethink/fig{item}": "init" for item in ("5b", "5c", "60-62")},
         settings={
             **both,
             "shares of the usual learning rate": shares,
@@ -471,16 +473,27 @@ def weight_decay(scale: str) -> Grid:
     """Section 4.3: networks trained with several weight decays."""
     # Within so few steps as at `quick`, weights fade only if they decay faster.
     decays = by_scale(
-        scale, smoke=[1e-4, 1e-2], quick=[1e-4, 3e-3, 1e-2], fast=[1e-4, 5e-4], paper=[1e-4, 2e-4, 3e-4, 4e-4, 5e-4]
+        scale, smoke=[1e-4, 1e-2], quick=[1e-4, 1e-3, 1e-2], fast=[1e-4, 5e-4], paper=[1e-4, 2e-4, 3e-4, 4e-4, 5e-4]
     )
     width = by_scale(scale, smoke=None, quick=1, fast=None, paper=1)
+    plain = vgg(scale, "plain")
+    gently = changed(plain, "lr", 0.03) + "~warmup4"  # with more weight decay, not every seed trains at 0.05
     runs = {
-        "VGG": vgg(scale, "plain"),
+        "VGG": by_scale(scale, smoke=plain, quick=gently, fast=plain, paper=plain),
         "ResNet-BN": resnet(scale, "bn", width),
         "ResNet-LN": resnet(scale, "ln", width),
     }
+    # The paper warms plain VGGs up, too, if they have more weight decay (App. C).
+    warmup = by_scale(scale, smoke="", quick="", fast="", paper="~warmup1")
     networks = {
-        series: [{"run": changed(run, "wd", decay), "series": series, "wd": decay} for decay in decays]
+        series: [
+            {
+                "run": changed(run, "wd", decay) + warmup * (series == "VGG" and decay > decays[0]),
+                "series": series,
+                "wd": decay,
+            }
+            for decay in decays
+        ]
         for series, run in runs.items()
     }
 
@@ -502,6 +515,7 @@ def weight_decay(scale: str) -> Grid:
             "rethink/fig71": networks["VGG"],
         },
         seeds=_seeds(scale),
+        compares={f"rethink/fig{item}": "wd" for item in ("6a", "63-68", "6b", "69-70", "6c", "71")},
         settings={
             **runs,
             "weight decays": decays,
