@@ -39,8 +39,9 @@ class BatchNormTo(ChannelAffine):
         self.correct, self.eps = correct, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        goals = {"goal_mean": self.bias.double(), "goal_std": self.weight.double()}
-        return correct_moments(moments_of([x]), **goals, correct=self.correct, eps=self.eps).apply(x)
+        mean, std = self.bias.double(), self.weight.double()
+        fix = correct_moments(moments_of([x]), goal_mean=mean, goal_std=std, correct=self.correct, eps=self.eps)
+        return fix.apply(x)
 
 
 class Recorder:

@@ -116,7 +116,8 @@ class _Beside:
 
     def __init__(self, net: TracedNet, batches: Batches, count: int):
         self.net, self.batches, self.count = net, batches, count
-        self.nodes, self.values = iter(net.nodes), [{} for _ in range(count)]
+        self.nodes = iter(net.nodes)
+        self.values: list[dict] = [{} for _ in range(count)]
 
     def moments(self, name: str, here: Sequence[Tensor]) -> Moments:
         """Moments of a node's values, and beside them of the reference's, chunk by chunk."""
