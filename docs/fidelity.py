@@ -219,6 +219,10 @@ NUMBERS: dict[str, dict[str, Number]] = {
         for name in ("repair", "rescale")
     },
     "rethink/fig4c": {"minibatches_after_wm": Number("mini-batches until 90 % of the training images are right", "")},
+    "rethink/fig5a": {
+        "vgg16_ln_barrier_drop": Number("barrier of VGGs with LayerNorm, less at the largest rate by", "points")
+    },
+    "rethink/fig6d": {"gain_at_80_sparsity": Number("gained by RESET of a ResNet50 with 80 % of zeros", "points")},
     "rethink/no-matching": {name: _midpoint(f"not aligned, {VARIANTS[name]}") for name in ("repair", "rescale")},
     "rethink/table2": {
         f"{network}_{code}": Number(f"barrier of {NETWORKS[network]}s, {words}", "points")
