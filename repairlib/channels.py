@@ -26,10 +26,12 @@ Kept = Mapping[str, Int[Tensor, " units"]]  # by group, the indices of the units
 
 
 def channel_scores(model: nn.Module, spec: PermutationSpec) -> dict[str, Float[Tensor, " units"]]:
-    """Norm of all weights that make a unit, ``sqrt(sum w^2)``, by group (Li et al. 2017, who take the l1 norm).
+    """Size of the weights that make a unit, relative to the other units of its group (after Li et al. 2017).
 
-    The weights of all convolutions and linear layers count that have the unit among their outputs; each layer's are
-    divided by the layer's mean square, so that a wide layer of a residual stream counts no more than a narrow one.
+        score_u = sqrt(mean_l m_lu / mean_v m_lv),   m_lu = mean square of the weights of layer l that make unit u
+
+    over all convolutions and linear layers l that have the unit among their outputs; a residual stream has several. As
+    each layer counts relative to its own mean, a layer of many inputs or small weights counts as much as any other.
 
     Args:
         model: any network.

@@ -183,9 +183,10 @@ class Options:
         average: replace a layer's goal stds by their mean over channels (RESCALE (average), Qu & Horvath 2024,
             Table 1).
         eps: added to the variance that is divided by; 1e-5 in Qu & Horvath's released code.
-        shrink: draw a layer's gains towards their geometric mean, the more the less reliable they are. A gain's
-            logarithm has a variance of about ``(1 - rho^2) / n`` from n examples, with rho the channel's correlation
-            with itself in the reference. For "sequential", and one network as the reference.
+        shrink: draw a layer's gains towards their geometric mean, the more the less reliable they are (the idea of
+            Zhan et al. 2026, arXiv 2605.21426). A gain's logarithm has a variance of about ``(1 - rho^2) / n`` from n
+            examples, with rho the channel's correlation with itself in the reference. For "sequential", and one network
+            as the reference.
         method: one of four:
 
             * "sequential": statistics are exact for the resulting network; one pass;

@@ -32,18 +32,22 @@ class Trained:
     calibration: Loader
 
 
-def load_trained(run: str, calibration: int | None = None, device: str | None = None) -> Trained:
+def load_trained(
+    run: str, calibration: int | None = None, device: str | None = None, *, test_images: int | None = None
+) -> Trained:
     """The network of a run, trained first if it is not stored yet.
 
     Args:
         run: its name.
         calibration: training images for statistics, always the same; None for all.
         device: default `train.default_device()`.
+        test_images: evaluate on so many, always the same; default all.
     """
     device = device or train.default_device()
     dataset = load(train.parse_run(run).data, device=device)
     known = iterate(dataset, "train", CALIBRATION_BATCH, limit=calibration)
-    return Trained(store.get(run, device), iterate(dataset, "train"), iterate(dataset, "test"), known)
+    test = iterate(dataset, "test", limit=test_images)
+    return Trained(store.get(run, device), iterate(dataset, "train"), test, known)
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,11 @@ def pruning_rows(
 
 
 def sample_rows(
-    run: str, sparsities: Sequence[float], samples: Iterable[int], pruners: Sequence[str], device: str | None = None
+    run: str,
+    sparsities: Sequence[float],
+    samples: Iterable[int],
+    pruners: Sequence[str],
+    test_images: int | None = None,
 ) -> list[dict]:
     """A network pruned and renormalised with few training images, and with all (Fig. 74).
 
@@ -165,16 +173,17 @@ def sample_rows(
         run: its name.
         sparsities, pruners: see `pruning_rows`.
         samples: numbers of images; all of them come last.
+        test_images: see `load_trained`.
 
     Returns:
         Rows {samples: "64 images", ..., "all images" or "before", pruner, sparsity, renorm, loss, accuracy}.
     """
     rows = [
         {"samples": "before", **row}
-        for row in pruning_rows(load_trained(run, 1, device), sparsities, pruners, ["none"])
+        for row in pruning_rows(load_trained(run, 1, test_images=test_images), sparsities, pruners, ["none"])
     ]
     for number in (*samples, None):
-        network = load_trained(run, number, device)
+        network = load_trained(run, number, test_images=test_images)
         name = "all images" if number is None else f"{number} images"
         found = pruning_rows(network, sparsities, pruners, ["renormalised"])
         rows += [{"samples": name, **row} for row in found if row["renorm"] != "none"]

@@ -7,6 +7,7 @@ what differs between scales.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import io
 import json
@@ -34,8 +35,13 @@ def figures_root(root: str | Path | None = None) -> Path:
 
 def read_index() -> dict[str, dict]:
     """The entries of `figures/index.yml`, by item ID."""
-    path = project_root() / "figures" / "index.yml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return _parse_index((project_root() / "figures" / "index.yml").read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_index(text: str) -> dict[str, dict]:
+    """Reading YAML takes long, and every item of a scorecard looks its file up."""
+    return yaml.safe_load(text) or {}
 
 
 def save_item(

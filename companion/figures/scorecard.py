@@ -4,7 +4,7 @@ A claim is judged on every item that it rests on, from the table in `figures/<sc
 claims of a paper stand in a module of their own (`claims.repair`, `claims.combine`, `claims.rethink`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -22,8 +22,10 @@ def claims(paper: str = "") -> dict[str, Claim]:
     return {name: claim for name, claim in found.items() if name.startswith(f"{paper}/" if paper else "")}
 
 
-def judge(claim: str | Claim, scale: str, root: str | Path | None = None) -> list[dict]:
-    """Judge a claim at one scale.
+def judge(
+    claim: str | Claim, scale: str, root: str | Path | None = None, items: Collection[str] | None = None
+) -> list[dict]:
+    """Judge a claim at one scale, on all of its items or on some.
 
     Returns:
         One row for each of its items that has been made: {claim, statement, item, published, ours, verdict ("holds",
@@ -37,6 +39,8 @@ def judge(claim: str | Claim, scale: str, root: str | Path | None = None) -> lis
     claim = known[check(claim, known, "claim")] if isinstance(claim, str) else claim
     rows = []
     for item in claim.items:
+        if items is not None and item not in items:
+            continue
         try:
             record = load_item(item, scale, root)
         except FileNotFoundError:
@@ -65,15 +69,20 @@ def _networks(runs: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{len(names)}: {names[0]} to {names[-1]}"
 
 
-def scorecard(paper: str = "", scales: Iterable[str] = SCALES[1:], root: str | Path | None = None) -> list[dict]:
+def scorecard(
+    paper: str = "",
+    scales: Iterable[str] = SCALES[1:],
+    root: str | Path | None = None,
+    items: Collection[str] | None = None,
+) -> list[dict]:
     """All claims of a paper (all papers) as rows of `judge`, claim by claim and item by item, scales side by side.
 
-    Not at `smoke` unless asked for: what is not trained shows nothing.
+    Not at `smoke` unless asked for: what is not trained shows nothing. `items` are those to judge on; None is all.
     """
     scales = list(scales)
     rows = []
     for claim in claims(paper).values():
-        judged = [row for scale in scales for row in judge(claim, scale, root)]
+        judged = [row for scale in scales for row in judge(claim, scale, root, items)]
         rows += sorted(judged, key=lambda row: claim.items.index(row["item"]))
     return rows
 

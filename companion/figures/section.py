@@ -193,8 +193,7 @@ class Section:
         """
         # By name, so that whoever follows imports does not find the claims here: editing one changes no notebook.
         scorecard = importlib.import_module("companion.figures.scorecard")
-        found = scorecard.scorecard(paper, [self.scale])
-        found = found if paper else [row for row in found if row["item"] in self.items]
+        found = scorecard.scorecard(paper, [self.scale], items=None if paper else self.items)
         columns = {"item": "item", "statement": "the paper says", "published": "in numbers", "ours": "ours"}
         frame = pd.DataFrame(found, columns=[*columns, "verdict"]).rename(columns=columns)
         left = {"text-align": "left", "white-space": "normal"}

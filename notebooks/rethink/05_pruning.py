@@ -85,7 +85,8 @@ pd.Series(accuracy, name="test accuracy (%)").to_frame().round(1)
 @functools.cache
 def measure(run):
     """A network pruned in four ways, before and after renormalisation; measured once for all figures."""
-    return pruning_rows(load_trained(run, grid.calibration), grid.sparsities, how=HOW)
+    network = load_trained(run, grid.calibration, test_images=grid.settings["test images"])
+    return pruning_rows(network, grid.sparsities, how=HOW)
 
 
 def draw(table, columns="panel"):
@@ -152,7 +153,7 @@ if fig := section.item("rethink/fig73"):
 # %%
 if fig := section.item("rethink/fig74"):
     pruners = ("global magnitude", "layer magnitude")
-    table = fig.measure_each(sample_rows, grid.sparsities, grid.samples, pruners)
+    table = fig.measure_each(sample_rows, grid.sparsities, grid.samples, pruners, grid.settings["test images"])
     figure = plots.lines(
         table, "sparsity", {"accuracy": "test accuracy (%)"}, "samples", "pruner",
         xlabel="share of weights that are zero",

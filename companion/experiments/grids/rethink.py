@@ -581,6 +581,7 @@ def pruning(scale: str) -> Grid:
             "gradients": by_scale(scale, smoke=20, quick=100, fast=400, paper=400),
             "images of a gradient": by_scale(scale, smoke=1, quick=1, fast=1, paper=400),
             "block": by_scale(scale, smoke=20, quick=50, fast=100, paper=1000),  # of WoodFisher, weights
+            "test images": by_scale(scale, smoke=None, quick=None, fast=2000, paper=None),  # None is all
             "samples": by_scale(scale, smoke=[32, 64], quick=[64, 128, 256], fast=[64, 128, 256], paper=[64, 128, 256]),
         },
     )

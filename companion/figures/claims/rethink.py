@@ -416,6 +416,7 @@ CLAIMS = [
         "plots",
         ("rethink/fig6a", "rethink/fig63-68"),
         large_decay_helps,
+        "midpoints of a ResNet with LayerNorm are far from good with any of these weight decays",
     ),
     Claim(
         "rethink/rescale-robust",
@@ -423,6 +424,7 @@ CLAIMS = [
         "plots",
         ("rethink/fig6c", "rethink/fig71"),
         rescale_robust,
+        "matched by activations, neither depends on weight decay by more than a few points",
     ),
     Claim(
         "rethink/pruning-renorm",
