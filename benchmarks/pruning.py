@@ -1,6 +1,5 @@
 """Pruning a VGG16-BN by magnitude and renormalising it, in forward passes; WoodFisher over block sizes."""
 
-import resource
 import time
 
 import torch
@@ -68,8 +67,7 @@ def main() -> None:
         seconds = best_of(lambda block=block: WoodFisher(small, [(x, y)], block=block), 2)
         rows.append({"network": "resnet20-bn-w1", "what": f"WoodFisher, blocks of {block}, 100 gradients",
                      "seconds": seconds, "the gradients alone (s)": floor, "ratio": seconds / floor,
-                     "matrices (MB)": 4 * weights * block / 1e6,
-                     "peak of the process (MB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3})  # fmt: skip
+                     "matrices (MB)": 4 * weights * block / 1e6})  # fmt: skip
     save(__file__, args, rows)
 
 
