@@ -106,7 +106,8 @@ def recover(runs, beginning):
     """Midpoints of a pair, or a new network like them, trained on once for all figures."""
     pair = load_pair(runs)
     starts = midpoints(pair) if beginning == "midpoints" else {"new network": new_network(pair)}
-    return recovery_rows(pair, starts, grid.settings["learning rate"], grid.epochs, grid.every)
+    images = grid.settings["training images"]
+    return recovery_rows(pair, starts, grid.settings["learning rate"], grid.epochs, grid.every, images=images)
 
 
 def train_on(fig):

@@ -336,6 +336,8 @@ def matching_retains(scale: str) -> Grid:
             "learning rate": by_scale(scale, smoke=0.01, quick=0.01, fast=0.01, paper=0.01),
             "epochs": by_scale(scale, smoke=1, quick=25, fast=5, paper=20),  # at most
             "every": by_scale(scale, smoke=5, quick=10, fast=10, paper=5),  # steps from one measurement to the next
+            # that 90 % of must be right
+            "training images": by_scale(scale, smoke=100, quick=250, fast=500, paper=5000),
             "images for Fisher information": by_scale(scale, smoke=20, quick=300, fast=1000, paper=5000),
         },
     )
