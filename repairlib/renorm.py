@@ -7,6 +7,7 @@ go into ordinary weights (`fold`).
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,9 +85,9 @@ def _sequential(
     norms = batchnorms(net) if reset else {}
     left = len(goals) + len(norms)
     values: list[dict] = [{} for _ in batches]
-    beside = _Beside(reference, batches, len(values)) if reference else None
+    others = [reference.walk(x, list(goals)) for x in batches] if reference else []
     corrections, constant = {}, {}
-    with eval_mode(net.model):
+    with eval_mode(net.model, *([reference.model] if reference else [])):
         for node in net.nodes:
             if not left:
                 break
@@ -101,38 +102,15 @@ def _sequential(
                 chunk[node] = net.compute(node, chunk, iter((x,)))
                 net.forget(node, chunk)
             if node.name in goals:
-                here = [chunk[node] for chunk in values]
-                moments = beside.moments(node.name, here) if beside else moments_of(here)
+                moments = Moments("paired" if reference else "none")
+                for chunk, other in itertools.zip_longest(values, others):
+                    moments.update(chunk[node], *([next(other)[1]] if other else []))
                 constant[node.name] = moments.dead()
                 fix = corrections[node.name] = goals[node.name](moments)
                 for chunk in values:
                     chunk[node] = fix.apply(chunk[node])
                 left -= 1
     return corrections, constant
-
-
-class _Beside:
-    """A reference that runs node by node beside the network that is renormalised."""
-
-    def __init__(self, net: TracedNet, batches: Batches, count: int):
-        self.net, self.batches, self.count = net, batches, count
-        self.nodes = iter(net.nodes)
-        self.values: list[dict] = [{} for _ in range(count)]
-
-    def moments(self, name: str, here: Sequence[Tensor]) -> Moments:
-        """Moments of a node's values, and beside them of the reference's, chunk by chunk."""
-        with eval_mode(self.net.model):
-            for node in self.nodes:
-                inputs = self.batches if node.op == "placeholder" else [None] * self.count
-                for chunk, x in zip(self.values, inputs, strict=True):
-                    chunk[node] = self.net.compute(node, chunk, iter((x,)))
-                    self.net.forget(node, chunk)
-                if node.name == name:
-                    moments = Moments("paired")
-                    for value, chunk in zip(here, self.values, strict=True):
-                        moments.update(value, chunk[node])
-                    return moments
-        raise ValueError(f"the reference has no node {name!r} to compare with; use shrink=False")
 
 
 def _simultaneous(

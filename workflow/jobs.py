@@ -43,7 +43,6 @@ START = 4.0  # seconds that a job takes to import PyTorch
 # Seconds up to which trainings share a job, as starting one takes seconds, too: before the first pictures, and after.
 TOGETHER_SOON, TOGETHER = 15.0, 60.0
 SOON = 3  # notebooks that come before all others, because they are soonest there
-GALLERY = 60.0  # seconds at least from one gallery to the next while jobs run: judging all claims takes some
 PASSES = 20  # passes over test and calibration images in a notebook that was never executed: the median at quick
 
 
@@ -372,7 +371,6 @@ def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) 
     ]
     for reader in readers:
         reader.start()
-    stale, written = False, -math.inf
     try:
         while any(reader.is_alive() for reader in readers) or not lines.empty():
             try:
@@ -382,10 +380,8 @@ def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) 
                     screen.say(text, out)
             except queue.Empty:
                 pass
-            stale |= any(key.startswith("notebook/") for key in progress.look())
-            if stale and time.monotonic() - written > GALLERY:
+            if any(key.startswith("notebook/") for key in progress.look()):
                 gallery.write_gallery()  # so that whoever has it open sees more and more
-                stale, written = False, time.monotonic()
             screen.status(progress.line(time.time()))
         return process.wait()
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from companion.experiments.statistics import has_batchnorm
 from companion.runs import store, train
 from companion.runs.data import Loader, iterate, load
 from repairlib import pruning
+from repairlib.corrections import TARGETS
 from repairlib.evaluation import evaluate
 from repairlib.names import check
 from repairlib.renorm import renormalize, reset
@@ -100,28 +101,30 @@ PRUNERS: dict[str, Callable[[Trained, Iterable[float], Settings], Pruned]] = {
 
 
 FOLDED = {"targets": ("conv", "linear"), "limit": None}  # corrections that weights and biases take up
+After = Callable[[nn.Module, nn.Module, Iterable], nn.Module]
 
 
-def renormalise_as_in_the_paper(pruned: nn.Module, dense: nn.Module, data: Iterable) -> nn.Module:
+def _repaired(**options) -> After:
+    """Towards the statistics of the dense network."""
+    return lambda pruned, dense, data: renormalize(pruned, dense, data, **(FOLDED | options)).model
+
+
+def _as_in_the_paper(pruned: nn.Module, dense: nn.Module, data: Iterable) -> nn.Module:
     """RESET of a network with BatchNorm, REPAIR of any other."""
-    return (reset(pruned, data) if has_batchnorm(pruned) else renormalize(pruned, dense, data, **FOLDED)).model
+    return AFTER_PRUNING["RESET" if has_batchnorm(pruned) else "REPAIR"](pruned, dense, data)
 
 
 # By name: from a pruned network, the dense one and data to the renormalised one.
-AFTER_PRUNING: dict[str, Callable[[nn.Module, nn.Module, Iterable], nn.Module]] = {
+AFTER_PRUNING: dict[str, After] = {
     "none": lambda pruned, dense, data: pruned,
-    "renormalised": renormalise_as_in_the_paper,
+    "renormalised": _as_in_the_paper,
     "RESET": lambda pruned, dense, data: reset(pruned, data).model,
-    "REPAIR": lambda pruned, dense, data: renormalize(pruned, dense, data, **FOLDED).model,
-    "REPAIR, shrunk": lambda pruned, dense, data: renormalize(pruned, dense, data, shrink=True, **FOLDED).model,
-    "REPAIR, simultaneous": lambda pruned, dense, data: (
-        renormalize(pruned, dense, data, method="simultaneous", **FOLDED).model
-    ),
-    "REPAIR, blocks too": lambda pruned, dense, data: renormalize(pruned, dense, data, limit=None).model,
-    "RESCALE": lambda pruned, dense, data: renormalize(pruned, dense, data, correct="rescale", **FOLDED).model,
-    "RESCALE, shrunk": lambda pruned, dense, data: (
-        renormalize(pruned, dense, data, correct="rescale", shrink=True, **FOLDED).model
-    ),
+    "REPAIR": _repaired(),
+    "REPAIR, shrunk": _repaired(shrink=True),
+    "REPAIR, simultaneous": _repaired(method="simultaneous"),
+    "REPAIR, blocks too": _repaired(targets=TARGETS),
+    "RESCALE": _repaired(correct="rescale"),
+    "RESCALE, shrunk": _repaired(correct="rescale", shrink=True),
 }
 
 

@@ -387,47 +387,38 @@ def _usual(run: str) -> Recipe:
     return recipe_of(parse_run(seeded(run, 1), check_data=False))
 
 
-def _models(scale: str) -> dict[str, str]:
-    """The four networks whose learning rates are compared, run names without their seeds."""
+def learning_rate(scale: str) -> Grid:
+    """Section 4.3: networks trained at several learning rates, from two initialisations."""
+    shares = by_scale(scale, smoke=[0.1, 1], quick=[0.2, 0.5, 1], fast=[0.1, 0.3, 1], paper=[0.1, 0.3, 0.5, 0.7, 1])
     width = by_scale(scale, smoke=None, quick=1, fast=None, paper=4)
-    return {
+    models = {
         "VGG-BN": vgg(scale, "bn"),
         "VGG-LN": vgg(scale, "ln"),
         "ResNet-BN": resnet(scale, "bn", width),
         "ResNet-LN": resnet(scale, "ln", width),
     }
 
-
-def learning_rate(scale: str) -> Grid:
-    """Section 4.3: networks trained at several learning rates, from two initialisations."""
-    shares = by_scale(scale, smoke=[0.1, 1], quick=[0.2, 0.5, 1], fast=[0.1, 0.3, 1], paper=[0.1, 0.3, 0.5, 0.7, 1])
-    both = _models(scale)
-
-    def rates(series: str, run: str) -> list[dict]:
-        usual = _usual(run).lr
+    def rates(series: str, run: str, shares: list[float]) -> list[dict]:
+        """A network at some shares of its usual learning rate."""
+        found = {share: round(share * _usual(run).lr, 6) for share in shares}
         return [
-            {
-                "run": changed(run, "lr", round(share * usual, 6)),
-                "series": series,
-                "lr": round(share * usual, 6),
-                "share": share,
-            }
-            for share in shares
+            {"run": changed(run, "lr", lr), "series": series, "lr": lr, "share": share} for share, lr in found.items()
         ]
+
+    networks = {series: rates(series, run, shares) for series, run in models.items()}
 
     def control(series: str) -> dict:
         """The networks of the largest rate, trained on at that rate, which makes them worse."""
-        largest = rates(series, both[series])[-1]
+        largest = networks[series][-1]
         return {**largest, "run": f"{largest['run']}/s{{seed}}/retrain{_epoch(scale)}", "degraded": True}
 
     def inits(series: str) -> list[dict]:
         """The smallest and the largest rate, from normal and from uniform initial weights."""
         normal = by_scale(scale, smoke="", quick="", fast="", paper="~init=fan-out")
         named = {"Kaiming normal": normal, "Kaiming uniform": "~init=uniform"}
-        ends = rates(series, both[series])[:: len(shares) - 1]
+        ends = networks[series][:: len(shares) - 1]
         return [{**each, "run": each["run"] + change, "init": init} for init, change in named.items() for each in ends]
 
-    everything = {series: rates(series, run) for series, run in both.items()}
     easier = by_scale(
         scale,
         smoke="digits/vgg11-ln-w0.0625/smoke",
@@ -436,20 +427,16 @@ def learning_rate(scale: str) -> Grid:
         paper="mnist/vgg16-ln-w1/qu-mnist~init=uniform",
     )
     tenths = by_scale(scale, smoke=[0.1, 1], quick=[0.1, 0.3, 1], fast=[0.01, 0.1, 1], paper=[0.01, 0.1, 1])
-    mnist = [
-        {"run": changed(easier, "lr", round(share * _usual(easier).lr, 6)), "series": "VGG-LN",
-         "lr": round(share * _usual(easier).lr, 6), "share": share}
-        for share in tenths
-    ]  # fmt: skip
-    rates_of_all = [network for networks in everything.values() for network in networks]
+    on_easier = rates("VGG-LN", easier, tenths)
+    everything = [each for series in models for each in networks[series]]
     return Grid(
         needs={
-            "rethink/fig5a": everything["VGG-LN"],
-            "rethink/fig45-46": rates_of_all,
-            "rethink/fig47-58": _as_trained(rates_of_all) + [control(series) for series in both],
-            "rethink/fig44": everything["VGG-BN"] + everything["ResNet-BN"],
-            "rethink/fig5d": mnist,
-            "rethink/fig59": mnist,
+            "rethink/fig5a": networks["VGG-LN"],
+            "rethink/fig45-46": everything,
+            "rethink/fig47-58": _as_trained(everything) + [control(series) for series in models],
+            "rethink/fig44": networks["VGG-BN"] + networks["ResNet-BN"],
+            "rethink/fig5d": on_easier,
+            "rethink/fig59": on_easier,
             "rethink/fig5b": inits("VGG-LN"),
             "rethink/fig5c": inits("VGG-LN"),
             "rethink/fig60-62": inits("VGG-LN") + inits("ResNet-LN"),
@@ -458,7 +445,7 @@ def learning_rate(scale: str) -> Grid:
         compares={f"rethink/fig{item}": "share" for item in ("5a", "45-46", "47-58", "44", "5d", "59")}
         | {f"rethink/fig{item}": "init" for item in ("5b", "5c", "60-62")},
         settings={
-            **both,
+            **models,
             "shares of the usual learning rate": shares,
             "on the easier data": easier,
             "shares of its learning rate": tenths,
