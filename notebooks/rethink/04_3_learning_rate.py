@@ -83,7 +83,7 @@ def draw_barriers(table):
     """Barriers over learning rates, a panel for each network; by name, those of the smallest and the largest rate."""
     found = barriers(table)
     labels = {"accuracy_barrier": "accuracy barrier (points)"}
-    figure = plots.lines(found, "share", labels, "matching", "series", xlabel="learning rate / usual one", log_x=2)
+    figure = plots.lines(found, "share", labels, "matching", "series", xlabel="learning rate / usual one")
     mean = 100 * found.groupby(["series", "matching", "lr"], sort=False)["accuracy_barrier"].mean()
     summary = {f"{s}, {m}, rate {lr:g} (points)": value for (s, m, lr), value in mean.items()}
     return figure, summary, mean

@@ -551,7 +551,7 @@ def pruning(scale: str) -> Grid:
     return Grid(
         needs={
             "rethink/fig2a": network["ResNet-LN"],
-            "rethink/fig6d": [{"run": imagenet, "series": "ResNet50"}],
+            "rethink/fig6d": [{"run": imagenet, "series": f"ResNet{parse_model(imagenet.split('/')[1]).depth}"}],
             "rethink/fig72": [each for series in first for each in network[series]],
             "rethink/fig73": [plain] + [each for series in again for each in network[series]],
             "rethink/fig74": network["ResNet-BN"],

@@ -83,7 +83,9 @@ def lines(
         }
         if columns and title:
             figure.suptitle(title, fontsize=8)
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=1 + across)
+        letters = 6 + max(map(len, found))  # of the longest entry, with its line; an inch has about 18
+        columns = max(1, min(1 + across, int(18 * size[0] / letters)))
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
         return figure
 
 
