@@ -18,7 +18,7 @@ from repairlib import permutations as permutations
 from repairlib import pruning as pruning
 from repairlib.corrections import Repaired
 from repairlib.data_independent import Recorder, batch_statistics
-from repairlib.evaluation import evaluate, evaluate_many
+from repairlib.evaluation import Score, evaluate, evaluate_many, mean_score
 from repairlib.groups import permutation_spec
 from repairlib.interpolate import barrier_of, interpolate_models
 from repairlib.matching import Matching, match_activations
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Goals", "Matching", "Recorder", "Repair", "Repaired", "WoodFisher", "align", "barrier", "barrier_of",
     "batch_statistics", "evaluate", "evaluate_many", "interpolate_models", "match_activations",
-    "match_several", "match_straight_through", "match_transport", "match_weights", "merge",
+    "match_several", "match_straight_through", "match_transport", "match_weights", "mean_score", "merge",
     "permutation_spec", "permute", "renormalize", "repair", "reset", "running_means", "trace",
 ]  # fmt: skip
 MATCH: dict[str, Callable] = {
@@ -96,16 +96,19 @@ def barrier(
     metric: str = "loss",
     baseline: str = "linear",
     repaired: Repair | None = None,
+    score: Score | None = None,
 ) -> float:
     """Barrier of the straight path: largest rise of the test loss, or error, over its ends (Jordan et al. 2022, Eq. 1).
 
     Args:
         model_a, model_b: endpoints.
-        test: any iterable of batches (x, y) with class labels y.
+        test: any iterable of batches (x, y, ...) with class labels y; see `evaluate`.
         points: number of equally spaced alphas, both ends included; at least 2.
         metric: "loss" (nats) or "accuracy", whose error is in [0, 1].
         baseline: "linear" (Eq. 1) or "mean" of the endpoints.
         repaired: `Repair` of the same endpoints, to measure the repaired path instead.
+        score: another cost than these two, less is better, for networks that are no classifiers; see `mean_score`. The
+            barrier has its unit.
 
     Raises:
         ValueError: fewer than two points, no batches, an unknown metric or baseline.
@@ -117,6 +120,9 @@ def barrier(
     alphas, costs = [i / (points - 1) for i in range(points)], []
     for alpha in alphas:
         model = repaired(alpha).model if repaired else interpolate_models(model_a, model_b, alpha)
+        if score is not None:
+            costs.append(mean_score(model, test, score))
+            continue
         loss, accuracy = evaluate(model, test)
         costs.append(loss if metric == "loss" else 1 - accuracy)
     return barrier_of(alphas, costs, baseline)

@@ -1,7 +1,8 @@
-"""Loss and accuracy of one network, or of one architecture under many state dicts."""
+"""Loss and accuracy of one network, or of one architecture under many state dicts; or any other score."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,51 +12,129 @@ from repairlib.interpolate import State, check_compatible
 from repairlib.progress import bar
 from repairlib.tracing import cast_input, eval_mode
 
+IGNORED = -100  # the label that PyTorch's losses leave out
+# From outputs and the rest of a batch, one number for each example, or one for each of its positions.
+Score = Callable[..., Tensor]
 
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Mean cross entropy (nats) and accuracy (in [0, 1]), in evaluation mode; sums are float64.
+
+def evaluate(model: nn.Module, batches: Iterable) -> tuple[float, float]:
+    """Mean cross entropy (nats) and accuracy (in [0, 1]) of a classifier, in evaluation mode; sums are float64.
 
     Args:
-        model: a classifier. Untouched.
-        batches: (x [b, ...], y int64 [b]), on any device; floating x take the precision of the weights.
+        model: its outputs are logits [b, classes], or [b, classes, ...] with a class for every position. Untouched.
+        batches: (x, y, ...), y int64 [b] or [b, ...], on any device. Labels of -100 are left out. Floating x take the
+            precision of the weights.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or labels are no class indices of the outputs; `mean_score` is for others.
     """
-    total, correct, n = torch.tensor(0.0), torch.tensor(0), 0
+    total, correct, n, wrong = torch.tensor(0.0), torch.tensor(0), torch.tensor(0), torch.tensor(0)
     with eval_mode(model):
-        for x, y in batches:
-            logits = model(cast_input(x, model)).double()
-            y = y.to(logits.device)
-            total = total + F.cross_entropy(logits, y, reduction="sum")
-            correct = correct + (logits.argmax(1) == y).sum()
-            n += len(y)
+        for batch in batches:
+            logits, (y, *_) = _outputs(model, batch)
+            _check_labels(logits, y)
+            logits, y = logits.double(), y.to(logits.device, torch.int64)
+            judged = (y >= 0) & (y < logits.shape[1])
+            wrong = wrong + (~judged & (y != IGNORED)).sum()  # said at the end: to look now, a GPU would have to wait
+            known = y.where(judged, IGNORED)
+            total = total + F.cross_entropy(logits, known, reduction="sum", ignore_index=IGNORED)
+            correct = correct + (logits.argmax(1) == known).sum()
+            n = n + judged.sum()
+    if int(wrong):
+        raise ValueError(f"{int(wrong)} labels are no class indices: they must be 0 to the number of classes less one")
+    if not int(n):
+        raise ValueError("no batches to evaluate on, or none with a label")
+    return float(total) / int(n), int(correct) / int(n)
+
+
+def mean_score(model: nn.Module, batches: Iterable, score: Score) -> float:
+    """Mean over examples of what a function says of a network's outputs, in evaluation mode; sums are float64.
+
+    Args:
+        model: any network. Untouched.
+        batches: (x, ...), or x alone, on any device; floating x take the precision of the weights.
+        score: (outputs, *the rest of the batch) to one number for each example, or for each of its positions: a
+            squared error, one minus an overlap, nats a token. For `barrier`, less is better.
+
+    Raises:
+        ValueError: there are no batches, or the score is no tensor of one number or more for each example.
+
+    >>> net = nn.Linear(2, 1)
+    >>> x = torch.randn(8, 2)
+    >>> mean_score(net, [(x, net(x))], lambda outputs, y: (outputs - y) ** 2)
+    0.0
+    """
+    total, n = torch.tensor(0.0), 0
+    with eval_mode(model):
+        for batch in batches:
+            outputs, rest = _outputs(model, batch)
+            values = score(outputs, *(each.to(_device(model)) if isinstance(each, Tensor) else each for each in rest))
+            if not isinstance(values, Tensor) or values.ndim == 0:
+                raise ValueError(
+                    "score must give one number for each example, not their mean: reduction='none' does so"
+                )
+            total = total + values.double().sum()
+            n += values.numel()
     if n == 0:
         raise ValueError("no batches to evaluate on")
-    return float(total) / n, int(correct) / n
+    return float(total) / n
 
 
+def _outputs(model: nn.Module, batch: Any) -> tuple[Any, tuple]:
+    """What a network makes of a batch, and the rest of the batch."""
+    x, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
+    return model(cast_input(x, model)), tuple(rest)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _check_labels(logits: Any, y: Any) -> None:
+    """Refuse outputs that are no logits, and labels that cannot be class indices of them."""
+    other = "give a score of your own: mean_score(model, batches, score), or barrier(..., score=score)"
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"outputs must be logits (n, classes), not {what}; {other}")
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        what = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"labels must be class indices (integers), not {what}; {other}")
+    if y.shape != (len(logits), *logits.shape[2:]):
+        raise ValueError(f"labels {tuple(y.shape)} are no class indices of outputs {tuple(logits.shape)}, whose "
+                         f"classes are on axis 1; {other}")  # fmt: skip
+
+
+@overload
+def evaluate_many(
+    model: nn.Module, states: Iterable[State], batches: Iterable, *, score: None = None, progress: bool = True
+) -> list[tuple[float, float]]: ...
+@overload
+def evaluate_many(
+    model: nn.Module, states: Iterable[State], batches: Iterable, *, score: Score, progress: bool = True
+) -> list[float]: ...
 def evaluate_many(
     model: nn.Module,
     states: Iterable[State],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable,
     *,
+    score: Score | None = None,
     progress: bool = True,
-) -> list[tuple[float, float]]:
-    """Loss and accuracy, as `evaluate`, of one architecture under many state dicts.
+) -> list[Any]:
+    """Loss and accuracy, as `evaluate`, of one architecture under many state dicts; or a score, as `mean_score`.
 
     Args:
         model: the architecture, and the device and precision to compute on. Untouched.
         states: state dicts, for instance from a generator: one at a time is taken, copied and let go.
-        batches: (x [b, ...], y int64 [b]), read once a state; a one-shot iterator is kept in memory.
+        batches: read once a state; a one-shot iterator is kept in memory.
+        score: another measure, see `mean_score`.
         progress: show a bar if somebody is looking, see `repairlib.progress.is_interactive`.
 
     Raises:
-        ValueError: there are no batches, or a state does not fit the model.
+        ValueError: there are no batches, or a state does not fit the model; see also `evaluate`.
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches
     net = copy.deepcopy(model)  # takes up one state after the other
-    results: list[tuple[float, float]] = []
+    results: list[Any] = []
     remaining = iter(states)
     with bar(len(states) if isinstance(states, Sized) else None, "networks", "net", progress) as networks:
         while (state := next(remaining, None)) is not None:  # a for loop would keep the state while the next is made
@@ -63,6 +142,6 @@ def evaluate_many(
             check_compatible(net.state_dict(), state, names=names, types=False)
             net.load_state_dict(state)
             del state
-            results.append(evaluate(net, batches))
+            results.append(evaluate(net, batches) if score is None else mean_score(net, batches, score))
             networks.update()
     return results

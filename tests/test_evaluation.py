@@ -7,6 +7,7 @@ from cases import CASES, CLASSES, inputs, make
 from test_combine import same_bits
 from torch import nn
 
+import repairlib
 from companion.runs.train import evaluate
 from repairlib import evaluation, interpolate
 from repairlib.evaluation import evaluate_many
@@ -100,3 +101,81 @@ def test_evaluation_refuses_what_does_not_fit():
         evaluate_many(model, [model.state_dict(), broken], data)
     with pytest.raises(ValueError, match="no batches"):
         evaluate_many(model, [model.state_dict()], [])
+
+
+# -------------------------------------------------------------------------------------------------- what can be judged
+
+
+def linear(classes=3):
+    torch.manual_seed(0)
+    return nn.Linear(8, classes)
+
+
+def test_labels_of_every_position_are_counted_and_ignored_ones_left_out():
+    torch.manual_seed(0)
+    net, x, y = nn.Conv2d(2, 3, 1), torch.randn(5, 2, 4, 4), torch.randint(3, (5, 4, 4))
+    y[0], y[1, 2] = -100, -100
+    loss, accuracy = evaluation.evaluate(net, zip(x.split(2), y.split(2), strict=True))
+    with torch.no_grad():
+        logits = net(x).double()
+    assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, y)))
+    known = y != -100
+    assert accuracy == pytest.approx(float((logits.argmax(1) == y)[known].double().mean()))
+
+
+def test_more_than_two_parts_of_a_batch_and_integer_inputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(40, 3))
+    x, y = torch.randint(20, (16, 5)), torch.randint(3, (16,))
+    assert evaluation.evaluate(net, [(x, y, "names")]) == evaluation.evaluate(net, [(x, y)])
+    assert repairlib.barrier(net, net, [(x, y)], points=3) == 0
+    evaluate_many(net, [net.state_dict()], [(x, y)])
+
+
+@pytest.mark.parametrize("y,words", [
+    (torch.randn(6, 1), "class indices .integers., not torch.float32"),
+    (torch.zeros(6, dtype=torch.bool), "not torch.bool"),
+    (torch.zeros(6, 3, dtype=torch.int64), r"labels \(6, 3\) are no class indices of outputs \(6, 3\)"),
+    (torch.zeros(5, dtype=torch.int64), r"labels \(5,\)"),
+    (torch.full((6,), 3), "6 labels are no class indices"),
+    (torch.tensor([0, 1, 2, -1, -100, 0]), "1 labels are no class indices"),
+    (torch.full((6,), -100), "none with a label"),
+    ("abcdef", "not str"),
+])  # fmt: skip
+def test_what_are_no_labels_is_refused(y, words):
+    with pytest.raises(ValueError, match=words):
+        evaluation.evaluate(linear(), [(torch.randn(6, 8), y)])
+
+
+def test_outputs_that_are_no_logits_are_refused():
+    class Dictionary(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    data = [(torch.randn(6, 8), torch.zeros(6, dtype=torch.int64))]
+    with pytest.raises(ValueError, match="not dict; give a score of your own"):
+        evaluation.evaluate(Dictionary(8, 3), data)
+    with pytest.raises(ValueError, match=r"must be logits \(n, classes\), not \(6,\)"):
+        evaluation.evaluate(nn.Sequential(linear(1), nn.Flatten(0)), data)
+    assert evaluation.mean_score(Dictionary(8, 3), data, lambda out, y: out["logits"][:, 0] * 0 + 2) == 2
+
+
+def test_a_barrier_in_any_unit():
+    torch.manual_seed(0)
+    a, b, x = linear(1), nn.Linear(8, 1), torch.randn(50, 8)
+    with torch.no_grad():
+        data = [(x, (a(x) + b(x)) / 2)]  # the midpoint is right everywhere
+
+    def squared_error(outputs, y):
+        return (outputs - y) ** 2
+
+    ends = [evaluation.mean_score(net, data, squared_error) for net in (a, b)]
+    assert repairlib.barrier(a, b, data, score=squared_error) == pytest.approx(0, abs=1e-6)
+    assert ends[0] == pytest.approx(ends[1])
+    assert evaluate_many(a, [a.state_dict(), b.state_dict()], data, score=squared_error) == pytest.approx(ends)
+    with pytest.raises(ValueError, match="not their mean"):
+        evaluation.mean_score(a, data, lambda outputs, y: squared_error(outputs, y).mean())
+    with pytest.raises(ValueError, match="labels must be class indices"):
+        repairlib.barrier(a, b, data)
+    with pytest.raises(ValueError, match="no batches"):
+        evaluation.mean_score(a, [], squared_error)
