@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repairlib.interpolate import State, check_compatible
+from repairlib.interpolate import State, check_compatible, load_state
 from repairlib.progress import bar
 from repairlib.tracing import cast_input, eval_mode
 
@@ -140,7 +140,7 @@ def evaluate_many(
         while (state := next(remaining, None)) is not None:  # a for loop would keep the state while the next is made
             names = ("the model", f"state {len(results)}")
             check_compatible(net.state_dict(), state, names=names, types=False)
-            net.load_state_dict(state)
+            load_state(net, state)
             del state
             results.append(evaluate(net, batches) if score is None else mean_score(net, batches, score))
             networks.update()

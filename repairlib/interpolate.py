@@ -3,8 +3,10 @@
 import copy
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,11 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
         names: names for messages; default: model A, model B, ...
         types: whether the precision must be the same.
 
+    What is no tensor must be a module's extra state (`get_extra_state`), which nobody compares. Infinities that are the
+    same everywhere, as in the buffer of a causal mask, are fine.
+
     Raises:
-        ValueError: names the first parameter that is missing, has another shape or type, or is not finite.
+        ValueError: names the first entry that is missing, has another shape or type, is not finite, or is no tensor.
     """
     kind, names = ("", names) if names else ("model ", [*ascii_uppercase, *map(str, range(27, len(states) + 1))])
     first = names[0]
@@ -34,6 +39,11 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
             owner = first if name in states[0] else which
             raise ValueError(f"different architectures: {name!r} is in {kind}{owner} only")
         for name, value in state.items():
+            if not isinstance(value, Tensor):
+                if name.rpartition(".")[2] == "_extra_state":
+                    continue
+                raise ValueError(f"{name!r} in {kind}{which} is no tensor but {type(value).__name__}; of a checkpoint, "
+                                 "pass the entry that holds the weights, often checkpoint['state_dict']")  # fmt: skip
             if value.shape != states[0][name].shape:
                 shapes = f"{tuple(states[0][name].shape)} in {first}, {tuple(value.shape)} in {which}"
                 raise ValueError(f"different architectures: {name!r} is {shapes}")
@@ -41,17 +51,26 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
                 kinds = f"{states[0][name].dtype} in {first}, {value.dtype} in {which}"
                 raise ValueError(f"{name!r} is {kinds}; convert one of the networks, for instance with .float()")
     for which, state in zip(names, states, strict=False):
-        if bad := non_finite(state):
-            raise ValueError(f"{kind}{which}: {bad!r} holds NaN or infinity; was training stopped, or a file damaged?")
+        for bad in non_finite(state):
+            if not all(torch.equal(other[bad], state[bad].to(other[bad].device)) for other in states):
+                raise ValueError(
+                    f"{kind}{which}: {bad!r} holds NaN or infinity; was training stopped, or a file damaged?"
+                )
 
 
-def non_finite(state: State) -> str | None:
-    """Name of the first entry that holds NaN or infinity; None if all are finite."""
-    floating = {name: x for name, x in state.items() if x.is_floating_point() and x.numel()}
+def non_finite(state: State) -> list[str]:
+    """Names of the entries that hold NaN or infinity."""
+    floating = {name: torch.view_as_real(x) if x.is_complex() else x for name, x in state.items() if averaged(x)}
+    floating = {name: x for name, x in floating.items() if x.numel()}
     # Extremes, which NaN carries into, are some 20 times as fast as isfinite().all(); read at once, a GPU stops once.
     extremes = [extreme for x in floating.values() for extreme in x.aminmax()]
     finite = torch.stack(extremes).isfinite().tolist() if extremes else []
-    return next((name for name, *both in zip(floating, finite[::2], finite[1::2], strict=True) if not all(both)), None)
+    return [name for name, *both in zip(floating, finite[::2], finite[1::2], strict=True) if not all(both)]
+
+
+def averaged(value: object) -> TypeGuard[Tensor]:
+    """Whether an entry of a state dict is averaged: floating and complex tensors are, all else is copied."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def clamp_variance(name: str, value: Tensor) -> Tensor:
@@ -64,7 +83,8 @@ def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, T
 
     The paper's ``theta_a + l_b (theta_b - theta_a) + l_c (theta_c - theta_a)`` has weights (1 - l_b - l_c, l_b, l_c).
     A model of weight 0 is left out: one weight of 1 gives that model bit for bit. Integer buffers (BatchNorm's batch
-    counts) come from the first model whose weight is not 0.
+    counts), extra state and what holds infinities come from the first model whose weight is not 0. Half precision is
+    averaged in float32.
 
     Args:
         states: state dicts of one architecture.
@@ -83,12 +103,19 @@ def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, T
         raise ValueError(f"weights must sum to 1, not {total:g}: divide them by their sum")
     check_compatible(*states)
     used = [(weight, state) for weight, state in zip(weights, states, strict=True) if weight != 0]
-    return {
-        name: clamp_variance(name, functools.reduce(torch.add, (weight * state[name] for weight, state in used)))
-        if value.is_floating_point()
-        else value.clone()
-        for name, value in used[0][1].items()
-    }
+    first = used[0][1]
+    infinite = set(non_finite(first))
+
+    def mix(name: str, value: object) -> Any:
+        if not averaged(value):
+            return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        if name in infinite or len(used) == 1:
+            return clamp_variance(name, value.clone())
+        wide = torch.promote_types(value.dtype, torch.float32)
+        mean = functools.reduce(torch.add, (weight * state[name].to(wide) for weight, state in used))
+        return clamp_variance(name, mean.to(value.dtype))
+
+    return {name: mix(name, value) for name, value in first.items()}
 
 
 def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str, Tensor]:
@@ -107,10 +134,17 @@ def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str
     return mix_states((state_a, state_b), (1 - alpha, alpha))
 
 
+def load_state(model: nn.Module, state: State) -> None:
+    """Load parameters and buffers, with the versions of the module's own state dict, which some modules look at."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(versioned)
+
+
 def with_state(model: nn.Module, state: State) -> nn.Module:
     """Copy of a module with other parameters and buffers."""
     out = copy.deepcopy(model)
-    out.load_state_dict(state)
+    load_state(out, state)
     return out
 
 

@@ -1,6 +1,5 @@
 """Permutations of hidden units: apply, compose, compare and disturb them."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from repairlib.groups import Permutation, PermutationSpec
+from repairlib.interpolate import with_state
 
 
 def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutation: Permutation) -> dict[str, Tensor]:
@@ -32,9 +32,7 @@ def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutatio
 
 def permute(model: nn.Module, spec: PermutationSpec, permutation: Permutation) -> nn.Module:
     """Permuted copy of a model; it computes the same function."""
-    out = copy.deepcopy(model)
-    out.load_state_dict(permute_state(model.state_dict(), spec, permutation))
-    return out
+    return with_state(model, permute_state(model.state_dict(), spec, permutation))
 
 
 def random_permutation(spec: PermutationSpec, seed: int = 0) -> Permutation:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import repairlib
 from repairlib import interpolate as ip
 
 
@@ -209,3 +210,58 @@ def test_softmax_of_the_logits_is_part_of_the_loss_and_idle_parameters_are_named
     net[0].register_parameter("idle", nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match="'0.idle' is no weight or bias"):
         ip.bias_depths(net, torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------------------- what state dicts may hold
+
+
+def test_infinities_that_are_the_same_are_kept():
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    a, b = ({"w": torch.tensor([v]), "mask": mask.clone()} for v in (0.0, 4.0))
+    for alpha in (0.25, 1.5):
+        mixed = ip.interpolate_states(a, b, alpha)
+        assert torch.equal(mixed["mask"], mask) and mixed["w"] == 4 * alpha
+    with pytest.raises(ValueError, match="'mask' holds NaN or infinity"):
+        ip.interpolate_states(a, b | {"mask": mask.T.clone()}, 0.5)
+    with pytest.raises(ValueError, match="'w' holds NaN"):
+        ip.interpolate_states(*[{"w": torch.tensor([torch.nan])}] * 2, 0.5)
+
+
+def test_half_precision_is_averaged_in_float32():
+    torch.manual_seed(0)
+    states = [{"w": torch.randn(1000).to(torch.bfloat16)} for _ in range(5)]
+    mean = ip.mix_states(states, [0.2] * 5)["w"]
+    expected = torch.stack([s["w"].double() for s in states]).mean(0)
+    assert mean.dtype == torch.bfloat16
+    torch.testing.assert_close(mean.double(), expected, rtol=2**-8, atol=1e-6)  # rounded once
+
+
+def test_complex_weights_are_averaged():
+    a, b = {"w": torch.tensor([1 + 2j])}, {"w": torch.tensor([3 - 2j])}
+    assert ip.interpolate_states(a, b, 0.5)["w"] == 2
+    with pytest.raises(ValueError, match="holds NaN"):
+        ip.interpolate_states(a, {"w": torch.tensor([complex(0, torch.nan)])}, 0.5)
+
+
+class Extra(nn.Sequential):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+def test_extra_state_is_carried_over_and_a_checkpoint_is_refused():
+    a, b = (Extra(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval() for _ in range(2))
+    assert ip.interpolate_models(a, b).seen == {"steps": 3}
+    repairlib.align(a, b, [torch.randn(64, 8)])
+    checkpoints = [{"state_dict": net.state_dict(), "epoch": 3} for net in (a, b)]
+    with pytest.raises(ValueError, match="'state_dict' in model A is no tensor but OrderedDict; of a checkpoint, pass"):
+        ip.interpolate_states(*checkpoints, 0.5)
+
+
+def test_versions_of_a_state_dict_survive():
+    from torchvision.models import mnasnet0_5
+
+    net = mnasnet0_5(num_classes=5)  # refuses a state dict that does not say its version
+    assert type(ip.interpolate_models(net, net)) is type(net)

@@ -188,8 +188,8 @@ class Store:
                 raise ValueError(f"{file} has {key} of shape {found}; {run.model} with {dataset.classes} classes and "
                                  f"images {dataset.shape} has {expected[key]}")  # fmt: skip
         model.load_state_dict(state, strict=False)
-        if key := non_finite(model.state_dict()):
-            raise ValueError(f"{file} holds non-finite values in {key}")
+        if bad := non_finite(model.state_dict()):
+            raise ValueError(f"{file} holds non-finite values in {bad[0]}")
         metrics = measure(model.eval().to(dataset.device), dataset, name, ["test"] if evaluate else [])
         facts = {"shape": dataset.shape, "classes": dataset.classes, "device": str(dataset.device)}
         facts |= {"processor": device_name(dataset.device), "data_sha256": dataset.digest()}
@@ -371,8 +371,8 @@ class Store:
             raise self._corrupt(
                 name, path, f"does not fit the model {run.model} ({' '.join(str(error).split())})"
             ) from error
-        if key := non_finite(model.state_dict()):
-            raise self._corrupt(name, path, f"holds non-finite values in {key}")
+        if bad := non_finite(model.state_dict()):
+            raise self._corrupt(name, path, f"holds non-finite values in {bad[0]}")
         return model.eval(), content
 
     def _get_shipped(self, name: str, progress: bool) -> nn.Module:
@@ -393,8 +393,8 @@ class Store:
     def _save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
         """Write a run; the caller holds its lock."""
         run = self._parse(name)
-        if key := non_finite(model.state_dict()):
-            raise ValueError(f"run {name} is not saved: {key} holds non-finite values")
+        if bad := non_finite(model.state_dict()):
+            raise ValueError(f"run {name} is not saved: {bad[0]} holds non-finite values")
         content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()})
         facts = [name for name in FACTS if name in metrics]
         info = {

@@ -258,8 +258,8 @@ def fit(
         facts["graph"] = True
     for buffer in model.buffers() if number > 1 else ():
         dist.broadcast(buffer, 0)
-    if key := non_finite(model.state_dict()):
-        raise DivergedError(f"{name}: {key} became non-finite at step {step} (the last), where the loss was still "
+    if bad := non_finite(model.state_dict()):
+        raise DivergedError(f"{name}: {bad[0]} became non-finite at step {step} (the last), where the loss was still "
                             f"{float(losses[step - 1]):.6g}; try a smaller learning rate")  # fmt: skip
     return losses[:step].cpu()
 
