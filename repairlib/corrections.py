@@ -14,7 +14,16 @@ from repairlib.tracing import ChannelAffine, TracedNet, affine, aliases, along, 
 
 TARGETS = ("conv", "linear", "block")
 ROLES = (*TARGETS, "classifier", "stem", "inner", "shortcut", "norm")
-FOLDABLE = ("conv", "linear", "batchnorm", "groupnorm", "layernorm")  # kinds whose weight and bias take a correction up
+# Nodes that another layer before them is hidden from the output by.
+LAYERS = ("conv", "conv-transpose", "linear", "attention", "matmul", "einsum")
+FOLDABLE = (
+    "conv",
+    "conv-transpose",
+    "linear",
+    "batchnorm",
+    "groupnorm",
+    "layernorm",
+)  # kinds whose weight and bias take a correction up
 
 Units = Float64[Tensor, " units"]
 Statistics = Mapping[str, tuple[Tensor, Tensor]]  # by node: mean and std of its channels, (units,) each
@@ -130,9 +139,10 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
         net: the traced network.
         targets: names of nodes, or roles; a name that equals a role means the role:
 
-            * "conv", "linear": outputs of every convolution, of every hidden linear layer;
+            * "conv", "linear": outputs of every hidden convolution (transposed or not), of every hidden linear layer;
             * "block": outputs of residual blocks, after their final activation;
-            * "classifier", "stem": the last and the first convolution or linear layer; the last has no other role;
+            * "classifier": layers whose outputs no other layer reads, one of each head; they have no other role;
+            * "stem": the first convolution or linear layer;
             * "shortcut": convolutions on the branch of a residual block that has fewer of them;
             * "inner": convolutions on the other branch, which Qu & Horvath's released code repairs in a ResNet;
             * "norm": outputs of normalisation layers, once their channels are on axis 1 again.
@@ -169,14 +179,15 @@ def _roles(net: TracedNet) -> dict[str, set[str]]:
 
     before: dict[fx.Node, set[fx.Node]] = {}  # all that a node's value depends on, itself included
     layers: list[tuple[fx.Node, str]] = []
+    read = _read_by_layers(net)
     inner: set[fx.Node] = set()
     shortcuts: set[fx.Node] = set()
     for node in net.nodes:
         kind, users = net.kinds[node.name].removeprefix("functional-"), list(node.users)
         before[node] = {node}.union(*(before[source] for source in node.all_input_nodes))
         follower = net.kinds[users[0].name] if len(users) == 1 else ""
-        if kind in ("conv", "linear"):
-            layers.append((node, kind))
+        if kind in ("conv", "conv-transpose", "linear"):
+            layers.append((node, kind.removesuffix("-transpose")))
         elif kind in ("batchnorm", "layernorm", "groupnorm"):
             mark("norm", users if follower == "permute" else [node])
         elif kind == "add" and net.shapes[node.name] is not None:
@@ -190,14 +201,29 @@ def _roles(net: TracedNet) -> dict[str, set[str]]:
                 )
                 inner |= more
                 (shortcuts if len(fewer) < len(more) else inner).update(fewer)
-    hidden, last = layers[:-1], layers[-1:]
+    hidden = [(node, kind) for node, kind in layers if node in read]
     for node, kind in hidden:
         mark(kind, [node])
     mark("stem", (node for node, _ in hidden[:1]))
-    mark("classifier", (node for node, _ in last))
+    mark("classifier", (node for node, _ in layers if node not in read))
     mark("shortcut", shortcuts)
     mark("inner", inner - shortcuts - {node for node, _ in hidden[:1]})
     return roles
+
+
+def _read_by_layers(net: TracedNet) -> set[fx.Node]:
+    """Nodes whose values reach a layer, and so the output only through it.
+
+    A product counts as a layer if one of its factors is a parameter, such as the prototypes of classes.
+    """
+    parameters = {node for node in net.nodes if node.op == "get_attr"}
+    read: set[fx.Node] = set()
+    for node in reversed(net.nodes):
+        kind = net.kinds[node.name].removeprefix("functional-")
+        layer = kind in LAYERS and (kind not in ("matmul", "einsum") or parameters & {*node.all_input_nodes})
+        if layer or node in read:
+            read.update(node.all_input_nodes)
+    return read
 
 
 def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
@@ -278,7 +304,12 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) 
 @torch.no_grad()
 def _scale(layer: Any, gain: Units, shift: Units | None, center: Units | float = 0.0) -> None:
     """Let a layer compute ``gain (layer(x) - center) + shift``, in float64; no shift leaves the bias as it is."""
-    layer.weight.copy_(layer.weight.double() * along(gain, layer.weight.ndim, 0))
+    weight = layer.weight.double()
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (inputs, outputs / groups, ...), group after group
+        parts = weight.unflatten(0, (layer.groups, -1))
+        layer.weight.copy_((parts * along(gain.view(layer.groups, -1), parts.ndim, (0, 2))).flatten(0, 1))
+    else:
+        layer.weight.copy_(weight * along(gain, weight.ndim, 0))
     if shift is None:
         return
     bias = (0.0 if layer.bias is None else layer.bias.double()) - center
@@ -311,7 +342,7 @@ def fold_batchnorms(model: nn.Module) -> nn.Module:
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             continue
         layer = model.get_submodule(source.target) if source.op == "call_module" else None
-        convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        convs = (nn.modules.conv._ConvNd, nn.Linear)
         if not isinstance(layer, convs) or len(source.users) > 1 or norm.running_var is None:
             raise ValueError(f"cannot fold {node.target!r}: it does not follow one convolution or linear layer alone, "
                              "or keeps no running statistics")  # fmt: skip

@@ -8,13 +8,14 @@ go into ordinary weights (`fold`).
 import copy
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repairlib.corrections import (
     TARGETS,
@@ -67,6 +68,26 @@ def _weights(point: Any, n: int) -> tuple[float, ...]:
     return weights
 
 
+def _norms_to_reset(net: TracedNet) -> dict[str, fx.Node]:
+    """Nodes of BatchNorms with running statistics, each of them called once."""
+    norms = batchnorms(net)
+    calls = Counter(node.target for node in norms.values())
+    for target, number in calls.items():
+        if number > 1:
+            raise ValueError(f"BatchNorm {target!r} is called {number} times, and its calls have statistics of their "
+                             "own: give each call a module, or leave BatchNorms as they are")  # fmt: skip
+    return norms
+
+
+def _refuse_nan(values: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse statistics that are not finite; says at which node they are."""
+    found = torch.stack([torch.stack([each.sum() for each in parts]).sum().cpu() for parts in values.values()])
+    for name, finite in zip(values, found.isfinite().tolist(), strict=True):
+        if not finite:
+            raise ValueError(f"activations at node {name!r} are NaN or infinite on this data: look at the data, or "
+                             "convert the network to a wider type")  # fmt: skip
+
+
 def _set_statistics(module: Any, moments: Moments) -> None:
     with torch.no_grad():
         module.running_mean.copy_(moments.mean())
@@ -82,7 +103,7 @@ def _sequential(
     one pass each. All activations of the set are held at the nodes in flight. A reference runs along, so that rules
     have the moments of both.
     """
-    norms = batchnorms(net) if reset else {}
+    norms = _norms_to_reset(net) if reset else {}
     left = len(goals) + len(norms)
     values: list[dict] = [{} for _ in batches]
     others = [reference.walk(x, list(goals)) for x in batches] if reference else []
@@ -117,7 +138,7 @@ def _simultaneous(
     net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool
 ) -> tuple[dict[str, Correction], Constant]:
     """Corrections by the paper's procedure: targets normalise each batch by its own statistics while recording them."""
-    norms = batchnorms(net) if reset else {}
+    norms = _norms_to_reset(net) if reset else {}
     if both := norms.keys() & goals.keys():
         raise ValueError(f"node {min(both)!r} cannot be reset and corrected at once; use method='sequential'")
     seen = {name: Moments() for name in (*goals, *norms)}
@@ -256,6 +277,8 @@ class Goals:
             nets, self.batches, self.targets, "paired" if self.options.method == "closed-form" else "none"
         )
         self.statistics = [{name: (m.mean(k), m.std(k)) for name, m in self.ends.items()} for k in range(len(nets))]
+        for statistics in self.statistics:
+            _refuse_nan(statistics)
 
     def at(self, weights: float | Sequence[float] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Goal mean and std (units,) at every target; a subclass may define others.
@@ -331,6 +354,7 @@ class Goals:
             corrections, constant = MEASURE[self.options.method](
                 net, batches, rules, self.options.bn == "reset", **beside
             )
+            _refuse_nan({name: (fix.gain, fix.shift) for name, fix in corrections.items()})
             return _report(fold(model, corrections, example), constant)
         return fold(model, corrections, example)
 
@@ -412,9 +436,11 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential") -> Re
     out = copy.deepcopy(model)
     batches = Batches(as_batches(data), out)
     net = trace(out, batches.example())
-    if not batchnorms(net):
+    if not (norms := batchnorms(net)):
         raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to reset; use Repair instead")
     _, constant = MEASURE[method](net, batches, {}, True)
+    modules = {name: net.modules[node.target] for name, node in norms.items()}
+    _refuse_nan({name: (module.running_mean, module.running_var) for name, module in modules.items()})
     return _report(Repaired(out, {}), constant)
 
 

@@ -5,14 +5,17 @@ Every algorithm of the library reads activations by the names of nodes (taps), w
 
 import contextlib
 import difflib
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 
 class UntraceableModel(ValueError):
@@ -41,9 +44,50 @@ def aliases(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
+class _Kept:
+    """Batches of an iterator, kept as they are read: the same in every pass, and no more of them than are read."""
+
+    def __init__(self, batches: Iterable):
+        self.rest, self.kept = iter(batches), []
+
+    def __iter__(self) -> Iterator:
+        for place in itertools.count():
+            if place == len(self.kept):
+                try:
+                    self.kept.append(next(self.rest))
+                except StopIteration:
+                    return
+            yield self.kept[place]
+
+
 def as_batches(data: Iterable) -> Iterable:
-    """Batches that can be read several times: a tensor is one batch, and an iterator is kept as a list."""
-    return [data] if isinstance(data, Tensor) else list(data) if isinstance(data, Iterator) else data
+    """Batches that are the same in every pass.
+
+    A tensor is one batch. Batches of an iterator are kept in memory, and so are those of a DataLoader that shuffles:
+    otherwise endpoints and the network between them would be measured on different examples.
+
+    Raises:
+        TypeError: not batches, but examples, one batch that is no tensor, or something else; the message says the way.
+    """
+    if isinstance(data, Tensor):
+        return [data]
+    if isinstance(data, (Mapping, np.ndarray, str)):
+        raise TypeError(f"batches are an iterable of tensors x or pairs (x, y), not {type(data).__name__}: {_WAYS}")
+    if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
+        raise TypeError("a tuple of tensors could be one batch (x, y): pass [(x, y)], or a list of batches")
+    if isinstance(data, Dataset):
+        raise TypeError(f"{type(data).__name__} is a Dataset of single examples: pass a DataLoader of it")
+    if isinstance(data, DataLoader):
+        plain = type(data.batch_sampler) is BatchSampler
+        order = data.batch_sampler.sampler if plain else data.sampler if data.batch_sampler is None else None
+        return data if isinstance(order, SequentialSampler) else _Kept(data)
+    return _Kept(data) if isinstance(data, Iterator) else data
+
+
+_WAYS = (
+    "of a dictionary, pass [(batch['image'], batch['label']) for batch in loader] with your own names; of an array, "
+    "torch.as_tensor(array)"
+)
 
 
 def cast_input(x: Tensor, model: nn.Module) -> Tensor:
@@ -76,7 +120,7 @@ class Batches:
                 return
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             if not isinstance(x, Tensor):
-                raise TypeError(f"a batch must be a tensor or begin with one, not {type(x).__name__}")
+                raise TypeError(f"a batch must be a tensor or begin with one, not {type(x).__name__}: {_WAYS}")
             if left is not None:
                 x = x[:left]
                 left -= len(x)
@@ -90,9 +134,10 @@ class Batches:
         raise ValueError("the calibration data is empty: it has no batch to measure statistics on")
 
 
-def along(values: Float[Tensor, " channels"], ndim: int, axis: int = 1) -> Tensor:
-    """View of one value a channel that broadcasts along an axis of a tensor of `ndim` axes."""
-    return values.view([-1 if i == axis else 1 for i in range(ndim)])
+def along(values: Tensor, ndim: int, axis: int | tuple[int, ...] = 1) -> Tensor:
+    """View of values, one a channel, that broadcasts along an axis of a tensor of `ndim` axes, or along several."""
+    places = dict(zip((axis,) if isinstance(axis, int) else axis, values.shape, strict=True))
+    return values.view([places.get(i, 1) for i in range(ndim)])
 
 
 def affine(x: Tensor, gain: Float[Tensor, " channels"], shift: Float[Tensor, " channels"]) -> Tensor:
