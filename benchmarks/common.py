@@ -35,7 +35,7 @@ def network(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = models.build(name.replace("fused", "bn"), shape=(3, 32, 32), classes=10)
     model = reset(model, images(250)).model.eval()
-    return fold_batchnorms(model) if "fused" in name else model
+    return fold_batchnorms(model, images(2)[0]) if "fused" in name else model
 
 
 def timed(function: Callable) -> tuple[object, float]:

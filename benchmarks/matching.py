@@ -5,7 +5,8 @@ from common import arguments, images, network, save, timed
 
 from repairlib.groups import permutation_spec
 from repairlib.matching import match_activations, solve_assignment
-from repairlib.tracing import TracedNet, eval_mode, trace
+from repairlib.recording import eval_mode
+from repairlib.tracing import TracedNet, trace
 
 
 def float64_correlation(net_a: TracedNet, net_b: TracedNet, batches: list, tap: str) -> torch.Tensor:

@@ -5,7 +5,7 @@ from torch import nn
 
 from repairlib.interpolate import interpolate_models
 from repairlib.renorm import Goals, Repair
-from repairlib.tracing import eval_mode
+from repairlib.recording import eval_mode
 
 POINTS = 11
 

@@ -8,7 +8,9 @@ from repairlib.corrections import Correction, correct_moments
 from repairlib.interpolate import interpolate_models
 from repairlib.moments import Moments
 from repairlib.renorm import Repair, _sequential
-from repairlib.tracing import Batches, TracedNet, eval_mode, trace
+from repairlib.inputs import Batches
+from repairlib.recording import eval_mode
+from repairlib.tracing import TracedNet, trace
 
 
 def layer_by_layer(net: TracedNet, batches: list, rules: dict, whole: bool) -> dict[str, Correction]:

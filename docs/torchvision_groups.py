@@ -19,7 +19,7 @@ import torch
 import torchvision
 
 from repairlib.groups import SpecError, UnsupportedNode, invariance_error, permutation_spec
-from repairlib.tracing import UntraceableModel
+from repairlib.recording import UntraceableModel
 
 TABLE = Path(__file__).with_name("torchvision.md")
 OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": False})

@@ -4,7 +4,9 @@ The algorithms of Jordan et al. 2022 (REPAIR), Qu & Horvath 2024 (Rethink Model 
 (Mode Combinability).
 """
 
+import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from torch import nn
 
@@ -26,17 +28,19 @@ from repairlib.names import check
 from repairlib.other_matchings import match_straight_through, match_transport
 from repairlib.permutations import permute
 from repairlib.renorm import Goals, Repair, renormalize, reset
+from repairlib.reports import Report, report
 from repairlib.several import match_several, running_means
-from repairlib.tracing import as_batches, trace
+from repairlib.inputs import Limited, as_batches
+from repairlib.tracing import trace
 from repairlib.weight_matching import match_weights
 from repairlib.woodfisher import WoodFisher
 
 __version__ = "0.1.0"
 __all__ = [
-    "Goals", "Matching", "Recorder", "Repair", "Repaired", "WoodFisher", "align", "barrier", "barrier_of",
+    "Goals", "Matching", "Recorder", "Repair", "Repaired", "Report", "WoodFisher", "align", "barrier", "barrier_of",
     "batch_statistics", "evaluate", "evaluate_many", "interpolate_models", "match_activations",
     "match_several", "match_straight_through", "match_transport", "match_weights", "mean_score", "merge",
-    "permutation_spec", "permute", "renormalize", "repair", "reset", "running_means", "trace",
+    "permutation_spec", "permute", "renormalize", "repair", "report", "reset", "running_means", "trace",
 ]  # fmt: skip
 MATCH: dict[str, Callable] = {
     "activations": match_activations, "weights": match_weights,
@@ -63,7 +67,15 @@ def align(model_a: nn.Module, model_b: nn.Module, data: Iterable, method: str = 
     >>> torch.allclose(align(a, b, [x])(x), b(x), atol=1e-6)
     True
     """
-    return MATCH[check(method, MATCH, "method")](model_a, model_b, data, **options).apply(model_b)
+    return _match(model_a, model_b, data, method, **options).apply(model_b)
+
+
+def _match(model_a: nn.Module, model_b: nn.Module, data: Iterable, method: str, **options) -> Matching:
+    matching = MATCH[check(method, MATCH, "method")](model_a, model_b, data, **options)
+    if matching.spec.stay:
+        warnings.warn(f"no rule can free the hidden units of {', '.join(matching.spec.stay)}: they stay in B's order, "
+                      "unmatched; print permutation_spec(model, x) to see all groups", stacklevel=3)  # fmt: skip
+    return matching
 
 
 def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> Repaired:
@@ -74,17 +86,39 @@ def repair(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float 
     return Repair(model_a, model_b, data, **options)(alpha)
 
 
-def merge(model_a: nn.Module, model_b: nn.Module, data: Iterable, alpha: float = 0.5, **options) -> Repaired:
+def merge(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    data: Iterable,
+    alpha: float = 0.5,
+    *,
+    match: str | Matching = "activations",
+    limit: int | None = 5000,
+    visible: bool = False,
+    **options,
+) -> Repaired:
     """Merge two networks into one: align B to A, interpolate, REPAIR.
 
     Args:
         model_a, model_b: two networks of one architecture, trained separately. Untouched.
-        data: any iterable of batches x or (x, y) of training data; about 5,000 examples.
+        data: any iterable of batches x or (x, y) of training data.
         alpha: 0 is A, 1 is (the aligned) B.
+        match: how to align, a method of `align`, or a matching that is there already.
+        limit: number of examples to use, the first ones; None for all.
+        visible: False corrects convolutions and linear layers, heads included, so that the result is of the networks'
+            own class; True is the paper's choice, which corrects outputs of residual blocks and leaves heads as they
+            are.
         **options: see `Repair`, also for errors.
+
+    Returns:
+        The merged network as ``.model``, and the matching as ``.matching``; `report` says how it went.
     """
-    data = as_batches(data)
-    return repair(model_a, align(model_a, model_b, data), data, alpha, **options)
+    data = Limited(as_batches(data), limit)
+    matching = _match(model_a, model_b, data, match) if isinstance(match, str) else match
+    if not visible:
+        options = {"targets": ("conv", "linear", "classifier")} | options
+    merged = repair(model_a, matching.apply(model_b), data, alpha, limit=limit, visible=visible, **options)
+    return replace(merged, matching=matching)
 
 
 def barrier(

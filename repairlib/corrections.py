@@ -10,12 +10,12 @@ from jaxtyping import Float64, Shaped
 from torch import Tensor, fx, nn
 
 from repairlib.moments import Moments
-from repairlib.tracing import ChannelAffine, TracedNet, affine, aliases, along, graph_of, trace
+from repairlib.inputs import Inputs
+from repairlib.recording import ChannelAffine, affine, along
+from repairlib.tracing import TracedNet, aliases, trace
 
 TARGETS = ("conv", "linear", "block")
 ROLES = (*TARGETS, "classifier", "stem", "inner", "shortcut", "norm")
-# Nodes that another layer before them is hidden from the output by.
-LAYERS = ("conv", "conv-transpose", "linear", "attention", "matmul", "einsum")
 FOLDABLE = (
     "conv",
     "conv-transpose",
@@ -36,9 +36,9 @@ class Correction:
     gain: Units
     shift: Units
 
-    def apply(self, x: Shaped[Tensor, "n units *rest"]) -> Shaped[Tensor, "n units *rest"]:
-        """The corrected activation (n, units, ...), in its own precision."""
-        return affine(x, self.gain.to(x.dtype), self.shift.to(x.dtype))
+    def apply(self, x: Tensor, axis: int = 1) -> Tensor:
+        """The corrected activation, with units on one axis, in its own precision."""
+        return affine(x, self.gain.to(x.dtype), self.shift.to(x.dtype), axis)
 
 
 def correction(
@@ -111,6 +111,7 @@ class Repaired:
         new_biases: layers that had no bias and received one.
         dead: by node, int64 indices of the channels that are constant on the data before their correction, if there are
             any. Pruning may have killed them. They are shifted, and no gain can bring them back.
+        matching: how the second network was matched to the first, from `repairlib.merge`.
     """
 
     model: nn.Module
@@ -118,6 +119,7 @@ class Repaired:
     visible: tuple[str, ...] = ()
     new_biases: tuple[str, ...] = ()
     dead: dict[str, Tensor] = field(default_factory=dict)
+    matching: Any = None
 
     def __repr__(self) -> str:
         lines = [f"{type(self.model).__name__}: {len(self.corrections)} corrected, {len(self.visible)} visible"]
@@ -145,13 +147,12 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
             * "stem": the first convolution or linear layer;
             * "shortcut": convolutions on the branch of a residual block that has fewer of them;
             * "inner": convolutions on the other branch, which Qu & Horvath's released code repairs in a ResNet;
-            * "norm": outputs of normalisation layers, once their channels are on axis 1 again.
+            * "norm": outputs of normalisation layers.
 
     If an earlier REPAIR left a `ChannelAffine` after a node, its output is measured and corrected instead.
 
     Raises:
         KeyError: a name that is neither, with the nearest names.
-        ValueError: a linear layer or LayerNorm on (n, tokens, features), whose units are not on axis 1.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     names = [t for t in targets if t not in ROLES]
@@ -161,10 +162,6 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
     for node in net.nodes:
         name = node.name
         if name in names or roles.get(name, set()).intersection(targets):
-            if net.kinds[name].endswith(("linear", "layernorm")) and len(net.shapes[name]) != 2:
-                raise ValueError(
-                    f"node {name!r}: the units of a {net.kinds[name]} node on {net.shapes[name]} are not on axis 1"
-                )
             chosen[net.corrected(name)] = name  # once, also where a node and its correction are both named
     return list(chosen.values())
 
@@ -179,7 +176,7 @@ def _roles(net: TracedNet) -> dict[str, set[str]]:
 
     before: dict[fx.Node, set[fx.Node]] = {}  # all that a node's value depends on, itself included
     layers: list[tuple[fx.Node, str]] = []
-    read = _read_by_layers(net)
+    read = net.read_by_layers()
     inner: set[fx.Node] = set()
     shortcuts: set[fx.Node] = set()
     for node in net.nodes:
@@ -189,7 +186,7 @@ def _roles(net: TracedNet) -> dict[str, set[str]]:
         if kind in ("conv", "conv-transpose", "linear"):
             layers.append((node, kind.removesuffix("-transpose")))
         elif kind in ("batchnorm", "layernorm", "groupnorm"):
-            mark("norm", users if follower == "permute" else [node])
+            mark("norm", [node])
         elif kind == "add" and net.shapes[node.name] is not None:
             # Two branches: one that starts at a parameter (Fixup's biases, a position embedding) is none.
             ends = [s for s in node.all_input_nodes if any(n.op == "placeholder" for n in before[s])]
@@ -211,21 +208,6 @@ def _roles(net: TracedNet) -> dict[str, set[str]]:
     return roles
 
 
-def _read_by_layers(net: TracedNet) -> set[fx.Node]:
-    """Nodes whose values reach a layer, and so the output only through it.
-
-    A product counts as a layer if one of its factors is a parameter, such as the prototypes of classes.
-    """
-    parameters = {node for node in net.nodes if node.op == "get_attr"}
-    read: set[fx.Node] = set()
-    for node in reversed(net.nodes):
-        kind = net.kinds[node.name].removeprefix("functional-")
-        layer = kind in LAYERS and (kind not in ("matmul", "einsum") or parameters & {*node.all_input_nodes})
-        if layer or node in read:
-            read.update(node.all_input_nodes)
-    return read
-
-
 def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
     """Nodes of BatchNorm layers with running statistics, by name."""
     return {
@@ -235,7 +217,7 @@ def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
     }
 
 
-def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffine], example: Tensor) -> fx.GraphModule:
+def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffine], example: Inputs) -> fx.GraphModule:
     """Copy of a model with every correction, by node name, as a visible `ChannelAffine` after its node."""
     out = copy.deepcopy(model)
     net = trace(out, example)
@@ -243,38 +225,57 @@ def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffin
     for name, fix in corrections.items():
         node = net.node(name)
         module = f"{name}_affine"
-        ready = fix if isinstance(fix, ChannelAffine) else ChannelAffine(fix.gain, fix.shift)
+        ready = fix if isinstance(fix, ChannelAffine) else ChannelAffine(fix.gain, fix.shift, net.axis(name))
         out.add_module(module, ready.to(like))
         with net.graph.inserting_after(node):
             after = net.graph.call_module(module)
         node.replace_all_uses_with(after)
         after.args = (node,)
+    for name, value in net.constants.items():
+        out.register_buffer(name, value, persistent=False)
     graph_module = fx.GraphModule(out, net.graph, class_name=type(model).__name__)
     graph_module.training = model.training  # submodules keep the flags that they have
     return graph_module
 
 
-def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) -> Repaired:
-    """Copy of a model with the corrections in its ordinary weights (Jordan et al. 2022, Sec. 4.2; Markus 2018).
+def foldable(net: TracedNet, names: Iterable[str]) -> list[str]:
+    """Those of some nodes whose correction goes into weights: of a layer that is called once and owns its weights.
 
-    ``W' = gain W``, ``b' = gain b + shift``. Without a bias, a BatchNorm that follows takes the shift,
-    ``running_mean' = running_mean - shift``; otherwise a shift other than 0 becomes a new bias. A correction stays
-    visible, as a `ChannelAffine`, where its node is no convolution, linear or normalisation layer, where that layer is
-    called twice, and where its weight is shared or computed (pruning, weight norm). A node's mean may be right only
-    behind a BatchNorm that took the shift.
+    An earlier REPAIR's `ChannelAffine` behind a node takes corrections up as well.
     """
-    out = copy.deepcopy(model)
-    net = trace(out, example)
     calls = [node.target for node in net.nodes if node.op == "call_module"]
-    norms, names = batchnorms(net), aliases(out)
+    known = aliases(net.model)
     read = {node.target for node in net.nodes if node.op == "get_attr"}
 
     def is_own(layer: Any) -> bool:
         """Whether nobody else reads a layer's weight and bias, and nothing overwrites them before its forward."""
         tensors = [p for p in (layer._parameters.get("weight"), layer._parameters.get("bias")) if p is not None]
-        mine = [name for tensor in tensors for name in names.get(id(tensor), [])]
+        mine = [name for tensor in tensors for name in known.get(id(tensor), [])]
         plain = layer._parameters.get("weight") is not None and not layer._forward_pre_hooks
         return plain and "bias" in layer._parameters and len(mine) == len(tensors) and not read.intersection(mine)
+
+    def folds(name: str) -> bool:
+        name = net.corrected(name)
+        target = net.node(name).target
+        once = net.kinds[name] in (*FOLDABLE, "affine") and calls.count(target) == 1
+        return once and is_own(net.modules[target])
+
+    return [name for name in names if folds(name)]
+
+
+def fold(model: nn.Module, corrections: dict[str, Correction], example: Inputs) -> Repaired:
+    """Copy of a model with the corrections in its ordinary weights (Jordan et al. 2022, Sec. 4.2; Markus 2018).
+
+    ``W' = gain W``, ``b' = gain b + shift``. Without a bias, a BatchNorm that follows takes the shift,
+    ``running_mean' = running_mean - shift``; otherwise a shift other than 0 becomes a new bias. A correction stays
+    visible, as a `ChannelAffine`, where it is not `foldable`: where its node is no convolution, linear or normalisation
+    layer, where that layer is called twice, and where its weight is shared or computed (pruning, weight norm). A node's
+    mean may be right only behind a BatchNorm that took the shift.
+    """
+    out = copy.deepcopy(model)
+    net = trace(out, example)
+    calls = [node.target for node in net.nodes if node.op == "call_module"]
+    norms, ready = batchnorms(net), foldable(net, corrections)
 
     visible, new_biases = {}, []
     for name, fix in corrections.items():
@@ -283,7 +284,7 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Tensor) 
         if type(layer) is ChannelAffine:  # of an earlier REPAIR
             _scale(layer, fix.gain, fix.shift)
             continue
-        if net.kinds[name] not in FOLDABLE or calls.count(node.target) > 1 or not is_own(layer):
+        if name not in ready:
             visible[name] = fix
             continue
         shift: Tensor | None = fix.shift
@@ -320,7 +321,7 @@ def _scale(layer: Any, gain: Units, shift: Units | None, center: Units | float =
         layer.bias.copy_(bias)
 
 
-def fold_batchnorms(model: nn.Module) -> nn.Module:
+def fold_batchnorms(model: nn.Module, example: Inputs) -> nn.Module:
     """Copy of a model in evaluation mode, every BatchNorm folded into the convolution or linear layer before it.
 
         W' = W g / sqrt(v + eps),   b' = (b - m) g / sqrt(v + eps) + beta
@@ -329,13 +330,14 @@ def fold_batchnorms(model: nn.Module) -> nn.Module:
     same to rounding. Where a BatchNorm was, an Identity is left.
 
     Args:
-        model: any model that torch.fx can trace. Untouched.
+        model: any network. Untouched.
+        example: a batch of inputs (n, ...), to trace with.
 
     Raises:
         ValueError: a BatchNorm (named) does not directly follow such a layer, or has no running statistics.
     """
     model = copy.deepcopy(model).eval()
-    calls = [node for node in graph_of(model).nodes if node.op == "call_module"]
+    calls = [node for node in trace(model, example).nodes if node.op == "call_module"]
     targets = [node.target for node in calls]
     for node in calls:
         norm, source = model.get_submodule(node.target), node.args[0]

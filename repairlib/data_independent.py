@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from repairlib.corrections import Statistics, correct_moments, target_nodes
 from repairlib.moments import moments_of
-from repairlib.tracing import ChannelAffine, trace
+from repairlib.inputs import Inputs
+from repairlib.recording import ChannelAffine
+from repairlib.tracing import trace
 
 
 def batch_statistics(model: nn.Module) -> nn.Module:
@@ -34,14 +36,15 @@ def batch_statistics(model: nn.Module) -> nn.Module:
 class BatchNormTo(ChannelAffine):
     """Correction of each batch, from its own statistics to the goal (units,); see `correction`."""
 
-    def __init__(self, goal_mean: Tensor, goal_std: Tensor, correct: str = "repair", eps: float = 0.0):
-        super().__init__(goal_std, goal_mean)
+    def __init__(self, goal_mean: Tensor, goal_std: Tensor, correct: str = "repair", eps: float = 0.0, axis: int = 1):
+        super().__init__(goal_std, goal_mean, axis)
         self.correct, self.eps = correct, eps
 
     def forward(self, x: Tensor) -> Tensor:
         mean, std = self.bias.double(), self.weight.double()
-        fix = correct_moments(moments_of([x]), goal_mean=mean, goal_std=std, correct=self.correct, eps=self.eps)
-        return fix.apply(x)
+        now = moments_of([x], self.axis)
+        fix = correct_moments(now, goal_mean=mean, goal_std=std, correct=self.correct, eps=self.eps)
+        return fix.apply(x, self.axis)
 
 
 class Recorder:
@@ -70,7 +73,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Inputs,
         targets: str | Sequence[str] = ("conv", "linear"),
         momentum: float | None = 0.1,
     ):
@@ -83,11 +86,12 @@ class Recorder:
             node = net.node(net.corrected(name))
             if calls.count(node.target) != 1:
                 raise ValueError(f"node {name!r} is not the output of one module that is called once: cannot record it")
-            self._modules[name] = net.modules[node.target]
+            self._modules[name] = net.modules[node.target], net.axis(name)
 
     def __enter__(self) -> "Recorder":
         self._hooks = [
-            module.register_forward_hook(partial(self._update, name)) for name, module in self._modules.items()
+            module.register_forward_hook(partial(self._update, name, axis))
+            for name, (module, axis) in self._modules.items()
         ]
         return self
 
@@ -95,9 +99,9 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
 
-    def _update(self, name: str, module: nn.Module, args: tuple, value: Tensor) -> None:
+    def _update(self, name: str, axis: int, module: nn.Module, args: tuple, value: Tensor) -> None:
         if module.training:
-            batch = moments_of([value])
+            batch = moments_of([value], axis)
             count, mean, var = self._seen.get(name, (0, 0, 0))
             new = 1 / (count + 1) if self.momentum is None or not count else self.momentum
             self._seen[name] = count + 1, mean + new * (batch.mean() - mean), var + new * (batch.var() - var)

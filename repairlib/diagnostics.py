@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from repairlib.corrections import target_nodes
-from repairlib.interpolate import check_compatible
+from repairlib.interpolate import check_models
 from repairlib.moments import Moments, gather
-from repairlib.tracing import Batches, TracedNet, eval_mode, trace
+from repairlib.inputs import Batches
+from repairlib.recording import eval_mode
+from repairlib.tracing import TracedNet, trace
 
 
 def variance_ratio(moments: Moments, k: int, ends: tuple[int, int] = (0, 1)) -> float:
@@ -131,6 +133,7 @@ def activation_scales(models: Mapping[str, nn.Module], data: Iterable) -> list[d
         for x in batches:
             for name, net in nets.items():
                 for tap, value in net.walk(x, taps):
+                    value = value.movedim(net.axis(tap), 1)
                     moments[name, tap].update(value)
                     units = value.transpose(0, 1).flatten(1)
                     sizes[name, tap] = sizes[name, tap] + units.abs().sum(1, dtype=torch.float64)
@@ -194,7 +197,7 @@ def distance(model_a: nn.Module, model_b: nn.Module, buffers: bool = False) -> f
     Raises:
         ValueError: the networks do not have the same tensors.
     """
-    check_compatible(model_a.state_dict(), model_b.state_dict())
+    check_models(model_a, model_b)
     a, b = (
         dict(model.named_parameters()) | (dict(model.named_buffers()) if buffers else {})
         for model in (model_a, model_b)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from repairlib.interpolate import State, check_compatible, load_state
 from repairlib.progress import bar
-from repairlib.tracing import cast_input, eval_mode
+from repairlib.inputs import call, cast_input, device_of
+from repairlib.recording import eval_mode
 
 IGNORED = -100  # the label that PyTorch's losses leave out
 # From outputs and the rest of a batch, one number for each example, or one for each of its positions.
@@ -68,7 +69,7 @@ def mean_score(model: nn.Module, batches: Iterable, score: Score) -> float:
     with eval_mode(model):
         for batch in batches:
             outputs, rest = _outputs(model, batch)
-            values = score(outputs, *(each.to(_device(model)) if isinstance(each, Tensor) else each for each in rest))
+            values = score(outputs, *(each.to(device_of(model)) if isinstance(each, Tensor) else each for each in rest))
             if not isinstance(values, Tensor) or values.ndim == 0:
                 raise ValueError(
                     "score must give one number for each example, not their mean: reduction='none' does so"
@@ -83,11 +84,7 @@ def mean_score(model: nn.Module, batches: Iterable, score: Score) -> float:
 def _outputs(model: nn.Module, batch: Any) -> tuple[Any, tuple]:
     """What a network makes of a batch, and the rest of the batch."""
     x, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
-    return model(cast_input(x, model)), tuple(rest)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return call(model, cast_input(x, model)), tuple(rest)
 
 
 def _check_labels(logits: Any, y: Any) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from repairlib.names import check
-from repairlib.tracing import as_batches, cast_input, eval_mode
+from repairlib.inputs import Inputs, arguments, as_batches, cast_input, count, examples
+from repairlib.recording import eval_mode
 
 LABELS = ("sampled", "data", "logits")
 
@@ -51,10 +52,10 @@ def diagonal_fisher(
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-    count = 0
+    n = 0
     with eval_mode(model), torch.enable_grad():
         for x, y in _examples(data, model, limit):
-            logits = functional_call(model, parameters, (x[None],))
+            logits = functional_call(model, parameters, *arguments(x))
             if logits.ndim != 2:
                 raise ValueError(f"Fisher information is of outputs (n, classes), not of shape {tuple(logits.shape)}")
             if labels == "data" and y is None:
@@ -69,10 +70,10 @@ def diagonal_fisher(
                 )
                 for square, gradient in zip(total.values(), gradients, strict=True):
                     square.add_(gradient.double() ** 2)
-            count += 1
-    if not count:
+            n += 1
+    if not n:
         raise ValueError("no examples to measure Fisher information on")
-    return {name: values / count for name, values in total.items()}
+    return {name: values / n for name, values in total.items()}
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,9 +83,14 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (cumulative <= number).sum().clamp_max(len(logits) - 1)
 
 
-def _examples(data: Iterable, model: nn.Module, limit: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _examples(data: Iterable, model: nn.Module, limit: int | None) -> Iterator[tuple[Inputs, Tensor | None]]:
     """Examples (x, y) one by one, up to `limit`; y is None where the data has none."""
     batches = ((batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
                for batch in as_batches(data))  # fmt: skip
-    examples = ((x, None if ys is None else ys[i]) for xs, ys in batches for i, x in enumerate(cast_input(xs, model)))
-    return itertools.islice(examples, limit)
+    one_by_one = (
+        (examples(x, i, i + 1), None if ys is None else ys[i])
+        for xs, ys in batches
+        for x in [cast_input(xs, model)]
+        for i in range(count(x))
+    )
+    return itertools.islice(one_by_one, limit)

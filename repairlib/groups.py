@@ -19,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
-from repairlib.tracing import TracedNet, aliases, eval_mode, trace
+from repairlib.inputs import Inputs, call, count, map_inputs
+from repairlib.interpolate import averaged
+from repairlib.recording import eval_mode, inside, tensors_in
+from repairlib.tracing import TracedNet, aliases, trace
 
 # Two numbers that are no unit's. FREE: a constant that is equal for all units, such as the zeros of a padding.
 # FIXED: what may not move, such as the network's inputs and outputs.
@@ -62,7 +65,7 @@ class Group:
         size: number of units.
         axes: all weight axes that they index.
         taps: names of the nodes to read them at, "pre" and "post" activation.
-        channels: at the same keys, (units, k): the k channels on axis 1 of that node which belong to each unit.
+        channels: at the same keys, (units, k): the k places on that node's axis of units which belong to each unit.
     """
 
     name: str
@@ -74,10 +77,17 @@ class Group:
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """All permutation groups of a network; prints as a table."""
+    """All permutation groups of a network; prints as a table.
+
+    Attributes:
+        groups: of two units or more each.
+        layers: those with weight matrices, in order of execution.
+        stay: hidden layers none of whose units may move, as far as the rules can tell.
+    """
 
     groups: tuple[Group, ...]
-    layers: tuple[str, ...] = ()  # those with weight matrices, in order of execution
+    layers: tuple[str, ...] = ()
+    stay: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Group:
         for group in self.groups:
@@ -98,6 +108,8 @@ class PermutationSpec:
                 lines.append(start.rstrip())
                 start = " " * 4
             lines.append(textwrap.fill(axes, 120, initial_indent=start, subsequent_indent=" " * len(start)))
+        if self.stay:
+            lines.append(textwrap.fill(f"units stay as they are in: {', '.join(self.stay)}", 120))
         return "\n".join(lines)
 
     def check(self, permutation: Permutation) -> None:
@@ -119,12 +131,12 @@ class PermutationSpec:
                 yield axis.tensor, axis.axis, axis.positions.flatten(), axis.positions[perm.cpu()].flatten()
 
 
-def permutation_spec(model: nn.Module, example: Tensor, verify: bool = True) -> PermutationSpec:
+def permutation_spec(model: nn.Module, example: Inputs, verify: bool = True) -> PermutationSpec:
     """Permutation groups of a model, derived from its graph and verified in float64.
 
     Args:
-        model: any network that torch.fx can trace, as it runs in evaluation mode. Untouched.
-        example: inputs (n, ...) of a small batch.
+        model: any network, as it runs in evaluation mode. Untouched.
+        example: inputs (n, ...) of a small batch: a tensor, or several in a tuple or by name.
         verify: permute every group at random in a float64 copy with random weights and compare outputs.
 
     Raises:
@@ -136,18 +148,23 @@ def permutation_spec(model: nn.Module, example: Tensor, verify: bool = True) -> 
     group  size  tap  parameters [axis]
     0      4     _1   0.weight[0], 0.bias[0], 2.weight[1]
     """
-    labels = Labels(trace(model, example))
-    for node in labels.net.nodes:
+    return spec_of(trace(model, example), example, verify)
+
+
+def spec_of(net: TracedNet, example: Inputs, verify: bool = True) -> PermutationSpec:
+    """Permutation groups of a traced network; for arguments and errors see `permutation_spec`."""
+    labels = Labels(net)
+    for node in net.nodes:
         labels.visit(node)
-    spec = _groups(labels)
+    spec, model = _groups(labels), net.model
     if verify:
-        error = invariance_error(model, spec, example)
+        error, precision = _invariance(model, spec, example)
         if math.isinf(error):
             raise SpecError(
                 f"the groups of {type(model).__name__} cannot be verified: on random inputs an output is zero, not "
-                "finite or the same for both"
+                "finite or the same for both, or there is none"
             )
-        if not error < 1e-8:
+        if not error < math.sqrt(torch.finfo(precision).eps):
             raise SpecError(f"permuting the groups of {type(model).__name__} changes its output by {error:.1e}")
     return spec
 
@@ -193,11 +210,12 @@ def _groups(labels: "Labels") -> PermutationSpec:
     channels: list[dict[str, Tensor]] = [{} for _ in units_of]
     for node, label in labels.values.items():
         kind = labels.kind(node)
-        if node not in labels.fed or kind not in TAPPED or label.ndim < 2:
+        if node not in labels.fed or kind not in TAPPED or not isinstance(label, Tensor) or label.ndim < 2:
             continue
-        if any(varies(label, axis) for axis in range(label.ndim) if axis != 1):
+        axis = labels.net.axis(node.name)
+        if [i for i in range(label.ndim) if varies(label, i)] != [axis]:
             continue
-        for g, positions in members(root[label.movedim(1, -1).flatten(0, -2)[0].numpy()]):
+        for g, positions in members(root[label.movedim(axis, -1).flatten(0, -2)[0].numpy()]):
             for tap in ("post",) if kind == "activation" else ("pre", "post"):
                 # Once a map is flattened, its units have as many channels as it had positions: read them before.
                 if tap not in channels[g] or positions.shape[1] <= channels[g][tap].shape[1]:
@@ -205,58 +223,103 @@ def _groups(labels: "Labels") -> PermutationSpec:
     groups: list[Group] = []
     seen: dict[str, int] = {}
     for g, units in enumerate(units_of):
+        if len(units) == 1:
+            continue
         name = next((a.tensor.rpartition(".")[0] for a in axes_of[g] if "." in a.tensor), axes_of[g][0].tensor)
         seen[name] = seen.get(name, 0) + 1
         name += f":{seen[name]}" if seen[name] > 1 else ""  # a layer whose units fall into several groups
         groups.append(Group(name, len(units), tuple(axes_of[g]), taps[g], channels[g]))
     weights = [t for t, _ in axes if t.endswith("weight") and labels.state[t].ndim > 1]
-    return PermutationSpec(tuple(groups), tuple(dict.fromkeys(t.rpartition(".")[0] for t in weights)))
+    layers = tuple(dict.fromkeys(t.rpartition(".")[0] for t in weights))
+    listed = np.concatenate([units for units in units_of if len(units) > 1] or [movable[:0]])
+    hidden = labels.net.read_by_layers()
+    stay: dict[str, bool] = {}
+    for node, layer, made in labels.made:
+        if node in hidden and len(made) > 1:
+            stay[layer] = stay.get(layer, True) and not np.isin(root[made.numpy()], listed).any()
+    return PermutationSpec(tuple(groups), layers, tuple(layer for layer, all_stay in stay.items() if all_stay))
 
 
 # ------------------------------------------------------------------------------------------------------ verification
 
 
-def invariance_error(model: nn.Module, spec: PermutationSpec, example: Tensor, seed: int = 0) -> float:
+class _Precision(TorchFunctionMode):
+    """Notes the lowest precision that a network computes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.lowest = torch.float64
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point() and out.dtype.itemsize < self.lowest.itemsize:
+            self.lowest = out.dtype
+        return out
+
+
+def invariance_error(model: nn.Module, spec: PermutationSpec, example: Inputs, seed: int = 0) -> float:
     """Largest relative change of the output, in float64, when every group is permuted at random.
 
     ``max |f(P theta) - f(theta)| / max |f(theta)|`` of two random inputs, for a copy with random weights and
     normalisation statistics, so that a forgotten axis cannot hide behind ones and zeros. Infinite where an output is
-    zero, not finite or the same for both inputs: such an output would hide any mistake.
+    zero, not finite or the same for both inputs, or where there is none: that would hide any mistake.
     """
+    return _invariance(model, spec, example, seed)[0]
+
+
+def _invariance(
+    model: nn.Module, spec: PermutationSpec, example: Inputs, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[float, torch.dtype]:
+    """`invariance_error`, and the lowest precision that the copy computed in."""
     generator = torch.Generator().manual_seed(seed)
-    probe = copy.deepcopy(model).cpu().double()
-    state = {t.data_ptr(): (name, t) for name, t in reversed(probe.state_dict().items()) if t.is_floating_point()}
+    probe = copy.deepcopy(model).cpu().to(dtype)
+    state = {t.data_ptr(): (name, t) for name, t in reversed(probe.state_dict().items()) if averaged(t)}
     for _, tensor in reversed(state.values()):
         if tensor.ndim < 2:  # biases, scales, statistics: positive, of order one
             tensor.uniform_(0.5, 1.5, generator=generator)
-        else:
+        elif tensor.isfinite().all():  # a mask of infinities stays
             bound = math.sqrt(6 / tensor[0].numel())
             tensor.uniform_(-bound, bound, generator=generator)
-    shape, floating = example.shape[1:], example.is_floating_point()
-    x = torch.randn(2, *shape, generator=generator, dtype=torch.float64) if floating else example[:2].cpu()
+    n = count(example)
 
-    def outputs():
-        return [y.double().reshape(len(x), -1) for y in tree_leaves(probe(x)) if isinstance(y, Tensor)]
+    def two(x: Tensor) -> Tensor:
+        """Two random examples, or the first two of tokens; what belongs to all examples stays."""
+        if x.ndim == 0 or len(x) != n:
+            return x.cpu().to(dtype if x.is_floating_point() else x.dtype)
+        if x.is_floating_point():
+            return torch.randn(2, *x.shape[1:], generator=generator, dtype=dtype)
+        return (torch.cat([x, x.roll(1, -1)]) if n == 1 else x)[:2].cpu()
 
-    with eval_mode(probe):
-        _move_statistics(probe)
-        before = outputs()
-        # In place: a network of 5 GB should not be there twice.
-        tensors = dict(state.values())
-        generator = torch.Generator().manual_seed(seed + 1)
-        permutation = {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
-        for name, axis, target, source in spec.moves(permutation):
-            if name in tensors:  # of tied weights, the first name only
-                tensors[name].index_copy_(axis, target, tensors[name].index_select(axis, source))
-        after = outputs()
-    worst = 0.0
+    x = map_inputs(two, example)
+
+    def outputs() -> list[Tensor]:
+        found = [y.to(dtype) for y in tensors_in(call(inside(probe), x))]
+        return [y.reshape(2, -1) if y.ndim and len(y) == 2 else y.reshape(1, -1) for y in found]
+
+    try:
+        with eval_mode(probe), _Precision() as precision:
+            _move_statistics(probe)
+            before = outputs()
+            # In place: a network of 5 GB should not be there twice.
+            tensors = dict(state.values())
+            generator = torch.Generator().manual_seed(seed + 1)
+            permutation = {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
+            for name, axis, target, source in spec.moves(permutation):
+                if name in tensors:  # of tied weights, the first name only
+                    tensors[name].index_copy_(axis, target, tensors[name].index_select(axis, source))
+            after = outputs()
+    except RuntimeError:  # some code is of one precision only
+        if dtype == torch.float32:
+            raise
+        return _invariance(model, spec, example, seed, torch.float32)
+    worst = 0.0 if before else math.inf
     for old, new in zip(before, after, strict=True):
         scale = old.abs().amax(1)
-        distinct = (old[0] - old[-1]).abs().max() > 1e-8 * scale.max()
-        if not (new.isfinite().all() and scale.isfinite().all() and distinct):
-            return math.inf
+        distinct = len(old) == 1 or (old[0] - old[1]).abs().max() > 1e-8 * scale.max()
+        if not (new.isfinite().all() and scale.isfinite().all() and scale.all() and distinct):
+            return math.inf, precision.lowest
         worst = max(worst, float(((new - old).abs().amax(1) / scale).max()))
-    return worst
+    return worst, precision.lowest
 
 
 def _move_statistics(model: nn.Module) -> None:
@@ -306,6 +369,16 @@ def spread(units: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     return units.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
 
 
+def _compact_all(out: Any) -> Any:
+    return tuple(map(_compact_all, out)) if isinstance(out, tuple | list) else _compact(out)
+
+
+def constant(value: Tensor) -> Tensor:
+    """Labels of a tensor that depends on no activation: it may not move, unless it is the same everywhere."""
+    same = value.numel() > 0 and bool((value == value.flatten()[0]).all())
+    return torch.tensor(FREE if same else FIXED).expand(value.shape)
+
+
 def fixed(shape: tuple[int, ...]) -> Tensor:
     """Labels of an activation of which nothing may move."""
     return torch.tensor(FIXED).expand(shape)
@@ -330,6 +403,9 @@ class Labels:
         self.apart: list[tuple[Tensor, Tensor]] = []  # (units, class): units of different classes may not share a group
         self.state: dict[Any, Tensor] = net.model.state_dict(keep_vars=True)
         self.aliases = {name: names for names in aliases(net.model).values() for name in names}
+        self.sides_of: dict[fx.Node, list[Tensor]] = {}  # units on every axis of a weight that forward computes
+        self.made: list[tuple[fx.Node, str, Tensor]] = []  # (node, layer, its output units)
+        self.now: Any = None  # the node whose rule is applied
 
     def fresh(self, n: int) -> Tensor:
         """Numbers of n new units."""
@@ -352,12 +428,18 @@ class Labels:
         if tensor not in self.aliases:
             what = repr(tensor) if isinstance(tensor, str) else "a weight"
             raise UnsupportedNode(
-                f"{what} is no parameter but computed from others (weight norm, a parametrization, pruning); "
+                f"{what} is no parameter but computed before forward (weight norm, a parametrization, pruning); "
                 "make it permanent first, with torch.nn.utils.parametrize or prune's remove function"
             )
 
     def mark(self, tensor: Any, axis: int, units: Tensor) -> None:
-        """Say that an axis of a parameter or buffer indexes `units`; a shared module says it more than once."""
+        """Say that an axis of a parameter or buffer indexes `units`; a shared module says it more than once.
+
+        Of a weight that forward computes, `tensor` is the node.
+        """
+        if isinstance(tensor, fx.Node):
+            self.identify(self.sides(tensor)[axis], units)
+            return
         self.check(tensor)
         for name in self.aliases[tensor]:
             known = self.axes.get((name, axis))
@@ -366,11 +448,74 @@ class Labels:
             else:
                 self.identify(known, units)
 
-    def produce(self, weight: str, bias: str | None, units: Tensor, axis: int = 0) -> Tensor:
+    def sides(self, node: fx.Node) -> list[Tensor]:
+        """Units on every axis of a weight that forward computes from parameters, element by element or by a product."""
+        if node not in self.sides_of:
+            self.sides_of[node] = self._sides(node)
+        return self.sides_of[node]
+
+    def _sides(self, node: fx.Node) -> list[Tensor]:
+        shape, kind = self.net.shapes[node.name], self.kind(node)
+        sources = [s for s in node.all_input_nodes if self.net.shapes[s.name] is not None]
+        if node in self.plain or shape is None:
+            return [torch.tensor(FIXED).expand(n) for n in shape or ()]
+        if node.op == "get_attr":
+            units = [self.fresh(n) for n in shape]
+            for axis, each in enumerate(units):
+                self.mark(node.target, axis, each)
+            return units
+        if kind == "permute":
+            order = torch.zeros(self.net.shapes[sources[0].name])
+            like = self.net.compute(node, {s: order for s in node.all_input_nodes} | self.plain)
+            strides = {stride: axis for axis, stride in enumerate(order.stride()) if order.shape[axis] > 1}
+            found = self.sides(sources[0])
+            return [found[strides[stride]] if n > 1 else torch.tensor([FREE])
+                    for n, stride in zip(like.shape, like.stride(), strict=True)]  # fmt: skip
+        if kind == "matmul":
+            (*_, rows, inner), (*_, other, columns) = map(self.sides, sources)
+            self.identify(inner, other)
+            return [rows, columns]
+        reduces = kind in ("mean", "norm")
+        if kind not in ("add", "multiply", "activation", "identity", "normalize") and not reduces:
+            raise UnsupportedNode(f"a weight that forward computes by {node.target}: there is no rule for it")
+        units = [torch.tensor(FREE).expand(n) for n in shape]
+        for found in map(self.sides, sources):
+            for axis in range(-min(len(found), len(shape)), 0):
+                if shape[axis] > 1 and len(found[axis]) > 1:
+                    self.identify(units[axis], found[axis])
+                    units[axis] = torch.where(units[axis] == FREE, found[axis], units[axis])
+        return units
+
+    def weight(self, node: Any) -> Any:
+        """How `mark` knows a weight that a node reads: a parameter's name, or a node that computes it; None if it is
+        no weight."""
+        if not isinstance(node, fx.Node) or node in self.fed or node in self.plain:
+            return None
+        return node.target if node.op == "get_attr" else node
+
+    def layer(self, x: Tensor, weight: Any, bias: Any, out: int, axis: int = -1, sides: tuple[int, int] = (1, 0)):
+        """Units after a matrix along one axis; `sides` are the weight's axes of inputs and outputs.
+
+        If no units lie on that axis but on another, each of them goes through the same matrix, and stays.
+        """
+        axis %= x.ndim
+        shape = (*x.shape[:axis], out, *x.shape[axis + 1 :])
+        if not varies(x, axis) and any(varies(x, i) for i in range(x.ndim)):
+            for side, n in zip(sides, (x.shape[axis], out), strict=True):
+                self.mark(weight, side, torch.tensor(FIXED).expand(n))
+            if bias is not None:
+                self.mark(bias, 0, torch.tensor(FIXED).expand(out))
+            return x.narrow(axis, 0, 1).expand(shape)
+        self.mark(weight, sides[0], self.channels(x, axis))
+        return spread(self.produce(weight, bias, self.fresh(out), sides[1]), shape, axis)
+
+    def produce(self, weight: Any, bias: Any, units: Tensor, axis: int = 0) -> Tensor:
         """Mark the axes of a layer's weight and bias that make its output units."""
         self.mark(weight, axis, units)
         if bias is not None:
             self.mark(bias, 0, units)
+        if isinstance(weight, str):
+            self.made.append((self.now, weight.rpartition(".")[0], units))
         return units
 
     def channels(self, x: Tensor, axis: int) -> Tensor:
@@ -408,7 +553,9 @@ class Labels:
         if over_a or over_b:  # a few values, each used by many units
             few, many = (a, b) if over_a else (b, a)
             if not any(varies(few, i) and varies(many, i) for i in range(rank)):
-                self.fix(few)
+                if not (_thin(few) == FREE).all():
+                    self.fix(few)
+                    self.separate(many, [i for i in range(rank) if few.shape[i] > 1 and varies(many, i)])
                 return many.expand(shape)
             many = self.merge(many, over_a or over_b)  # one value for each block of units: the block moves as a unit
             a, b = few, many
@@ -429,6 +576,14 @@ class Labels:
         if rows.shape[1] > 1:
             self.apart.append((rows, torch.arange(len(rows))[:, None].expand_as(rows)))
 
+    def separate(self, x: Tensor, axes: Collection[int]) -> None:
+        """Units at different places along these axes meet different constants: they may not change places."""
+        if axes:
+            x = _thin(x)
+            place = torch.arange(math.prod(x.shape[i] for i in axes))
+            place = place.view([x.shape[i] if i in axes else 1 for i in range(x.ndim)])
+            self.apart.append((x.reshape(-1), place.expand(x.shape).reshape(-1)))
+
     def collapse(self, x: Tensor, axes: Collection[int]) -> Tensor:
         """Units of a sum, mean, maximum, ... over some axes, which keep length 1."""
         axes = [axis % x.ndim for axis in axes]
@@ -444,24 +599,27 @@ class Labels:
 
     def value(self, node: fx.Node) -> Any:
         """Labels of an input of a rule; indices, sizes and the like as they are."""
-        if node in self.values:
-            return self.values[node]
         if node in self.plain:
             value = self.plain[node]
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            return fixed(value.shape) if floating else value
-        constant = all(self.kind(user) in ("conv", "linear") for user in node.users)  # a table of coordinates
-        if isinstance(self.state[node.target], nn.Parameter) or not constant:
-            return self.parameter(node.target)
-        return fixed(self.state[node.target].shape)
+            return constant(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        if node not in self.values and node.op == "get_attr":
+            table = all(self.kind(user) in ("conv", "linear") for user in node.users)  # a table of coordinates
+            if isinstance(self.state[node.target], nn.Parameter) or not table:
+                return self.parameter(node.target)
+            return fixed(self.state[node.target].shape)
+        if node not in self.values:  # what is computed from parameters alone is labelled when it is used
+            self.values[node] = self.apply(node)
+        return self.values[node]
 
     def units(self, node: fx.Node) -> Any:
-        """Labels of an input of a rule; a tensor that depends on no activation may not move."""
-        value = self.value(node)
-        return fixed(value.shape) if node in self.plain and isinstance(value, Tensor) else value
+        """Labels of an input of a rule; of indices and masks as well, which depend on no activation."""
+        known = self.plain.get(node)
+        return constant(known) if isinstance(known, Tensor) else self.value(node)
 
-    def read(self, argument: str | Tensor) -> Tensor:
-        """Labels of an argument of a rule: of a parameter, by its name, or of an activation."""
+    def read(self, argument: str | fx.Node | Tensor) -> Tensor:
+        """Labels of an argument of a rule: of a parameter, by its name, of a computed one, or of an activation."""
+        if isinstance(argument, fx.Node):
+            return self.units(argument)
         return self.parameter(argument) if isinstance(argument, str) else argument
 
     def kind(self, node: fx.Node) -> str:
@@ -472,8 +630,8 @@ class Labels:
         """Labels of the input and, by name, the rest: names of parameters, labels of activations, plain values."""
 
         def read(source):
-            parameter = source.op == "get_attr" and source not in self.plain
-            return source.target if parameter else self.units(source)
+            weight = self.weight(source)
+            return self.units(source) if weight is None else weight
 
         given: dict[str, Any] = dict(node.kwargs)
         positional: Any = node.args or [given.pop(next(iter(given)))]
@@ -493,19 +651,24 @@ class Labels:
             self.plain[node] = self.net.plain[node.name]
         elif node.op == "get_attr":  # parameters are labelled where they are used
             tensor = self.net.compute(node, {})
-            if node.target not in self.state or not tensor.is_floating_point():
+            if not averaged(self.state.get(node.target)):
                 self.plain[node] = tensor.detach().cpu()
         elif node.op == "placeholder":
-            self.values[node] = fixed(self.net.shapes[node.name])
+            shape = self.net.shapes[node.name]
+            if shape is None:
+                raise UnsupportedNode(f"input {node.target!r} is no tensor; pass several as (x, z) or by name")
+            self.values[node] = fixed(shape)
         elif node.op == "output":
-            for x in tree_leaves([self.units(source) for source in node.all_input_nodes]):
-                if isinstance(x, Tensor):
-                    self.fix(x)
-        elif all(source in self.plain for source in node.all_input_nodes):
+            for x in tensors_in([self.units(source) for source in node.all_input_nodes]):
+                self.fix(x)
+        elif all(source in self.plain for source in node.all_input_nodes) and not self._has_parameters(node):
             value = self.net.compute(node, self.plain)
             self.plain[node] = value.cpu() if isinstance(value, Tensor) else value
-        else:
+        elif node in self.fed or self._has_parameters(node):
             self.values[node] = self.apply(node)
+
+    def _has_parameters(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and any(True for _ in self.net.modules[node.target].parameters())
 
     def apply(self, node: fx.Node) -> Tensor | tuple:
         """Labels of a node's value, by the rule of its kind."""
@@ -514,15 +677,18 @@ class Labels:
         if self.kind(node) not in RULES:
             raise UnsupportedNode(missing)
         function, names = RULES[self.kind(node)]
+        before, self.now = self.now, node
         try:
             if names:
                 x, arguments = self.arguments(node, names)
                 out = function(self, node, x, **arguments)
             else:
                 out = function(self, node)
-            return tuple(map(_compact, out)) if isinstance(out, tuple | list) else _compact(out)
+            return _compact_all(out)
         except Exception as error:  # arguments that the rule does not know, among others
             raise UnsupportedNode(f"{missing} in this use: {error}") from error
+        finally:
+            self.now = before
 
     def resolve(self) -> Tensor:
         """Representative of every unit number: the smallest number identified with it."""
@@ -584,37 +750,38 @@ def conv(labels: Labels, node, x, weight, bias=None, groups=1, **_):
     if groups == 1:
         labels.mark(weight, 1 - out, inputs)
         return spread(labels.produce(weight, bias, labels.fresh(shape[1]), out), shape, 1)
-    if out == 1:
-        raise UnsupportedNode("a transposed convolution in groups")
     # The weight's input axis is shared by all groups, so the channels of a group stay together and in order; a
     # group moves as one unit, its outputs with its inputs. A depthwise convolution has groups of one channel.
     blocks = inputs.view(groups, -1)
     labels.identify(blocks, blocks[:, :1])
-    return spread(labels.produce(weight, bias, blocks[:, 0].repeat_interleave(shape[1] // groups)), shape, 1)
+    outputs = blocks[:, 0].repeat_interleave(shape[1] // groups)
+    labels.produce(weight, None if out else bias, inputs if out else outputs)
+    if out and bias is not None:
+        labels.mark(bias, 0, outputs)
+    return spread(outputs, shape, 1)
 
 
 @rule("linear", arguments="weight bias")
 def linear(labels: Labels, node, x, weight, bias=None, **_):
-    shape = labels.net.shapes[node.name]
-    labels.mark(weight, 1, labels.channels(x, -1))
-    return spread(labels.produce(weight, bias, labels.fresh(shape[-1])), shape, -1)
+    return labels.layer(x, weight, bias, labels.net.shapes[node.name][-1])
 
 
 @rule("batchnorm", "instancenorm", arguments="running_mean running_var weight bias")
 @rule("affine", arguments="weight bias")
 def batchnorm(labels: Labels, node, x, **parameters):
-    units = labels.channels(x, 1)
+    axis = labels.net.axis(node.name)
+    units = labels.channels(x, axis)
     for name in parameters.values():
-        if isinstance(name, str | Tensor):
+        if isinstance(name, str | fx.Node | Tensor):
             labels.mark(name, 0, units)
-    return spread(units, x.shape, 1)
+    return spread(units, x.shape, axis)
 
 
 @rule("layernorm", arguments="normalized_shape weight bias")
 def layernorm(labels: Labels, node, x, normalized_shape, weight=None, bias=None, **_):
     labels.together(x, range(-len(normalized_shape), 0))
     for name in (weight, bias):
-        if isinstance(name, str | Tensor):  # the third argument of rms_norm is a number
+        if isinstance(name, str | fx.Node | Tensor):  # the third argument of rms_norm is a number
             x = labels.combine(x, labels.read(name))
     return x
 
@@ -628,7 +795,7 @@ def groupnorm(labels: Labels, node, x, num_groups, weight=None, bias=None, **_):
 
 @rule("add", "multiply")
 def pointwise(labels: Labels, node):
-    return functools.reduce(labels.combine, map(labels.units, node.all_input_nodes))
+    return functools.reduce(labels.combine, tensors_in([labels.units(source) for source in node.all_input_nodes]))
 
 
 @rule("activation")
@@ -652,10 +819,41 @@ def softmax(labels: Labels, node, x, dim, **_):
     return x
 
 
-@rule("mean", arguments="dim")
-def mean(labels: Labels, node, x, dim=None, keepdim=False, dtype=None):
-    axes = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-    return labels.collapse(x, axes).reshape(labels.net.shapes[node.name])
+@rule("mean", arguments="dim keepdim")
+def mean(labels: Labels, node, x, dim=None, keepdim=False, **_):
+    if isinstance(dim, Tensor):  # the larger of two
+        return pointwise(labels, node)
+    axes = list(range(x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    out, shape = labels.collapse(x, axes), labels.net.shapes[node.name]
+    if shape is None:  # values, and where they are
+        out = out if keepdim is True else out.squeeze(axes)
+        return out, fixed(out.shape)
+    return out.reshape(shape)
+
+
+@rule("norm", arguments="p dim keepdim")
+def norm(labels: Labels, node, x, dim=None, **_):
+    return mean(labels, node, x, dim)
+
+
+@rule("glu", arguments="dim")
+def glu(labels: Labels, node, x, dim=-1, **_):
+    return labels.combine(*x.chunk(2, dim))
+
+
+@rule("constant")
+def same_everywhere(labels: Labels, node):
+    return torch.tensor(FREE).expand(labels.net.shapes[node.name])
+
+
+@rule("field")
+def field_of(labels: Labels, node):
+    return labels.units(node.args[0])[("values", "indices").index(node.args[1])]
+
+
+@rule("record")
+def parts(labels: Labels, node):
+    return tuple(labels.units(source) for source in node.all_input_nodes)
 
 
 @rule("pool", "resize")

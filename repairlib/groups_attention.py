@@ -1,4 +1,4 @@
-"""Permutation rules of what no network of the papers has: attention, products of activations, embeddings.
+"""Permutation rules of what no network of the papers has: attention, products, embeddings, recurrent layers.
 
 Importing the module registers them beside those of `repairlib.groups`; a rule for a user's own node is added the same
 way.
@@ -6,8 +6,10 @@ way.
 
 import functools
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from repairlib.recording import tensors_in
 from repairlib.groups import Labels, UnsupportedNode, fixed, rule, softmax, spread
 
 
@@ -29,12 +31,21 @@ def product(labels: Labels, a: Tensor, b: Tensor) -> Tensor:
 
 @rule("matmul")
 def matmul(labels: Labels, node):
-    a, b = node.args
-    if b.op == "get_attr" and len(labels.net.shapes[b.name]) == 2:
-        shape = labels.net.shapes[node.name]
-        labels.mark(b.target, 0, labels.channels(labels.units(a), -1))
-        return spread(labels.produce(b.target, None, labels.fresh(shape[-1]), 1), shape, -1)
+    a, b = node.args[:2]
+    shapes = [labels.net.shapes[source.name] for source in (a, b)]
+    weights = [labels.weight(source) for source in (a, b)]
+    if weights[1] is not None and weights[0] is None and len(shapes[1]) == 2:
+        return labels.layer(labels.units(a), weights[1], None, shapes[1][1], sides=(0, 1))
+    if weights[0] is not None and weights[1] is None and len(shapes[0]) == 2 and len(shapes[1]) > 1:
+        return labels.layer(labels.units(b), weights[0], None, shapes[0][0], axis=-2)
     return product(labels, labels.units(a), labels.units(b))
+
+
+@rule("addmm")
+def addmm(labels: Labels, node):
+    bias, x, weight = node.args
+    out = labels.layer(labels.units(x), labels.weight(weight), None, labels.net.shapes[weight.name][1], sides=(0, 1))
+    return labels.combine(out, labels.units(bias))
 
 
 @rule("einsum")
@@ -42,15 +53,75 @@ def einsum(labels: Labels, node):
     equation, *sources = node.args
     sources = sources[0] if isinstance(sources[0], tuple | list) else sources
     inputs, output = equation.replace(" ", "").split("->")
-    letters = sorted(set(inputs) - {","})
+    names = inputs.split(",")
+    ranks = [len(labels.net.shapes[source.name]) for source in sources]
+    more = max(rank - len(each.replace("...", "")) for each, rank in zip(names, ranks, strict=True))
+    rest = "ABCDEFGH"[:more]  # the axes that an ellipsis stands for
+    output = output.replace("...", rest)
+    names = [each.replace("...", rest[more - (rank - len(each) + 3) :]) for each, rank in zip(names, ranks, strict=True)]
+    for i, weight in enumerate(map(labels.weight, sources)):
+        own, other = names[i], names[1 - i] if len(names) == 2 else ""
+        summed, made = set(own) & set(other) - set(output), set(own) & set(output) - set(other)
+        if weight is not None and len(own) == 2 and len(summed) == len(made) == 1 and set(own) == summed | made:
+            axis = other.index(*summed)
+            sides = own.index(*summed), own.index(*made)
+            out = labels.net.shapes[sources[i].name][sides[1]]
+            x = labels.layer(labels.units(sources[1 - i]), weight, None, out, axis, sides)
+            now = other.replace(*summed, *made)
+            return x.permute([now.index(letter) for letter in output])
+    letters = sorted(set("".join(names)))
     aligned = []
-    for names, source in zip(inputs.split(","), sources, strict=True):
-        x = labels.units(source).permute([names.index(i) for i in letters if i in names])
-        aligned.append(x[tuple(slice(None) if i in names else None for i in letters)])
-    summed = [axis for axis, i in enumerate(letters) if i not in output]
-    x = labels.collapse(functools.reduce(labels.combine, aligned), summed)
+    for own, source in zip(names, sources, strict=True):
+        x = labels.units(source).permute([own.index(i) for i in letters if i in own])
+        aligned.append(x[tuple(slice(None) if i in own else None for i in letters)])
+    summed_axes = [axis for axis, i in enumerate(letters) if i not in output]
+    x = labels.collapse(functools.reduce(labels.combine, aligned), summed_axes)
     left = [i for i in letters if i in output]
     return x[tuple(slice(None) if i in output else 0 for i in letters)].permute([left.index(i) for i in output])
+
+
+@rule("bilinear", arguments="weight bias")
+def bilinear(labels: Labels, node, x, weight, bias=None):
+    shape = labels.net.shapes[node.name]
+    for axis, source in enumerate(node.all_input_nodes, start=1):
+        labels.mark(weight, axis, labels.channels(labels.units(source), -1))
+    return spread(labels.produce(weight, bias, labels.fresh(shape[-1])), shape, -1)
+
+
+@rule("recurrent")
+def recurrent(labels: Labels, node):
+    """LSTM, GRU, RNN and their cells: a unit moves with its gates, in the weights of inputs and of the last state."""
+    x, *states = tensors_in([labels.units(source) for source in node.all_input_nodes])
+    layer, name = labels.net.modules[node.target], node.target
+    cell = isinstance(layer, nn.modules.rnn.RNNCellBase)
+    gates = layer.weight_hh.shape[0] // layer.hidden_size if cell else len(layer.weight_hh_l0) // layer.hidden_size
+    projected = 0 if cell else layer.proj_size
+    ends = [""] if cell else [f"_l{i}{d}" for i in range(layer.num_layers) for d in (["", "_reverse"] if layer.bidirectional else [""])]
+    inputs, seen, last, hidden = labels.channels(x, -1), [], [], []
+    for place, end in enumerate(ends):
+        own = labels.fresh(layer.hidden_size)
+        out = labels.fresh(projected) if projected else own
+        for kind, units in (("ih", inputs), ("hh", out)):
+            labels.mark(f"{name}.weight_{kind}{end}", 1, units)
+            labels.produce(f"{name}.weight_{kind}{end}", f"{name}.bias_{kind}{end}" if layer.bias else None, own.repeat(gates))
+        if projected:
+            labels.mark(f"{name}.weight_hr{end}", 1, own)
+            labels.produce(f"{name}.weight_hr{end}", None, out)
+        seen.append(out)
+        last.append(out)
+        hidden.append(own)
+        if cell or not layer.bidirectional or place % 2:
+            inputs, seen = torch.cat(seen), []
+
+    def stack(units: list[Tensor]) -> Tensor:
+        rows = units[0] if cell else torch.stack(units)[:, None]
+        return rows.expand(len(x), -1) if cell else rows.expand(-1, x.shape[0 if layer.batch_first else 1], -1)
+
+    for given, units in zip(states, (last, hidden), strict=False):
+        labels.identify(given, stack(units))
+    lstm = isinstance(layer, (nn.LSTM, nn.LSTMCell))
+    end = (stack(last), stack(hidden)) if lstm else stack(last)
+    return end if cell else (spread(inputs, (*x.shape[:-1], len(inputs)), -1), end)
 
 
 @rule("dot-attention", arguments="key value attn_mask")

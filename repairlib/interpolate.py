@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repairlib.names import check
+from repairlib.recording import check_model
 from repairlib.tracing import TracedNet, aliases, trace
 
-State = Mapping[str, Tensor]
+State = Mapping[str, Any]  # tensors, and what `get_extra_state` gives
 
 
 def check_compatible(*states: State, names: Sequence[str] = (), types: bool = True) -> None:
@@ -37,7 +38,11 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
     for which, state in zip(names, states, strict=False):
         for name in [k for k in states[0] if k not in state] + [k for k in state if k not in states[0]]:
             owner = first if name in states[0] else which
-            raise ValueError(f"different architectures: {name!r} is in {kind}{owner} only")
+            way = ""
+            if "_affine." in name:
+                way = ": a visible correction of a merged network. Merge all at once, with match_several and Repair(..., "\
+                      "others=[...])"
+            raise ValueError(f"different architectures: {name!r} is in {kind}{owner} only{way}")
         for name, value in state.items():
             if not isinstance(value, Tensor):
                 if name.rpartition(".")[2] == "_extra_state":
@@ -56,6 +61,13 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
                 raise ValueError(
                     f"{kind}{which}: {bad!r} holds NaN or infinity; was training stopped, or a file damaged?"
                 )
+
+
+def check_models(*models: nn.Module) -> None:
+    """Refuse what are no networks, or networks whose weights cannot be interpolated; see `check_compatible`."""
+    for model in models:
+        check_model(model)
+    check_compatible(*(model.state_dict() for model in models))
 
 
 def non_finite(state: State) -> list[str]:
@@ -78,7 +90,7 @@ def clamp_variance(name: str, value: Tensor) -> Tensor:
     return value.clamp_min(0) if name.rpartition(".")[2] == "running_var" else value
 
 
-def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, Any]:
     """Weighted mean of state dicts, ``sum_i w_i theta_i`` with weights of sum 1 (Csiszarik et al. 2023, Sec. 5.4).
 
     The paper's ``theta_a + l_b (theta_b - theta_a) + l_c (theta_c - theta_a)`` has weights (1 - l_b - l_c, l_b, l_c).
@@ -118,7 +130,7 @@ def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, T
     return {name: mix(name, value) for name, value in first.items()}
 
 
-def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str, Tensor]:
+def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str, Any]:
     """Interpolated state dict ``theta_alpha = (1 - alpha) theta_a + alpha theta_b`` (Jordan et al. 2022, Sec. 2.1).
 
     Args:
@@ -150,6 +162,8 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
 
 def interpolate_models(model_a: nn.Module, model_b: nn.Module, alpha: float = 0.5) -> nn.Module:
     """Network with the weights ``(1 - alpha) theta_a + alpha theta_b``; see `interpolate_states`."""
+    for model in (model_a, model_b):
+        check_model(model)
     return with_state(model_a, interpolate_states(model_a.state_dict(), model_b.state_dict(), alpha))
 
 
@@ -209,7 +223,7 @@ def _is_homogeneous(net: TracedNet, node: fx.Node) -> bool:
 
 def interpolate_homogeneous(
     state_a: State, state_b: State, alpha: float, depths: Mapping[str, int]
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Homogeneous interpolation: straight in the weights, and in a bias by its depth h.
 
         W = (1 - alpha) W_a + alpha W_b,   b = (1 - alpha)^h b_a + alpha^h b_b

@@ -3,18 +3,19 @@
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from repairlib.groups import Permutation, PermutationSpec, UnsupportedNode, permutation_spec
-from repairlib.interpolate import check_compatible
+from repairlib.interpolate import check_models
 from repairlib.moments import Moments, gather
 from repairlib.names import check
 from repairlib.permutations import permute
-from repairlib.tracing import Batches, trace
+from repairlib.inputs import Batches
+from repairlib.tracing import check_graphs, trace
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Matching:
             moved = int((perm != torch.arange(len(perm))).sum())
             row = f"{name:24} {len(perm):5d}  {moved:5d}  {self.objective.get(name, math.nan):9.4g}"
             if name in self.correlation:
-                row += f"  {self.correlation[name].mean():9.3f}  {'/'.join(map(str, self.dead[name]))}"
+                row += f"  {self.correlation[name].mean():9.3f}  {'/'.join(map(str, self.dead.get(name, '')))}"
             rows.append(row)
         return "\n".join(rows)
 
@@ -73,17 +74,20 @@ SIMILARITIES = ("correlation", "inner")
 def gather_groups(
     model_a: nn.Module, model_b: nn.Module, batches: Batches, spec: PermutationSpec, tap: str
 ) -> dict[str, Moments]:
-    """Moments of both networks at the groups' taps, by node, with ``cross="full"``, from one pass."""
+    """Moments of both networks at the groups' taps, by node, with ``cross="full"``, from one pass.
+
+    Groups that no node shows are left out.
+    """
     check(tap, ("pre", "post"), "tap")
     for group in spec.groups:
-        if tap not in group.taps:
-            other = f"use tap={next(iter(group.taps))!r}" if group.taps else "use match_weights"
+        if group.taps and tap not in group.taps:
             raise UnsupportedNode(
-                f"group {group.name!r}: no node {tap}-activation holds its units along axis 1; {other}"
+                f"group {group.name!r}: no node {tap}-activation holds its units; use tap={next(iter(group.taps))!r}"
             )
     example = batches.example()
     nets = [trace(model, example) for model in (model_a, model_b)]
-    return gather(nets, batches, [group.taps[tap] for group in spec.groups], "full")
+    check_graphs(*nets)
+    return gather(nets, batches, [group.taps[tap] for group in spec.groups if group.taps], "full")
 
 
 def match_activations(
@@ -98,7 +102,8 @@ def match_activations(
 ) -> Matching:
     """Match by activations, all layers from one pass over the data (Jordan et al. 2022, Eq. 2).
 
-    ``P_l = argmax_P sum_i corr(X_i of A, X_P(i) of B)`` for every group l.
+    ``P_l = argmax_P sum_i corr(X_i of A, X_P(i) of B)`` for every group l. Groups whose units no node shows, such as
+    the heads inside nn.MultiheadAttention, are matched by their weights, given all others.
 
     Args:
         model_a, model_b: networks of one architecture. Untouched.
@@ -111,19 +116,21 @@ def match_activations(
     Raises:
         ValueError: different architectures (first differing parameter named), non-finite weights, empty data, or an
             option that does not exist.
-        UnsupportedNode: a group can be read at no node.
+        UnsupportedNode: a group can be read at its other tap only.
 
     >>> a = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> match_activations(a, a, [torch.randn(64, 2)]).permutation["0"].tolist()
     [0, 1, 2]
     """
     check(similarity, SIMILARITIES, "similarity")
-    check_compatible(model_a.state_dict(), model_b.state_dict())
+    check_models(model_a, model_b)
     batches = Batches(data, model_a)
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
     moments = gather_groups(model_a, model_b, batches, spec, tap)
     matching = Matching(spec, {})
     for group in spec.groups:
+        if not group.taps:
+            continue
         moment = moments[group.taps[tap]]
         full = (moment.inner() if similarity == "inner" else moment.corr(eps=eps)).cpu()
         if not full.isfinite().all():
@@ -143,4 +150,16 @@ def match_activations(
         matching.objective[group.name] = float(matched.sum())
         dead = [moment.dead(k).cpu()[group.channels[tap]].all(1) for k in (0, 1)]
         matching.dead[group.name] = (int(dead[0].sum()), int(dead[1].sum()))
-    return matching
+    return match_hidden(matching, model_a, model_b)
+
+
+def match_hidden(matching: Matching, model_a: nn.Module, model_b: nn.Module) -> Matching:
+    """The same matching, with groups that are in no node's activations matched by their weights, given the others."""
+    hidden = [group.name for group in matching.spec.groups if not group.taps]
+    if not hidden:
+        return matching
+    from repairlib.weight_matching import match_weights  # here, as that module imports this one
+
+    by_weights = match_weights(model_a, model_b, spec=matching.spec, start=matching.permutation, only=hidden)
+    objective = matching.objective | {name: by_weights.objective[name] for name in hidden}
+    return replace(matching, permutation=by_weights.permutation, objective=objective)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from repairlib.names import check
-from repairlib.tracing import TracedNet, eval_mode
+from repairlib.recording import eval_mode
+from repairlib.tracing import TracedNet
 
 CROSS = ("none", "paired", "full")
 
@@ -128,11 +129,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1).double()
 
 
-def moments_of(chunks: Iterable[Tensor]) -> Moments:
-    """Moments of one network's values (n, units, ...), given in parts."""
+def moments_of(chunks: Iterable[Tensor], axis: int = 1) -> Moments:
+    """Moments of one network's values, with units on one axis, given in parts."""
     moments = Moments()
     for chunk in chunks:
-        moments.update(chunk)
+        moments.update(chunk.movedim(axis, 1))
     return moments
 
 
@@ -143,8 +144,8 @@ def gather(
 
     Args:
         nets: k traced networks of one architecture.
-        batches: tensors (n, ...), on the networks' device.
-        taps: node names.
+        batches: inputs, on the networks' device.
+        taps: node names; units are on `TracedNet.axis` there.
         cross: see `Moments`.
 
     Raises:
@@ -154,7 +155,8 @@ def gather(
     with eval_mode(*(net.model for net in nets)):
         for x in batches:
             for values in zip(*(net.walk(x, list(moments)) for net in nets), strict=True):
-                moments[values[0][0]].update(*(value for _, value in values))
+                tap = values[0][0]
+                moments[tap].update(*(value.movedim(nets[0].axis(tap), 1) for _, value in values))
     if not all(moment.count for moment in moments.values()):
         raise ValueError("the calibration data is empty: it has no batch to measure statistics on")
     return moments

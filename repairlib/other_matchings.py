@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from repairlib.groups import Permutation, PermutationSpec, permutation_spec
-from repairlib.interpolate import check_compatible
-from repairlib.matching import Matching, gather_groups, solve_assignment
+from repairlib.interpolate import check_models
+from repairlib.matching import Matching, gather_groups, match_hidden, solve_assignment
 from repairlib.permutations import fill_identity, permute_state
-from repairlib.tracing import Batches, as_batches, cast_input
+from repairlib.inputs import Batches, arguments, as_batches, cast_input, count
 from repairlib.weight_matching import WeightCost, derive_spec, float_weights, match_weights
 
 
@@ -49,9 +49,9 @@ def match_straight_through(
         ValueError: different architectures, non-finite weights, empty data, batches without labels.
     """
     data = as_batches(data)
-    check_compatible(model_a.state_dict(), model_b.state_dict())
+    check_models(model_a, model_b)
     if spec is None:
-        spec = derive_spec(model_a, data)
+        spec = derive_spec(model_a, model_b, data)
     if start is None:
         start = match_weights(model_a, model_b, spec=spec, seed=seed).permutation
     permutation = fill_identity(spec, start)
@@ -72,10 +72,10 @@ def match_straight_through(
             raise ValueError("straight-through matching trains on labels: batches must be (x, y)")
         x, y = batch[:2]
         try:
-            logits = functional_call(net, weights, (cast_input(x, net),))
+            logits = functional_call(net, weights, *arguments(cast_input(x, net)))
             return F.cross_entropy(logits, y.to(logits.device))
         except ValueError as error:
-            raise ValueError(f"a batch of {len(x)} cannot be trained on: {error}; drop the last one?") from error
+            raise ValueError(f"a batch of {count(x)} cannot be trained on: {error}; drop the last one?") from error
 
     def mean_loss() -> float:
         weights = midpoint()
@@ -131,12 +131,14 @@ def match_transport(
         ValueError: different architectures, non-finite weights or activations, an unknown option.
         UnsupportedNode: a group can be read at no node.
     """
-    check_compatible(model_a.state_dict(), model_b.state_dict())
+    check_models(model_a, model_b)
     batches = Batches(data, model_a)
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
     moments = gather_groups(model_a, model_b, batches, spec, tap)
     matching = Matching(spec, {})
     for group in spec.groups:
+        if not group.taps:
+            continue
         moment, blocks = moments[group.taps[tap]], group.channels[tap].T
         square = [moment.var(k) + moment.mean(k) ** 2 for k in (0, 1)]
         distance = square[0][:, None] + square[1] - 2 * moment.inner()
@@ -149,4 +151,4 @@ def match_transport(
         perm = solve_assignment(-distance.clamp_min(0))
         matching.permutation[group.name] = perm
         matching.objective[group.name] = -float(distance[torch.arange(group.size), perm].sum())
-    return matching
+    return match_hidden(matching, model_a, model_b)

@@ -10,7 +10,7 @@ from repairlib.groups import Permutation, PermutationSpec
 from repairlib.interpolate import with_state
 
 
-def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutation: Permutation) -> dict[str, Tensor]:
+def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutation: Permutation) -> dict[str, Any]:
     """State dict of the permuted network: W -> P W on outgoing, W P^-1 on incoming axes (Jordan et al. 2022, Sec. 2.2).
 
     Args:

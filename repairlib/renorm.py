@@ -28,13 +28,16 @@ from repairlib.corrections import (
     correct_moments,
     correction,
     fold,
+    foldable,
     target_nodes,
 )
 from repairlib.data_independent import BatchNormTo
-from repairlib.interpolate import check_compatible, mix_states, with_state
+from repairlib.interpolate import check_compatible, check_models, mix_states, with_state
 from repairlib.moments import Moments, gather, moments_of
 from repairlib.names import check
-from repairlib.tracing import Batches, TracedNet, as_batches, eval_mode, trace
+from repairlib.inputs import Batches, as_batches, device_of
+from repairlib.recording import check_model, eval_mode
+from repairlib.tracing import TracedNet, check_graphs, trace
 
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
@@ -120,16 +123,17 @@ def _sequential(
             # Only a placeholder reads the batches; the loader is asked once more, not held twice.
             inputs = batches if node.op == "placeholder" else [None] * len(values)
             for chunk, x in zip(values, inputs, strict=True):
-                chunk[node] = net.compute(node, chunk, iter((x,)))
+                chunk[node] = net.compute(node, chunk, None if x is None else net.feed(x))
                 net.forget(node, chunk)
             if node.name in goals:
-                moments = Moments("paired" if reference else "none")
+                moments, axis = Moments("paired" if reference else "none"), net.axis(node.name)
                 for chunk, other in itertools.zip_longest(values, others):
-                    moments.update(chunk[node], *([next(other)[1]] if other else []))
+                    both = [chunk[node], *([next(other)[1]] if other else [])]
+                    moments.update(*(x.movedim(axis, 1) for x in both))
                 constant[node.name] = moments.dead()
                 fix = corrections[node.name] = goals[node.name](moments)
                 for chunk in values:
-                    chunk[node] = fix.apply(chunk[node])
+                    chunk[node] = fix.apply(chunk[node], axis)
                 left -= 1
     return corrections, constant
 
@@ -144,8 +148,9 @@ def _simultaneous(
     seen = {name: Moments() for name in (*goals, *norms)}
 
     def correct(name: str, x: Tensor) -> Tensor:
-        seen[name].update(x)
-        return goals[name](moments_of([x])).apply(x)
+        axis = net.axis(name)
+        seen[name].update(x.movedim(axis, 1))
+        return goals[name](moments_of([x], axis)).apply(x, axis)
 
     def normalize(name: str, module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """BatchNorm in train mode: by this batch's statistics, which we pool ourselves."""
@@ -193,6 +198,8 @@ class Options:
             * "closed-form": Eq. 5, without a pass; for weighted averages of two references only;
             * "batch": every evaluated batch is normalised by its own statistics, see `BatchNormTo`.
         targets: see `target_nodes`. Recorded references bring their own.
+        visible: whether targets are corrected whose correction no weight can take up, so that the result is a
+            torch.fx.GraphModule; without them it stays of its own class.
         bn: existing BatchNorm layers stay "frozen" (the paper) or are "reset", also in the references (released code).
         limit: number of examples to use, the first ones; None for all. "sequential" holds their activations at two or
             three nodes at a time: 1.3 GB a node for 5,000 images of CIFAR-10 at 64 channels.
@@ -207,6 +214,7 @@ class Options:
     shrink: bool = False
     method: str = "sequential"
     targets: str | Sequence[str] = TARGETS
+    visible: bool = True
     bn: str = "frozen"
     limit: int | None = 5000
 
@@ -261,7 +269,7 @@ class Goals:
             if not self.targets or any(s.keys() != self.statistics[0].keys() for s in self.statistics):
                 raise ValueError("recorded statistics must be of one or more nodes, the same in every reference")
             return
-        check_compatible(*(model.state_dict() for model in self.references))
+        check_models(*self.references)
         self.batches = Batches(self.data, self.references[0], self.options.limit)
         self.example = self.batches.example()
         if self.options.bn == "reset":
@@ -269,10 +277,14 @@ class Goals:
                 reset(model, self.batches, method=self.options.method).model for model in self.references
             ]
         nets = [trace(model, self.example) for model in self.references]
+        check_graphs(*nets)
         self.targets = target_nodes(nets[0], self.options.targets)
+        if not self.options.visible:
+            self.targets = foldable(nets[0], self.targets)
         if not self.targets:
             wanted = [self.options.targets] if isinstance(self.options.targets, str) else self.options.targets
-            raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node")
+            kind = "" if self.options.visible else " whose weights can take a correction up"
+            raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node{kind}")
         self.ends = gather(
             nets, self.batches, self.targets, "paired" if self.options.method == "closed-form" else "none"
         )
@@ -309,6 +321,7 @@ class Goals:
             ValueError: the network is not finite or has other channels; or it is not the references' average, with
                 ``method="closed-form"``.
         """
+        check_model(model)
         check_compatible(model.state_dict(), names=["the network to renormalise"])
         if self.options.method == "closed-form":
             average = self._average(weights)
@@ -331,15 +344,15 @@ class Goals:
         goals: dict[str, dict] = {}
         for name, (mean, std) in self.at(weights).items():
             net.check_names([name])
-            name, units = net.corrected(name), net.shapes[name][1]
+            name, units = net.corrected(name), net.shapes[name][net.axis(name)]
             if units != len(mean):
                 raise ValueError(f"node {name!r} has {units} channels, its goals are of {len(mean)}")
             goals[name] = {
-                "goal_mean": mean.to(example.device), "goal_std": std.to(example.device),
+                "goal_mean": mean.to(device_of(model)), "goal_std": std.to(device_of(model)),
                 "correct": self.options.correct, "eps": self.options.eps,
             }  # fmt: skip
         if self.options.method == "batch":
-            modules = {name: BatchNormTo(**goal) for name, goal in goals.items()}
+            modules = {name: BatchNormTo(**goal, axis=net.axis(name)) for name, goal in goals.items()}
             return Repaired(attach(model, modules, example), {}, tuple(modules))
         if self.options.method == "closed-form":
             _, alpha = _weights(weights, 2)

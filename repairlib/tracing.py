@@ -1,39 +1,31 @@
-"""Networks as graphs of named nodes, and the inputs that are run through them.
+"""Networks as graphs of named nodes, which can be run, read and edited.
 
 Every algorithm of the library reads activations by the names of nodes (taps), whatever the network's modules are.
 """
 
-import contextlib
+import dataclasses
 import difflib
+import functools
+import inspect
 import itertools
-import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-
-class UntraceableModel(ValueError):
-    """The model's forward cannot be written as a graph; the message names the last node reached."""
-
-
-@contextlib.contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode without gradients, and give every submodule its own training flag back afterwards."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+from repairlib.inputs import Inputs, arguments, call, cast_input, map_inputs
+from repairlib.recording import (
+    ChannelAffine,
+    Recorder,
+    UntraceableModel,
+    check_model,
+    eval_mode,
+    inside,
+    perform,
+    record,
+    tensors_in,
+)
 
 
 def aliases(model: nn.Module) -> dict[int, list[str]]:
@@ -44,132 +36,11 @@ def aliases(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-class _Kept:
-    """Batches of an iterator, kept as they are read: the same in every pass, and no more of them than are read."""
-
-    def __init__(self, batches: Iterable):
-        self.rest, self.kept = iter(batches), []
-
-    def __iter__(self) -> Iterator:
-        for place in itertools.count():
-            if place == len(self.kept):
-                try:
-                    self.kept.append(next(self.rest))
-                except StopIteration:
-                    return
-            yield self.kept[place]
-
-
-def as_batches(data: Iterable) -> Iterable:
-    """Batches that are the same in every pass.
-
-    A tensor is one batch. Batches of an iterator are kept in memory, and so are those of a DataLoader that shuffles:
-    otherwise endpoints and the network between them would be measured on different examples.
-
-    Raises:
-        TypeError: not batches, but examples, one batch that is no tensor, or something else; the message says the way.
-    """
-    if isinstance(data, Tensor):
-        return [data]
-    if isinstance(data, (Mapping, np.ndarray, str)):
-        raise TypeError(f"batches are an iterable of tensors x or pairs (x, y), not {type(data).__name__}: {_WAYS}")
-    if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
-        raise TypeError("a tuple of tensors could be one batch (x, y): pass [(x, y)], or a list of batches")
-    if isinstance(data, Dataset):
-        raise TypeError(f"{type(data).__name__} is a Dataset of single examples: pass a DataLoader of it")
-    if isinstance(data, DataLoader):
-        plain = type(data.batch_sampler) is BatchSampler
-        order = data.batch_sampler.sampler if plain else data.sampler if data.batch_sampler is None else None
-        return data if isinstance(order, SequentialSampler) else _Kept(data)
-    return _Kept(data) if isinstance(data, Iterator) else data
-
-
-_WAYS = (
-    "of a dictionary, pass [(batch['image'], batch['label']) for batch in loader] with your own names; of an array, "
-    "torch.as_tensor(array)"
-)
-
-
-def cast_input(x: Tensor, model: nn.Module) -> Tensor:
-    """Inputs on a model's device; floating ones in its precision, integers (tokens) as they are."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    return x.to(like.device, like.dtype if x.is_floating_point() else None)
-
-
-class Batches:
-    """Inputs of any iterable of batches, re-iterable, on a model's device and in its precision.
-
-    Args:
-        data: batches x or (x, y, ...), see `as_batches`. Empty batches are skipped.
-        model: network that will read them.
-        limit: number of examples to stop after; a loader that shuffles then gives other ones in each pass.
-
-    Raises:
-        TypeError: a batch is no tensor and does not begin with one.
-    """
-
-    def __init__(self, data: Iterable, model: nn.Module, limit: int | None = None):
-        self.data = as_batches(data)
-        self.model = model
-        self.limit = limit
-
-    def __iter__(self) -> Iterator[Tensor]:
-        left = self.limit
-        for batch in self.data:
-            if left == 0:
-                return
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if not isinstance(x, Tensor):
-                raise TypeError(f"a batch must be a tensor or begin with one, not {type(x).__name__}: {_WAYS}")
-            if left is not None:
-                x = x[:left]
-                left -= len(x)
-            if len(x):
-                yield cast_input(x, self.model)
-
-    def example(self) -> Tensor:
-        """First two inputs of the first batch; ValueError if there is none."""
-        for x in self:
-            return x[:2]
-        raise ValueError("the calibration data is empty: it has no batch to measure statistics on")
-
-
-def along(values: Tensor, ndim: int, axis: int | tuple[int, ...] = 1) -> Tensor:
-    """View of values, one a channel, that broadcasts along an axis of a tensor of `ndim` axes, or along several."""
-    places = dict(zip((axis,) if isinstance(axis, int) else axis, values.shape, strict=True))
-    return values.view([places.get(i, 1) for i in range(ndim)])
-
-
-def affine(x: Tensor, gain: Float[Tensor, " channels"], shift: Float[Tensor, " channels"]) -> Tensor:
-    """Affine map of the channels of x (n, channels, ...): ``y_c = gain_c x_c + shift_c``."""
-    return x * along(gain, x.ndim) + along(shift, x.ndim)
-
-
-class ChannelAffine(nn.Module):
-    """Visible correction of a node: ``y_c = weight_c x_c + bias_c`` for inputs (n, c, ...)."""
-
-    def __init__(self, weight: Float[Tensor, " channels"], bias: Float[Tensor, " channels"]):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, x: Float[Tensor, "n channels ..."]) -> Float[Tensor, "n channels ..."]:
-        return affine(x, self.weight, self.bias)
-
-
-class _Tracer(fx.Tracer):
-    """Keeps corrections whole, so that a repaired network has the node names of the network it came from."""
-
-    proxy_buffer_attributes = True  # what is computed from buffers is part of the graph, not a constant
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, ChannelAffine) or super().is_leaf_module(module, name)
-
-
-_NO_INPUT, _NOTHING = object(), iter(())
 _LAYERS = nn.modules
 _KIND_OF_MODULE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"), (_LAYERS.conv._ConvTransposeNd, "conv-transpose"),
-    (nn.Linear, "linear"), (nn.Embedding, "embedding"), (nn.MultiheadAttention, "attention"),
+    (nn.Linear, "linear"), ((nn.Embedding, nn.EmbeddingBag), "embedding"), (nn.MultiheadAttention, "attention"),
+    ((_LAYERS.rnn.RNNBase, _LAYERS.rnn.RNNCellBase), "recurrent"), (nn.Bilinear, "bilinear"), (nn.GLU, "glu"),
     (_LAYERS.batchnorm._BatchNorm, "batchnorm"), (_LAYERS.instancenorm._InstanceNorm, "instancenorm"),
     ((nn.LayerNorm, nn.RMSNorm), "layernorm"), (nn.GroupNorm, "groupnorm"), (ChannelAffine, "affine"),
     ((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
@@ -199,10 +70,10 @@ _KIND_OF_NAME: dict[str, str] = {
         "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
         "resize": "interpolate",
         "identity": "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
-        "contiguous clone detach to float double half type type_as stochastic_depth",
+        "contiguous clone detach to float double half bfloat16 type type_as stochastic_depth",
         "reshape": "flatten reshape view unflatten squeeze unsqueeze expand expand_as repeat tile view_as reshape_as "
         "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle roll flip ravel broadcast_to "
-        "_patch_merging_pad _get_relative_position_bias",
+        "_patch_merging_pad _get_relative_position_bias repeat_interleave",
         "permute": "permute transpose swapaxes swapdims movedim moveaxis t",
         "concat": "cat concat concatenate stack hstack vstack",
         "split": "chunk split unbind tensor_split",
@@ -210,8 +81,13 @@ _KIND_OF_NAME: dict[str, str] = {
         "pad": "pad",
         "softmax": "softmax log_softmax",
         "normalize": "normalize",
-        "mean": "mean sum amax amin logsumexp",
-        "matmul": "matmul bmm",
+        "mean": "mean sum amax amin logsumexp max min median var std",
+        "norm": "norm vector_norm",
+        "glu": "glu",
+        "constant": "zeros_like ones_like full_like new_zeros new_ones new_full",
+        "matmul": "matmul bmm mm",
+        "addmm": "addmm",
+        "functional-embedding": "embedding",
         "einsum": "einsum",
         "functional-conv": "conv1d conv2d conv3d",
         "functional-linear": "linear",
@@ -223,26 +99,31 @@ _KIND_OF_NAME: dict[str, str] = {
     }.items()
     for name in names.split()
 }
-_TAPPED = (
-    "conv", "conv-transpose", "linear", "batchnorm", "groupnorm", "add", "multiply", "activation", "permute",
-)  # fmt: skip
+_KIND_OF_ATTRIBUTE = {"T": "permute", "mT": "permute", "data": "identity", "values": "field", "indices": "field"}
 _OWN = ("torch", "operator", "_operator", "torchvision")  # modules whose functions are known by name
 
 
 class TracedNet:
     """Graph of a model's named nodes, which can be run, read and edited; the weights are the model's own.
 
-    ``kinds[name]`` is the kind of a node ("conv", "linear", "batchnorm", "activation", "add", "pool", ..., or "") and
-    ``shapes[name]`` the shape of its value for the example, None if it is no tensor.
+    Attributes:
+        kinds: kind of every node by name ("conv", "linear", "batchnorm", "activation", "add", "pool", ..., or "").
+        shapes: shape of its value for the example, None if it is no tensor.
+        plain: values that hold no tensor: sizes and what is computed from them.
+        constants: tensors that forward makes and that depend on nothing, by the target of their nodes.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, example: Tensor):
+    def __init__(self, model: nn.Module, recorder: Recorder):
         self.model = model
-        self.graph = graph
-        self.modules: dict[Any, Any] = dict(model.named_modules())  # by the target of a node
-        self.nodes: list[fx.Node] = list(graph.nodes)
+        self.graph: fx.Graph = recorder.graph
+        self.modules: dict[Any, Any] = recorder.modules  # by the target of a node
+        self.plain, self.constants = recorder.plain, recorder.constants
+        self.nodes: list[fx.Node] = list(self.graph.nodes)
         self.kinds = {node.name: self._kind(node) for node in self.nodes}
+        self.shapes: dict[str, Any] = {node.name: recorder.shapes.get(node.name) for node in self.nodes}
+        self.shapes |= {node.name: tuple(self.compute(node, {}).shape) for node in self.nodes if node.op == "get_attr"}
         self._by_name = {node.name: node for node in self.nodes}
+        self._inputs = [node.target for node in self.nodes if node.op == "placeholder"]
         last_use = {}
         for node in self.nodes:
             for source in node.all_input_nodes:
@@ -250,45 +131,35 @@ class TracedNet:
         self._dead_after: dict[fx.Node, list[fx.Node]] = {}
         for source, user in last_use.items():
             self._dead_after.setdefault(user, []).append(source)
-        self.shapes: dict[str, Any] = {}
-        self.plain: dict[str, object] = {}  # values that hold no tensor: sizes and what is computed from them
-        values: dict[fx.Node, Any] = {}
-        inputs = iter((example,))
-        with eval_mode(model):
-            for node in self.nodes:
-                values[node] = value = self.compute(node, values, inputs)
-                self.shapes[node.name] = tuple(value.shape) if isinstance(value, Tensor) else None
-                if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-                    self.plain[node.name] = value
-                self.forget(node, values)
 
     def _kind(self, node: fx.Node) -> str:
         if node.op == "call_module":
             module = self.modules[node.target]
             return next((kind for types, kind in _KIND_OF_MODULE if isinstance(module, types)), "")
         if node.op == "call_function":
+            if node.target is getattr:
+                return _KIND_OF_ATTRIBUTE.get(str(node.args[1]), "")
+            if inspect.isclass(node.target) and (
+                dataclasses.is_dataclass(node.target) or hasattr(node.target, "_fields")
+            ):
+                return "record"
             origin = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
             return _KIND_OF_NAME.get(getattr(node.target, "__name__", ""), "") if origin in _OWN else ""
         return _KIND_OF_NAME.get(str(node.target), "") if node.op == "call_method" else ""
 
-    def compute(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Iterator = _NOTHING) -> Any:
-        """Value of one node from the values of the nodes before it; `inputs` feeds the placeholders."""
-        target: Any = node.target
+    def feed(self, x: Inputs) -> dict[str, Any]:
+        """Inputs by the names of the graph's placeholders."""
+        args, named = arguments(x)
+        return named or dict(zip(self._inputs, args, strict=True))
+
+    def compute(self, node: fx.Node, values: Mapping[fx.Node, Any], inputs: Mapping[str, Any] | None = None) -> Any:
+        """Value of one node from the values of the nodes before it; `inputs` are those of the placeholders."""
         if node.op == "placeholder":
-            value = next(inputs, node.args[0] if node.args else _NO_INPUT)
-            if value is _NO_INPUT:
-                raise UntraceableModel(f"forward needs a second input, {target!r}; wrap it to take one tensor")
-            return value.clone() if isinstance(value, Tensor) else value  # the first operation may be in place
-        if node.op == "get_attr":
-            return operator.attrgetter(target)(self.model)
+            return map_inputs(torch.clone, (inputs or {})[str(node.target)])  # the first operation may be in place
+        if node.op == "get_attr" and node.target in self.constants:
+            return self.constants[node.target]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op == "call_module":
-            return self.modules[target](*args, **kwargs)
-        if node.op == "call_function":
-            return target(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return args[0]  # output
+        return perform(self.model, self.modules, node.op, node.target, args, kwargs)
 
     def forget(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Drop the values that nothing after `node` reads."""
@@ -296,7 +167,7 @@ class TracedNet:
             values.pop(dead, None)
 
     def walk(
-        self, x: Tensor, taps: Collection[str], edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+        self, x: Inputs, taps: Collection[str], edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None
     ) -> Iterator[tuple[str, Any]]:
         """Run on `x` and yield (name, value) at every tap in order of execution, stopping after the last of them.
 
@@ -308,7 +179,7 @@ class TracedNet:
         self.check_names([*taps, *edits])
         wanted = {self.corrected(name): name for name in taps}
         values: dict[fx.Node, Any] = {}
-        inputs = iter((x,))
+        inputs = self.feed(x)
         for node in self.nodes:
             if not wanted:
                 return
@@ -331,7 +202,7 @@ class TracedNet:
                 near = difflib.get_close_matches(name, [*others, *self.kinds], n=3) or sorted(self.kinds)[:8]
                 raise KeyError(f"no node {name!r} in the graph; nearest: {', '.join(near)}")
 
-    def run(self, x: Tensor, edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+    def run(self, x: Inputs, edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Any:
         """Output of the network, with the values of some nodes edited on the way."""
         ((_, output),) = self.walk(x, [self.nodes[-1].name], edits)
         return output
@@ -341,34 +212,144 @@ class TracedNet:
         self.check_names([name])
         return self._by_name[name]
 
+    def read_by_layers(self) -> set[fx.Node]:
+        """Nodes whose values reach a layer, and so the output only through it.
 
-def trace(model: nn.Module, example: Tensor) -> TracedNet:
+        A product counts as a layer if one of its factors is a parameter, such as the prototypes of classes.
+        """
+        parameters = {node for node in self.nodes if node.op == "get_attr"}
+        read: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            kind = self.kinds[node.name].removeprefix("functional-")
+            layer = kind in _LAYER_KINDS and (kind not in _PRODUCTS or parameters & {*node.all_input_nodes})
+            if layer or node in read:
+                read.update(node.all_input_nodes)
+        return read
+
+    def axis(self, name: str) -> int:
+        """Axis of a node's value on which its units lie: 1 in maps of channels, the last one in tokens (n, t, units).
+
+        Layers say where they are; other nodes keep the units of what they read where it goes.
+        """
+        return self._axes[name]
+
+    @functools.cached_property
+    def _axes(self) -> dict[str, int]:
+        axes: dict[str, int] = {}
+        for node in self.nodes:
+            shape, kind = self.shapes[node.name], self.kinds[node.name].removeprefix("functional-")
+            sources = [s for s in node.all_input_nodes if s.name in axes]
+            if kind == "layernorm":
+                module = self.modules.get(node.target) if node.op == "call_module" else None
+                axes[node.name] = -len(module.normalized_shape if module else node.args[1])
+            elif kind in _UNITS_LAST:
+                axes[node.name] = -1
+            elif kind == "affine":
+                axes[node.name] = self.modules[node.target].axis
+            elif kind in _UNITS_FIRST or not sources:
+                axes[node.name] = 1
+            elif kind in _MOVES:
+                axes[node.name] = self._moved(node, sources[0], axes[sources[0].name])
+            else:  # as that of the input which has the most axes; a value that is broadcast says nothing
+                ranks = {s: (len(self.shapes[s.name] or ()), self.shapes[s.name] is not None) for s in sources}
+                source = max(sources, key=lambda s: (ranks[s], self._width(s, axes)))
+                axes[node.name] = axes[source.name]
+            if shape is not None and len(shape) > 1:
+                axes[node.name] %= len(shape)
+        return axes
+
+    def _width(self, node: fx.Node, axes: Mapping[str, int]) -> bool:
+        shape = self.shapes[node.name]
+        return bool(shape) and len(shape) > 1 and shape[axes[node.name]] > 1
+
+    def _moved(self, node: fx.Node, source: fx.Node, axis: int) -> int:
+        """Where units on an axis of the input go when a node moves elements about."""
+        shape = self.shapes[source.name]
+        if shape is None or self.shapes[node.name] is None or len(shape) < 2:
+            return axis
+        values: dict[fx.Node, Any] = {}
+        for each in node.all_input_nodes:
+            like = self.shapes[each.name]
+            values[each] = self.plain.get(each.name) if like is None else torch.zeros(()).expand(like)
+        units = torch.arange(1.0, shape[axis] + 1)
+        values[source] = units.view([-1 if i == axis % len(shape) else 1 for i in range(len(shape))]).expand(shape)
+        try:
+            out = self.compute(node, values)
+        except Exception:  # an index that is no plain value, among others
+            return axis
+        varying = [i for i in range(1, out.ndim) if out.shape[i] > 1 and not (out == out.narrow(i, 0, 1)).all()]
+        return varying[0] if varying else min(axis, out.ndim - 1)
+
+
+_PRODUCTS = ("matmul", "addmm", "einsum")
+_LAYER_KINDS = ("conv", "conv-transpose", "linear", "attention", "recurrent", "bilinear", "window-attention", *_PRODUCTS)
+_UNITS_LAST = ("linear", "attention", "embedding", "recurrent")
+_UNITS_FIRST = ("conv", "conv-transpose", "batchnorm", "instancenorm", "groupnorm", "pool", "resize")
+_MOVES = ("permute", "reshape", "getitem", "mean")
+
+
+# Attributes of layers that change no function in evaluation mode.
+_OF_TRAINING = ("training", "p", "dropout", "inplace", "momentum", "checkpoint")
+
+
+def check_graphs(first: TracedNet, *others: TracedNet) -> None:
+    """Refuse networks of one state dict whose forwards differ, such as in a shortcut, a stride or a number of heads.
+
+    Raises:
+        ValueError: names the first node that differs.
+    """
+    for other in others:
+        for node, same in itertools.zip_longest(first.nodes, other.nodes):
+            if node is None or same is None or _says(first, node) != _says(other, same):
+                raise ValueError(
+                    f"different architectures: the weights fit together, but forward differs at node "
+                    f"'{(node or same).name}'"
+                )
+
+
+def _says(net: TracedNet, node: fx.Node) -> tuple:
+    """All that a node does, but for the values of weights."""
+    settings: dict[str, Any] = {}
+    if node.op == "call_module":
+        settings = {
+            name: value
+            for name, value in vars(net.modules[node.target]).items()
+            if name not in _OF_TRAINING and isinstance(value, (bool, int, float, str, tuple, type(None)))
+        }
+    return node.op, str(node.target), str(node.args), str(node.kwargs), settings
+
+
+def trace(model: nn.Module, example: Inputs) -> TracedNet:
     """Graph of a model, recorded in evaluation mode.
 
     Args:
-        model: any module that torch.fx can trace; its weights are shared, not copied.
-        example: one batch of inputs (n, ...), used for the shapes only.
+        model: any module; its weights are shared, not copied. Code may branch on sizes, not on data.
+        example: a batch of inputs (n, ...), of two examples or more if forward looks at sizes: a tensor, or several in
+            a tuple or by name.
 
     Raises:
-        UntraceableModel: forward depends on the data; the message names the last node that was reached.
+        UntraceableModel: forward depends on the data, or on the number of examples; the message names the line.
+        TypeError, ValueError: the model is no ordinary network.
 
     >>> net = trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 3))
     >>> [name for name, kind in net.kinds.items() if kind]
     ['_0', '_1', '_2']
     """
-    return TracedNet(model, graph_of(model), example)
-
-
-def graph_of(model: nn.Module) -> fx.Graph:
-    """Graph of a model's operations, recorded in evaluation mode; raises what `trace` does."""
-    tracer = _Tracer()
-    with eval_mode(model):
-        try:
-            return tracer.trace(model)
-        except Exception as error:
-            nodes = list(getattr(tracer, "graph", fx.Graph()).nodes)
-            last = f"after node '{nodes[-1].name}' ({nodes[-1].target})" if nodes else "at its first line"
+    check_model(model)
+    example = cast_input(example, model)
+    recorder = record(model, example)
+    net = TracedNet(model, recorder)
+    if recorder.asked:  # the graph may be of this number of examples only
+        more = map_inputs(lambda x: torch.cat([x, x]), example)
+        with eval_mode(model):
+            try:
+                found, expected = (tensors_in(each) for each in (net.run(more), call(inside(model), more)))
+                same = all(torch.allclose(a, b, 1e-2, 1e-4, equal_nan=True) for a, b in zip(found, expected, strict=True))
+            except RuntimeError:
+                same = False
+        if not same:
             raise UntraceableModel(
-                f"{type(model).__name__}.forward cannot be traced {last}: {error}. Control flow that depends on the "
-                "data is not a graph; move it out of forward or make it a leaf module."
-            ) from error
+                f"{type(model).__name__}.forward uses the number of examples as a plain number (in range, int or a "
+                "branch), so its graph is of this number only; use x.shape[0] in shapes, or -1"
+            )
+    return net

@@ -3,17 +3,18 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repairlib.groups import Axis, Permutation, PermutationSpec, permutation_spec
-from repairlib.interpolate import State, check_compatible
+from repairlib.groups import Axis, Permutation, PermutationSpec, spec_of
+from repairlib.interpolate import State, check_models
 from repairlib.matching import Matching, solve_assignment
 from repairlib.permutations import fill_identity, random_permutation
-from repairlib.tracing import Batches
+from repairlib.tracing import check_graphs, trace
+from repairlib.inputs import Batches
 
 
 def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9)) -> Tensor:
@@ -126,15 +127,20 @@ class WeightCost:
         after, self.permutation[group] = self.objective(), old
         return after - before
 
-    def descend(self, sweeps: int, generator: torch.Generator) -> list[float]:
+    def descend(self, sweeps: int, generator: torch.Generator, only: Collection[str] | None = None) -> list[float]:
         """Solve group after group, in a new random order every sweep, until a sweep gains nothing.
+
+        Args:
+            sweeps: largest number of them.
+            generator: of the order.
+            only: groups to solve; None for all.
 
         Returns:
             Objective at the start and after every sweep; it never decreases.
         """
         history = [self.objective()]
         scale = float(sum((self.a[n].norm() * self.b[n].norm()).double() for n in self.on))  # its largest value
-        names, solved = list(self.products), set()
+        names, solved = [name for name in self.products if only is None or name in only], set()
         for _ in range(sweeps):
             gained = 0.0
             for group in (names[i] for i in torch.randperm(len(names), generator=generator).tolist()):
@@ -163,6 +169,7 @@ def match_weights(
     restarts: int = 1,
     sweeps: int = 100,
     buffers: bool = False,
+    only: Collection[str] | None = None,
 ) -> Matching:
     """Match by weights: permutation coordinate descent (Ainsworth et al. 2022, Algorithm 1).
 
@@ -176,6 +183,7 @@ def match_weights(
         seed: seed of the order of the groups. The r-th restart has seed ``seed + r``.
         restarts: number of descents, the first from `start`, the others from random permutations; the best counts.
         sweeps: largest number of sweeps over all groups in a descent.
+        only: names of the groups to match; None for all. The others stay where `start` has them.
         buffers: whether BatchNorm's running statistics count as weights, as in the code of Qu & Horvath 2024.
 
     Raises:
@@ -187,9 +195,9 @@ def match_weights(
     """
     if restarts < 1 or sweeps < 1:
         raise ValueError(f"restarts and sweeps are at least 1, not {restarts} and {sweeps}")
-    check_compatible(model_a.state_dict(), model_b.state_dict())
+    check_models(model_a, model_b)
     if spec is None:
-        spec = derive_spec(model_a, data)
+        spec = derive_spec(model_a, model_b, data)
     states = [float_weights(model, buffers) for model in (model_a, model_b)]
     cost = WeightCost(states[0], states[1], spec, start)
     best: Permutation = {}
@@ -197,7 +205,7 @@ def match_weights(
     for restart in range(restarts):
         if restart:
             cost.permutation = random_permutation(spec, seed + restart)
-        objectives = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart))
+        objectives = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart), only)
         if objectives[-1] > history[-1]:
             best, history = dict(cost.permutation), objectives
     cost.permutation = best
@@ -208,13 +216,16 @@ def match_weights(
     return Matching(spec, best, objective=objective, history=tuple(history))
 
 
-def derive_spec(model: nn.Module, data: Iterable | None) -> PermutationSpec:
-    """Permutation groups of a model, for inputs of the shape of the first batch."""
+def derive_spec(model_a: nn.Module, model_b: nn.Module, data: Iterable | None) -> PermutationSpec:
+    """Permutation groups of two models of one architecture, for inputs of the shape of the first batch."""
     if data is None:
         raise ValueError("give `spec`, or data whose first batch shows the shape of an input")
     if isinstance(data, Iterator):
         data = itertools.islice(data, 1)
-    return permutation_spec(model, Batches(data, model).example())
+    example = Batches(data, model_a).example()
+    net = trace(model_a, example)
+    check_graphs(net, trace(model_b, example))
+    return spec_of(net, example)
 
 
 def float_weights(model: nn.Module, buffers: bool) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from torch.func import functional_call
 
 from repairlib.names import check
 from repairlib.pruning import Masks, prunable
-from repairlib.tracing import as_batches, cast_input, eval_mode
+from repairlib.inputs import Inputs, arguments, as_batches, cast_input, count, device_of, examples
+from repairlib.recording import eval_mode
 
 UPDATES = ("independent", "joint")
 BUFFER = 64  # gradients that are kept until they are multiplied together, as memory is slower than arithmetic
@@ -155,22 +156,22 @@ class WoodFisher:
         parameters = {name: p.detach() for name, p in model.named_parameters()}
         wanted = [parameters[name].requires_grad_() for name in self.weights]
         waiting: dict[str, list[Tensor]] = {name: [] for name in self.weights}
-        count = 0
+        n = 0
         with eval_mode(model), torch.enable_grad():
             for x, y in _small_batches(data, model, batch):
-                loss = F.cross_entropy(functional_call(model, parameters, (x,)), y)
+                loss = F.cross_entropy(functional_call(model, parameters, *arguments(x)), y)
                 gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
                 for (name, rows), gradient in zip(waiting.items(), gradients, strict=True):
                     rows.append(self._blocks(name, gradient.flatten()))
-                count += 1
-                if count % BUFFER == 0 or count == samples:
+                n += 1
+                if n % BUFFER == 0 or n == samples:
                     self._add(waiting)
-                if count == samples:
+                if n == samples:
                     break
-        if not count:
+        if not n:
             raise ValueError("no examples to measure Fisher information on")
         self._add(waiting)
-        return count
+        return n
 
     def _add(self, waiting: dict[str, list[Tensor]]) -> None:
         for name, rows in waiting.items():
@@ -180,12 +181,12 @@ class WoodFisher:
                 rows.clear()
 
 
-def _small_batches(data: Iterable, model: nn.Module, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _small_batches(data: Iterable, model: nn.Module, size: int) -> Iterator[tuple[Inputs, Tensor]]:
     """Batches (x, y) of `size` examples, on the model's device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     for batch in as_batches(data):
         if isinstance(batch, Tensor) or len(batch) < 2:
             raise ValueError("WoodFisher needs batches (x, y): the loss is of labels")
         x, y = cast_input(batch[0], model), batch[1].to(device)
-        for start in range(0, len(x), size):
-            yield x[start : start + size], y[start : start + size]
+        for start in range(0, count(x), size):
+            yield examples(x, start, start + size), y[start : start + size]

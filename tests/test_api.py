@@ -62,11 +62,13 @@ def test_align_keeps_the_function_and_the_inputs(endpoints):
 
 def test_merge_is_align_interpolate_repair(endpoints):
     a, b, data = endpoints
-    by_hand = repairlib.Repair(a, repairlib.align(a, b, data), data)(0.3).model
-    x = data[0][0]
+    aligned, x = repairlib.align(a, b, data), data[0][0]
+    paper = repairlib.Repair(a, aligned, data)(0.3).model
+    folded = repairlib.Repair(a, aligned, data, targets=("conv", "linear", "classifier"), visible=False)(0.3).model
     with torch.no_grad():
-        assert torch.equal(repairlib.merge(a, b, data, 0.3).model(x), by_hand(x))
-        assert torch.equal(repairlib.merge(a, b, iter(data), 0.3).model(x), by_hand(x))  # a one-shot iterable
+        assert torch.equal(repairlib.merge(a, b, data, 0.3).model(x), folded(x))
+        assert torch.equal(repairlib.merge(a, b, data, 0.3, visible=True).model(x), paper(x))
+        assert torch.equal(repairlib.merge(a, b, iter(data), 0.3).model(x), folded(x))  # a one-shot iterable
 
 
 def test_barrier_falls_from_direct_to_aligned_repaired(endpoints):
@@ -148,7 +150,7 @@ def test_every_renormalisation_returns_what_it_did(endpoints):
     a, b, data = endpoints
     aligned = repairlib.align(a, b, data)
     results = {
-        "merge": repairlib.merge(a, b, data),
+        "merge": repairlib.merge(a, b, data, visible=True),
         "repair": repairlib.repair(a, aligned, data),
         "Repair": repairlib.Repair(a, aligned, data)(0.5),
         "renormalize": repairlib.renormalize(a, b, data),

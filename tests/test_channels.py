@@ -8,7 +8,7 @@ from torchvision.models import mobilenet_v2
 
 from repairlib import channels, pruning, renorm
 from repairlib.groups import permutation_spec
-from repairlib.tracing import eval_mode
+from repairlib.recording import eval_mode
 
 ACROSS = ("-ln-",)  # normalise across channels: these can be masked, not removed
 REMOVABLE = [name for name in CASES if not any(part in name for part in ACROSS)]

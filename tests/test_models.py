@@ -252,8 +252,8 @@ def test_fused_network_computes_the_same(name):
     set_statistics(model)
     model.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    fused = fold_batchnorms(model)
     x = torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    fused = fold_batchnorms(model, x[:2])
     with torch.no_grad():
         expected, out = model(x), fused(x)
     assert (out - expected).abs().max() <= 1e-9 * expected.abs().max()
@@ -266,7 +266,8 @@ def test_fusing_rounds_once():
     """In float32 every fused weight is the nearest to the exact one."""
     model = build("mlp1-bn-w64", (1, 4, 4)).eval()
     set_statistics(model)
-    exact, fused = fold_batchnorms(copy.deepcopy(model).double()).float(), fold_batchnorms(model)
+    x = torch.zeros(2, 1, 4, 4)
+    exact, fused = fold_batchnorms(copy.deepcopy(model).double(), x).float(), fold_batchnorms(model, x)
     assert torch.equal(fused.fc1.weight, exact.fc1.weight) and torch.equal(fused.fc1.bias, exact.fc1.bias)
 
 
@@ -275,7 +276,7 @@ def test_fusing_keeps_the_bias_of_the_layer_and_works_without_affine():
     model[1].running_mean.normal_()
     model[1].running_var.uniform_(0.5, 2)
     x = torch.randn(5, 4, dtype=torch.float64)
-    assert torch.allclose(fold_batchnorms(model)(x), model(x), rtol=1e-12)
+    assert torch.allclose(fold_batchnorms(model, x)(x), model(x), rtol=1e-12)
 
 
 @pytest.mark.parametrize("model,name", [
@@ -285,7 +286,7 @@ def test_fusing_keeps_the_bias_of_the_layer_and_works_without_affine():
 ])  # fmt: skip
 def test_what_cannot_be_fused_is_named(model, name):
     with pytest.raises(ValueError, match=f"cannot fold {name}"):
-        fold_batchnorms(model)
+        fold_batchnorms(model, torch.zeros(2, 1, 6, 6))
 
 
 def test_layers_used_twice_are_not_fused():
@@ -304,7 +305,7 @@ def test_layers_used_twice_are_not_fused():
 
     for model in (Twice(), Fork()):
         with pytest.raises(ValueError, match="cannot fold 'norm'"):
-            fold_batchnorms(model)
+            fold_batchnorms(model, torch.zeros(2, 3))
 
 
 # names

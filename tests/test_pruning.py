@@ -13,7 +13,8 @@ from torch.nn.utils import prune as torch_prune
 from repairlib import corrections, pruning, renorm
 from repairlib.fisher import diagonal_fisher
 from repairlib.moments import gather
-from repairlib.tracing import eval_mode, trace
+from repairlib.recording import eval_mode
+from repairlib.tracing import trace
 
 SOME = ("mlp3-plain-w8", "vgg11-bn-w0.125", "resnet8-ln-w0.5", "resnet8-fixup-w0.5", "tiny10-ln-w0.5")
 PLAIN = ("vgg11-plain-w0.125", "resnet8-plain-w0.5", "vgg11-ln-w0.125")

@@ -74,5 +74,5 @@ def test_a_second_input_is_named():
         def forward(self, x, y):
             return x + y
 
-    with pytest.raises(tracing.UntraceableModel, match="second input, 'y'"):
+    with pytest.raises(tracing.UntraceableModel, match="missing a required argument: 'y'"):
         tracing.trace(Two(), torch.zeros(1, 2))

@@ -17,7 +17,7 @@ from repairlib.interpolate import State, interpolate_states
 from repairlib.matching import gather_groups
 from repairlib.permutations import derange, permute_state
 from repairlib.progress import bar
-from repairlib.tracing import Batches
+from repairlib.inputs import Batches
 
 
 def label_agreement(

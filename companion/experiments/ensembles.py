@@ -8,7 +8,8 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from repairlib.tracing import Batches, eval_mode
+from repairlib.inputs import Batches
+from repairlib.recording import eval_mode
 
 
 class MixedLogits(nn.Module):

@@ -17,7 +17,9 @@ from repairlib.groups import permutation_spec
 from repairlib.interpolate import interpolate_models
 from repairlib.matching import Matching, match_activations, solve_assignment
 from repairlib.renorm import reset
-from repairlib.tracing import Batches, eval_mode, trace
+from repairlib.inputs import Batches
+from repairlib.recording import eval_mode
+from repairlib.tracing import trace
 
 EPS = 1e-4  # added to the product of standard deviations by the released codes
 

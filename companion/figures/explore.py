@@ -33,7 +33,8 @@ from repairlib.corrections import target_nodes
 from repairlib.moments import gather
 from repairlib.names import check
 from repairlib.progress import bar
-from repairlib.tracing import Batches, trace
+from repairlib.inputs import Batches
+from repairlib.tracing import trace
 
 METRICS = {"accuracy": "test accuracy (%)", "loss": "test loss (nats)"}
 ALPHAS = tuple(equal_steps(21))  # of a path, and of the slider

@@ -130,7 +130,7 @@ def train(
         fit(model, dataset, how, run.seed, callback=callback, name=str(run), progress=progress, facts=facts)
         if trained is not run.model:
             plain = models.build(run.model, dataset.shape, dataset.classes)
-            plain.load_state_dict(fold_batchnorms(model).state_dict())
+            plain.load_state_dict(fold_batchnorms(model, torch.zeros(2, *dataset.shape)).state_dict())
             model = plain.to(device)
         model.eval()
         metrics = broadcast(measure(model, dataset, str(run)) if rank == 0 else None)

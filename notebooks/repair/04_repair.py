@@ -43,7 +43,7 @@ from companion.experiments.rows import equal_steps
 from companion.experiments.theory import std_over_root_variance
 from companion.figures.plots import repair as plots
 from repairlib import diagnostics
-from repairlib.tracing import eval_mode
+from repairlib.recording import eval_mode
 
 grid = section.grid
 

@@ -32,7 +32,7 @@ from IPython.display import display
 from companion.experiments.pairs import load_pair
 from companion.experiments.precision import Sums, implementation_rows
 from companion.experiments.tables import barriers
-from repairlib.tracing import eval_mode
+from repairlib.recording import eval_mode
 
 grid = section.grid
 

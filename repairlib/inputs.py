@@ -1,0 +1,176 @@
+"""Batches of inputs, of whatever kind a network takes."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+
+# What a network is called with: one tensor (n, ...), several in a tuple or list, or several by name.
+Inputs = Any
+
+_WAYS = (
+    "of a dictionary, pass [(batch['image'], batch['label']) for batch in loader] with your own names; of an array, "
+    "torch.as_tensor(array)"
+)
+
+
+class _Kept:
+    """Batches of an iterator, kept as they are read: the same in every pass, and no more of them than are read."""
+
+    def __init__(self, batches: Iterable):
+        self.rest, self.kept = iter(batches), []
+
+    def __iter__(self) -> Iterator:
+        for place in itertools.count():
+            if place == len(self.kept):
+                try:
+                    self.kept.append(next(self.rest))
+                except StopIteration:
+                    return
+            yield self.kept[place]
+
+
+def as_batches(data: Iterable) -> Iterable:
+    """Batches that are the same in every pass.
+
+    A tensor is one batch. Batches of an iterator are kept in memory, and so are those of a DataLoader that shuffles:
+    otherwise endpoints and the network between them would be measured on different examples.
+
+    Raises:
+        TypeError: not batches, but examples, one batch that is no tensor, or something else; the message says the way.
+    """
+    if isinstance(data, Tensor):
+        return [data]
+    if isinstance(data, (Mapping, np.ndarray, str)):
+        raise TypeError(f"batches are an iterable of tensors x or pairs (x, y), not {type(data).__name__}: {_WAYS}")
+    if isinstance(data, tuple) and _could_be_one_batch(data):
+        raise TypeError("a tuple of tensors could be one batch (x, y): pass [(x, y)], or a list of batches")
+    if isinstance(data, Dataset):
+        raise TypeError(f"{type(data).__name__} is a Dataset of single examples: pass a DataLoader of it")
+    if isinstance(data, DataLoader):
+        plain = type(data.batch_sampler) is BatchSampler
+        order = data.batch_sampler.sampler if plain else data.sampler if data.batch_sampler is None else None
+        return data if isinstance(order, SequentialSampler) else _Kept(data)
+    return _Kept(data) if isinstance(data, Iterator) else data
+
+
+def _could_be_one_batch(data: tuple) -> bool:
+    """Whether tensors look like (x, y), not like the parts of one tensor."""
+    if len(data) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in data):
+        return False
+    alike = {(part.dtype, part.shape[1:]) for part in data}
+    return len({len(part) for part in data}) == 1 and (len(data) == 2 or len(alike) > 1)
+
+
+def inputs_of(batch: Any) -> Inputs:
+    """What a batch x or (x, y, ...) gives a network; TypeError if that is no tensor and has none."""
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    args, named = arguments(x)
+    if batch is x and named or not any(isinstance(part, Tensor) for part in (*args, *named.values())):
+        raise TypeError(f"a batch must be a tensor or begin with one, not {type(x).__name__}: {_WAYS}")
+    return x
+
+
+def map_inputs(function: Callable[[Tensor], Tensor], x: Inputs) -> Inputs:
+    """The same inputs with a function applied to each tensor."""
+    if isinstance(x, Mapping):
+        return {name: map_inputs(function, part) for name, part in x.items()}
+    if isinstance(x, (tuple, list)):
+        return tuple(map_inputs(function, part) for part in x)
+    return function(x) if isinstance(x, Tensor) else x
+
+
+def arguments(x: Inputs) -> tuple[tuple, dict[str, Any]]:
+    """Positional and named arguments that a network is called with."""
+    return ((), dict(x)) if isinstance(x, Mapping) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
+
+
+def call(model: Callable, x: Inputs) -> Any:
+    """What a network makes of inputs."""
+    args, named = arguments(x)
+    return model(*args, **named)
+
+
+def count(x: Inputs) -> int:
+    """Number of examples: length of the first tensor."""
+    args, named = arguments(x)
+    return len(next(part for part in (*args, *named.values()) if isinstance(part, Tensor)))
+
+
+def examples(x: Inputs, start: int, stop: int | None) -> Inputs:
+    """Some of the examples; a tensor of another length than the first, such as a graph, belongs to all of them."""
+    n = count(x)
+    return map_inputs(lambda part: part[start:stop] if part.ndim and len(part) == n else part, x)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a model's weights."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def cast_input(x: Inputs, model: nn.Module) -> Inputs:
+    """Inputs on a model's device; floating ones in its precision, integers (tokens) as they are."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    return map_inputs(lambda part: part.to(like.device, like.dtype if part.is_floating_point() else None), x)
+
+
+class Limited:
+    """Batches up to a number of examples, each whole: an endless loader ends here.
+
+    Args:
+        batches: re-iterable batches.
+        limit: number of examples; None for all.
+    """
+
+    def __init__(self, batches: Iterable, limit: int | None = None):
+        self.batches, self.limit = batches, limit
+
+    def __iter__(self) -> Iterator:
+        seen = 0
+        for batch in self.batches:
+            if self.limit is not None and seen >= self.limit:
+                return
+            x = inputs_of(batch)
+            yield batch
+            seen += count(x)
+
+
+class Batches:
+    """Inputs of any iterable of batches, re-iterable, on a model's device and in its precision.
+
+    Args:
+        data: batches x or (x, y, ...), see `as_batches`; x is a tensor, or several in a tuple or by name, as the model
+            is called. Empty batches are skipped.
+        model: network that will read them.
+        limit: number of examples to stop after, the first ones.
+
+    Raises:
+        TypeError: a batch is no such thing.
+    """
+
+    def __init__(self, data: Iterable, model: nn.Module, limit: int | None = None):
+        self.data = as_batches(data)
+        self.model = model
+        self.limit = limit
+
+    def __iter__(self) -> Iterator[Inputs]:
+        left = self.limit
+        for batch in self.data:
+            if left == 0:
+                return
+            x = inputs_of(batch)
+            if left is not None:
+                x = examples(x, 0, left)
+                left -= count(x)
+            if count(x):
+                yield cast_input(x, self.model)
+
+    def example(self) -> Inputs:
+        """First two inputs of the first batch; ValueError if there is none."""
+        for x in self:
+            return examples(x, 0, 2)
+        raise ValueError("the calibration data is empty: it has no batch to measure statistics on")

@@ -1,0 +1,350 @@
+"""Record what a network does with one example as a graph.
+
+Recorded values know what they are for the example, so that ordinary code may branch and loop over sizes. Only what
+depends on the data itself has no answer.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import operator
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from repairlib.inputs import Inputs, arguments
+
+# What these say of a tensor depends on its shape and kind only.
+_SIZES = frozenset(
+    "shape size ndim dim ndimension numel nelement dtype device layout is_cuda is_floating_point is_complex is_sparse "
+    "is_quantized is_nested is_contiguous is_meta is_mps stride element_size requires_grad grad_fn itemsize __len__ "
+    "get_device is_tensor type is_leaf names".split()
+)
+# Functions that make tensors of given sizes: unlike others, they do not notice by themselves that a size is recorded.
+_FACTORIES = (
+    torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.eye, torch.linspace, torch.tensor,
+    torch.as_tensor, torch.tril_indices, torch.triu_indices, torch.finfo, torch.iinfo,
+)  # fmt: skip
+_COMPOSED = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,
+             nn.TransformerDecoderLayer)  # fmt: skip
+
+
+class UntraceableModel(ValueError):
+    """The model's forward cannot be written as a graph; the message names the line and what it asks for."""
+
+
+@contextlib.contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode without gradients, and give every submodule its own training flag back afterwards."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no ordinary network.
+
+    Raises:
+        TypeError: a state dict, a TorchScript or an exported program.
+        ValueError: a `Repaired`; or weights that are not there: on the meta device, or of a lazy layer that never ran.
+    """
+    if isinstance(model, Mapping):
+        raise TypeError("this is a state dict: build the network and pass it after model.load_state_dict(state)")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise TypeError("this is a TorchScript program, whose layers are gone: pass the module that it was made from")
+    if hasattr(model, "corrections"):
+        raise ValueError("this is what repair or merge returns: pass its .model. To add a third network, align all of them "
+                         "with match_several and average with Repair(..., others=[...])")  # fmt: skip
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a network is a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, fx.GraphModule) and "eval" in vars(model):  # which torch.export puts there
+        raise TypeError("this is an exported program, whose layers are gone: pass the module that it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"{name!r} belongs to a lazy layer that never ran: run the network once")
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} is on the meta device, without values: load the weights first")
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The network that a wrapper runs: of torch.compile, DataParallel or DistributedDataParallel."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return inside(model.module)
+    compiled = model._modules.get("_orig_mod")
+    return inside(compiled) if compiled is not None else model
+
+
+class ChannelAffine(nn.Module):
+    """Visible correction of a node: ``y_c = weight_c x_c + bias_c`` for the units c along one axis."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, axis: int = 1):
+        super().__init__()
+        self.weight, self.bias, self.axis = nn.Parameter(weight), nn.Parameter(bias), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return affine(x, self.weight, self.bias, self.axis)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, axis={self.axis}"
+
+
+def along(values: Tensor, ndim: int, axis: int | tuple[int, ...] = 1) -> Tensor:
+    """View of values, one a unit, that broadcasts along an axis of a tensor of `ndim` axes, or along several."""
+    axes = [i % ndim for i in ((axis,) if isinstance(axis, int) else axis)]
+    places = dict(zip(axes, values.shape, strict=True))
+    return values.view([places.get(i, 1) for i in range(ndim)])
+
+
+def affine(x: Tensor, gain: Tensor, shift: Tensor, axis: int = 1) -> Tensor:
+    """Affine map of the units (units,) along an axis of x: ``y_c = gain_c x_c + shift_c``."""
+    return x * along(gain, x.ndim, axis) + along(shift, x.ndim, axis)
+
+
+class _Recorded(fx.Proxy):
+    """A node of the graph that knows its value for the example; it passes for that value in `isinstance`."""
+
+    def __init__(self, node: fx.Node, tracer: "Recorder", value: Any, of_data: bool):
+        super().__init__(node, tracer)
+        self.value = value
+        self.of_data = of_data  # whether it depends on what is in the example, not on its shape alone
+
+    @property
+    def __class__(self) -> type:
+        return type(self.value)
+
+    def __getattr__(self, name: str) -> Any:
+        if callable(getattr(self.value, name)):
+            return fx.proxy.Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def ask(self) -> Any:
+        return self.tracer.ask(self)
+
+    def __len__(self) -> int:
+        return len(self.value if isinstance(self.value, (tuple, list, Mapping)) else self.tracer.ask(self, sizes=True))
+
+    def __iter__(self) -> Iterator:
+        if isinstance(self.value, Mapping):
+            return iter(self.value)
+        return iter([self[i] for i in range(len(self))])
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.ask()
+
+    def __bool__(self) -> bool:
+        return bool(self.ask())
+
+    def __int__(self) -> int:
+        return int(self.ask())
+
+    def __index__(self) -> int:
+        return operator.index(self.ask())
+
+    def __float__(self) -> float:
+        return float(self.ask())
+
+    def __round__(self, *digits: int) -> Any:
+        return round(self.ask(), *digits)
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        return np.asarray(self.ask(), *args)
+
+    def __format__(self, form: str) -> str:
+        return format(self.value, form)
+
+
+class Recorder(fx.Tracer):
+    """Records a network's forward for one example, computing every value on the way.
+
+    A correction stays whole, so that a repaired network has the node names of the network that it came from.
+    """
+
+    proxy_buffer_attributes = True  # what is computed from buffers is part of the graph, not a constant
+
+    def __init__(self, example: Inputs):
+        super().__init__(autowrap_functions=_FACTORIES)
+        self._autowrap_search.append(torch)
+        self.example = example
+        self.shapes: dict[str, Any] = {}  # of every node whose value is a tensor
+        self.plain: dict[str, Any] = {}  # values that hold no tensor: sizes and what is computed from them
+        self.running = False  # while a node is computed, modules are called, not recorded
+        self.asked = False  # whether code asked for a size, so that the graph may be of this one only
+        self.failed: Exception | None = None  # of an operation that cannot be computed
+        self.constants: dict[str, Any] = {}  # tensors that forward makes, by name
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        self.modules = dict(self.root.named_modules())
+        network = inside(self.root)
+        args, named = arguments(self.example)
+        signature = inspect.signature(network.forward)
+        try:
+            signature.bind(*args, **named)
+        except TypeError as error:
+            raise UntraceableModel(
+                f"forward{signature} was given {len(args) + len(named)} inputs: {error}. Batches ((x, z), y) or "
+                "({'x': x, 'z': z}, y) give a network several inputs"
+            ) from None
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [p.name for p in signature.parameters.values() if p.kind in kinds]
+        names += [f"input_{i}" for i in range(len(names), len(args))]
+        positional = [self._placeholder(*each) for each in zip(names, args, strict=False)]
+        order = [*(name for name in names if name in named), *named]  # that of forward, as a repaired network has it
+        by_name = {name: self._placeholder(name, named[name]) for name in dict.fromkeys(order)}
+
+        def forward(root: nn.Module) -> Any:
+            return inside(root).forward(*positional, **by_name)
+
+        return forward, [self.root]
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {})
+        value = value.clone() if isinstance(value, Tensor) else value  # the first operation may be in place
+        self._note(node, value)
+        return _Recorded(node, self, value, True)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if isinstance(module, _COMPOSED):
+            return False
+        return isinstance(module, ChannelAffine) or super().is_leaf_module(module, name)
+
+    def call_module(self, module, forward, args, kwargs):
+        if self.running:
+            return forward(*args, **kwargs)
+        network = inside(module)
+        return super().call_module(module, forward, args, kwargs) if network is module else network(*args, **kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+
+    def create_proxy(self, kind, target, args, kwargs, name=None, type_expr=None, proxy_factory_fn=None):
+        node = super().create_proxy(kind, target, args, kwargs, name, type_expr).node
+        sources: list[_Recorded] = []
+
+        def known(a: Any) -> Any:
+            if type(a) is not _Recorded:
+                return a
+            sources.append(a)
+            return a.value
+
+        args, kwargs = fx.node.map_aggregate((args, kwargs), known)
+        self.running = True
+        try:
+            value = perform(self.root, self.modules, kind, target, args, kwargs)
+        except Exception as error:
+            self.failed = error
+            raise
+        finally:
+            self.running = False
+        self._note(node, value)
+        if value is None:
+            return None
+        # A number may depend on data where it was read from a tensor, not from its size.
+        named = args[1] if target is getattr else getattr(target, "__name__", target)
+        return _Recorded(node, self, value, named not in _SIZES and any(source.of_data for source in sources))
+
+    def _note(self, node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.shapes[node.name] = tuple(value.shape)
+        elif not tensors_in(value):
+            self.plain[node.name] = value
+
+    def ask(self, recorded: _Recorded, sizes: bool = False) -> Any:
+        """Value of something recorded, if it does not depend on the data."""
+        if recorded.of_data and not sizes:
+            raise ValueError(f"it asks for the value of {recorded.node.name!r}, which depends on the data, and not on "
+                             "its shape alone")  # fmt: skip
+        self.asked = True
+        return recorded.value
+
+    def to_bool(self, obj):
+        return bool(obj.ask())
+
+
+def perform(model: nn.Module, modules: Mapping, kind: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Value of a node that is no input, from its arguments."""
+    if kind == "get_attr":
+        return operator.attrgetter(target)(model)
+    if kind == "call_module":
+        return modules[target](*args, **kwargs)
+    if kind == "call_function":
+        return target(*args, **kwargs)
+    if kind == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return args[0]  # output
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Tensors in tuples, lists, dictionaries and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return []
+
+
+def record(model: nn.Module, example: Inputs) -> Recorder:
+    """Graph of a model's operations in evaluation mode, with what is known of its values, and the constants it made.
+
+    Raises:
+        TypeError, ValueError: the model is no ordinary network, see `check_model`.
+        UntraceableModel: forward depends on the data, or does what no graph can hold.
+    """
+    check_model(model)
+    recorder = Recorder(example)
+    attributes = [(module, _attributes(module)) for module in model.modules()]
+    try:
+        with eval_mode(model):
+            recorder.trace(model)
+        recorder.constants = {name: value for name, value in vars(model).items() if type(value) is Tensor and name not in attributes[0][1][0]}
+        return recorder
+    except Exception as error:
+        if error is recorder.failed or isinstance(error, UntraceableModel):  # of the first kind: a wrong shape, ...
+            raise
+        nodes = list(getattr(recorder, "graph", fx.Graph()).nodes)
+        last = f" after node '{nodes[-1].name}' ({nodes[-1].target})" if nodes else ""
+        raise UntraceableModel(
+            f"{type(model).__name__}.forward cannot be traced{last}{_where(error)}: {error}. Move it out of forward, or "
+            "into a module or function of its own that takes and returns tensors"
+        ) from error
+    finally:
+        for module, (own, tables) in attributes:  # forward may keep things
+            vars(module).clear()
+            vars(module).update(own)
+            for table, entries in tables:
+                table.clear()
+                table.update(entries)
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict, dict]]]:
+    """Attributes of a module, and its tables of parameters, buffers and modules with their entries."""
+    tables = [module._parameters, module._buffers, module._modules]
+    return dict(vars(module)), [(table, dict(table)) for table in tables]
+
+
+def _where(error: Exception) -> str:
+    """Line of the user's code that an error comes from."""
+    own, library = Path(__file__).parent, Path(torch.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not {own, library} & {*Path(frame.filename).parents} and frame.line
+    ]
+    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""

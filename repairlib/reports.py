@@ -1,0 +1,130 @@
+"""Say how a merge went, and what to try where it went badly."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from repairlib.corrections import Repaired
+from repairlib.diagnostics import variance_profile
+from repairlib.evaluation import Score, evaluate, mean_score
+from repairlib.inputs import Limited, as_batches
+from repairlib.interpolate import interpolate_models
+
+# Shares of the ends' accuracy, or of units matched, below which the guide's measurements have a remedy.
+FAR_BELOW = 0.9
+WEAK = 0.5
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a merge went; prints as a table.
+
+    Attributes:
+        correlation: mean correlation of matched units, by group; empty if they were matched by weights.
+        variance: by layer, (before, after): variance of the midpoint relative to the ends', without and with REPAIR.
+        visible: nodes whose correction no weight could take up.
+        stay: layers whose units could not be matched.
+        scores: of "A", "B", "midpoint" (aligned, without REPAIR) and "merged": accuracy, or the score that was given.
+        advice: what to try, in order.
+    """
+
+    correlation: dict[str, float]
+    variance: dict[str, tuple[float, float]]
+    visible: tuple[str, ...] = ()
+    stay: tuple[str, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+    advice: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{name:12} {value:.4g}" for name, value in self.scores.items()]
+        if self.correlation:
+            width = max(map(len, self.correlation))
+            lines += ["", f"{'group':{width}}  mean correlation of matched units"]
+            lines += [f"{name:{width}}  {value:.3f}" for name, value in self.correlation.items()]
+        width = max(map(len, ("layer", *self.variance)))
+        lines += ["", f"{'layer':{width}}  variance of the midpoint, relative to the ends: before and after REPAIR"]
+        lines += [f"{name:{width}}  {before:.3f}  {after:.3f}" for name, (before, after) in self.variance.items()]
+        if self.visible:
+            lines += ["", f"corrections that stay visible: {', '.join(self.visible)}"]
+        if self.stay:
+            lines += ["", f"layers whose units stay unmatched: {', '.join(self.stay)}"]
+        if self.advice:
+            lines += ["", "what to try:", *(f"- {line}" for line in self.advice)]
+        return "\n".join(lines).strip()
+
+
+def report(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    merged: Repaired,
+    data: Iterable,
+    test: Iterable | None = None,
+    *,
+    score: Score | None = None,
+    limit: int | None = 5000,
+) -> Report:
+    """Say how a merge went.
+
+    Args:
+        model_a, model_b: the two networks that were merged, at ``alpha=0.5``.
+        merged: what `repairlib.merge` returned.
+        data: the batches that it was given.
+        test: batches (x, y) to measure accuracy on, if there are any.
+        score: another measure, see `mean_score`; less is better.
+        limit: number of examples of `data` to use.
+
+    Raises:
+        ValueError: the result comes from elsewhere, and has no matching.
+
+    >>> import torch, repairlib
+    >>> a, b = (nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)) for _ in range(2))
+    >>> x = torch.randn(500, 4)
+    >>> found = repairlib.report(a, b, repairlib.merge(a, b, x), x)
+    >>> list(found.correlation), list(found.variance)
+    (['0'], ['_0'])
+    """
+    if merged.matching is None:
+        raise ValueError("a report is of what repairlib.merge returns, which knows how the networks were matched")
+    data = Limited(as_batches(data), limit)
+    aligned = merged.matching.apply(model_b)
+    middle = interpolate_models(model_a, aligned)
+    rows = variance_profile(model_a, aligned, {"before": middle, "after": merged.model}, data)
+    ratios: dict[str, dict[str, float]] = {}
+    for row in rows:
+        ratios.setdefault(row["node"], {})[row["network"]] = row["ratio"]
+    scores = {}
+    if test is not None:
+        test = as_batches(test)
+        networks = {"A": model_a, "B": model_b, "midpoint": middle, "merged": merged.model}
+        scores = {
+            name: evaluate(model, test)[1] if score is None else mean_score(model, test, score)
+            for name, model in networks.items()
+        }
+    correlation = {name: float(values.mean()) for name, values in merged.matching.correlation.items()}
+    found = Report(
+        correlation,
+        {node: (both["before"], both["after"]) for node, both in ratios.items()},
+        merged.visible,
+        merged.matching.spec.stay,
+        scores,
+    )
+    return Report(**(vars(found) | {"advice": _advice(found, model_a, lower_is_better=score is not None)}))
+
+
+def _advice(found: Report, model: nn.Module, lower_is_better: bool) -> tuple[str, ...]:
+    """What helped in our measurements, see "When the merged network is bad" in docs/guide.md."""
+    if found.scores:
+        a, b, merged = (found.scores[name] for name in ("A", "B", "merged"))
+        if (merged <= max(a, b) / FAR_BELOW) if lower_is_better else (merged >= FAR_BELOW * (a + b) / 2):
+            return ()
+    lines = []
+    if found.stay:
+        lines.append("some layers are not matched at all: write them with operations that have a rule")
+    if found.correlation and sum(found.correlation.values()) < WEAK * len(found.correlation):
+        lines.append("matched units are weakly correlated: wider networks, or ones trained longer, merge better")
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        lines.append("reset BatchNorm statistics as well: merge(..., bn='reset')")
+    lines.append("match another way: merge(..., match='weights')")
+    lines.append("train the merged network a little: an epoch usually gives back what is left")
+    return tuple(lines)
