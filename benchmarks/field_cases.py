@@ -1,6 +1,6 @@
 """Run a folder of small scripts, each of which shows what somebody's model does and prints ``ok`` when we do it right.
 
-    python benchmarks/field_cases.py FOLDER
+python benchmarks/field_cases.py FOLDER
 """
 
 import argparse

@@ -4,8 +4,8 @@ from common import arguments, images, network, save, timed
 from torch import nn
 
 from repairlib.interpolate import interpolate_models
-from repairlib.renorm import Goals, Repair
 from repairlib.recording import eval_mode
+from repairlib.renorm import Goals, Repair
 
 POINTS = 11
 

@@ -6,8 +6,8 @@ import torch
 from common import arguments, images, network, save
 
 from repairlib.pruning import magnitude_scores, mask_smallest, prune
-from repairlib.renorm import renormalize, reset
 from repairlib.recording import eval_mode
+from repairlib.renorm import renormalize, reset
 from repairlib.woodfisher import WoodFisher
 
 BLOCKS = (16, 32, 64, 128)

@@ -5,11 +5,11 @@ from functools import partial
 from common import arguments, images, network, save, timed
 
 from repairlib.corrections import Correction, correct_moments
+from repairlib.inputs import Batches
 from repairlib.interpolate import interpolate_models
 from repairlib.moments import Moments
-from repairlib.renorm import Repair, _sequential
-from repairlib.inputs import Batches
 from repairlib.recording import eval_mode
+from repairlib.renorm import Repair, _sequential
 from repairlib.tracing import TracedNet, trace
 
 

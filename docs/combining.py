@@ -33,12 +33,12 @@ The first line is as in the notebooks of Mode Combinability: recipe `quick-csisz
 {restarts} descents. Each other line changes what it says.
 
 """
-RECIPE = find_recipe("quick-csiszarik", "resnet-ln", DATA)
+RECIPE, QUICK = find_recipe("quick-csiszarik", "resnet-ln", DATA), RECIPES["quick"]["resnet-ln"]
 TRAINED = {
     "as in the notebooks": RECIPE,
     "weight decay 1e-4 instead of 0.01": replace(RECIPE, weight_decay=1e-4),
     "shifted only, neither resized nor rotated": replace(RECIPE, augment=("translate",)),
-    "recipe `quick`: both, learning rate 0.02, 20 epochs": RECIPES["quick"]["resnet-ln"],
+    f"recipe `quick`: both, learning rate 0.02, {QUICK.epochs} epochs": QUICK,
 }
 
 

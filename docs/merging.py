@@ -35,10 +35,10 @@ the three pairs of seeds 1, 2 and 3.
 ## Ways to merge
 
 Networks of `make figures` at `quick`. *Midpoint*: aligned by activations, weights averaged. *Paper*: REPAIR of
-convolutions, linear layers and outputs of residual blocks, `merge(a, b, data, visible=True)`. *Default*: convolutions and
-linear layers, heads included, which all fold into weights, `merge(a, b, data)`. *Reset*: the default with
-`bn="reset"`, for networks with BatchNorm. *Weights*: the default with `match="weights"`. Correlation: of matched units,
-mean over all groups.
+convolutions, linear layers and outputs of residual blocks, `merge(a, b, data, visible=True)`. *Default*: of
+convolutions and linear layers, heads included, which all fold into weights, `merge(a, b, data)`. *Reset*: the default
+with `bn="reset"`, for networks with BatchNorm. *Weights*: the default with `match="weights"`. Correlation: of matched
+units, mean over all groups.
 
 | network | correlation | ends | midpoint | paper | default | reset | weights |
 |---|---|---|---|---|---|---|---|
@@ -94,9 +94,7 @@ def transformer(seed: int, train: list[tuple[Tensor, Tensor]]) -> nn.Module:
 def transformer_lines() -> Iterator[str]:
     """Table of the transformers."""
     dataset = load("digits")
-    train, test = (
-        [(x.expand(-1, 3, -1, -1), y) for x, y in iterate(dataset, part, 64)] for part in ("train", "test")
-    )
+    train, test = ([(x.expand(-1, 3, -1, -1), y) for x, y in iterate(dataset, part, 64)] for part in ("train", "test"))
     networks = [transformer(seed, train) for seed in SEEDS]
     ends = [100 * repairlib.evaluate(network, test)[1] for network in networks]
     yield f"| ends | {sum(ends) / len(ends):.1f} | |"
@@ -127,8 +125,8 @@ def main() -> None:
         f"{max(gains):+.1f} points, {sum(gains) / len(gains):+.1f} on average.\n"
     )
     lines.append(
-        "\n## Transformers\n\nThree vision transformers (3 blocks, 64 features, 4 heads; `torchvision`'s class) trained on "
-        f"scikit-learn's digits for {EPOCHS} epochs.\n\n| aligned by | midpoint | with REPAIR |\n|---|---|---|\n"
+        "\n## Transformers\n\nThree vision transformers (3 blocks, 64 features, 4 heads; `torchvision`'s class), trained for "
+        f"{EPOCHS} epochs on\nscikit-learn's digits.\n\n| aligned by | midpoint | with REPAIR |\n|---|---|---|\n"
     )
     for line in transformer_lines():
         lines.append(line + "\n")

@@ -22,6 +22,7 @@ from repairlib.corrections import Repaired
 from repairlib.data_independent import Recorder, batch_statistics
 from repairlib.evaluation import Score, evaluate, evaluate_many, mean_score
 from repairlib.groups import permutation_spec
+from repairlib.inputs import Limited, as_batches
 from repairlib.interpolate import barrier_of, interpolate_models
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check
@@ -30,7 +31,6 @@ from repairlib.permutations import permute
 from repairlib.renorm import Goals, Repair, renormalize, reset
 from repairlib.reports import Report, report
 from repairlib.several import match_several, running_means
-from repairlib.inputs import Limited, as_batches
 from repairlib.tracing import trace
 from repairlib.weight_matching import match_weights
 from repairlib.woodfisher import WoodFisher

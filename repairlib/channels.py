@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from repairlib.groups import PermutationSpec
+from repairlib.inputs import Inputs, call, cast_input
 from repairlib.names import check
 from repairlib.pruning import SCOPES, prunable, prune
-from repairlib.inputs import Inputs, call, cast_input
 from repairlib.recording import eval_mode, tensors_in
 
 Kept = Mapping[str, Int[Tensor, " units"]]  # by group, the indices of the units that stay, in their order
@@ -141,7 +141,10 @@ def remove_channels(model: nn.Module, spec: PermutationSpec, kept: Kept, example
     probe = copy.deepcopy(small).double()
     with eval_mode(masked, probe):
         try:
-            same = all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(tensors_in(call(probe, x)), tensors_in(call(masked, x)), strict=True))
+            same = all(
+                torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+                for a, b in zip(tensors_in(call(probe, x)), tensors_in(call(masked, x)), strict=True)
+            )
         except RuntimeError as error:
             raise ValueError(f"channels of {type(model).__name__} cannot be removed, as its forward has sizes of its "
                              f"own: {error}; mask them with prune(model, channel_masks(...))") from error  # fmt: skip

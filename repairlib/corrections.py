@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor, fx, nn
 
-from repairlib.moments import Moments
 from repairlib.inputs import Inputs
+from repairlib.moments import Moments
 from repairlib.recording import ChannelAffine, affine, along
 from repairlib.tracing import TracedNet, aliases, trace
 
@@ -340,10 +340,10 @@ def fold_batchnorms(model: nn.Module, example: Inputs) -> nn.Module:
     calls = [node for node in trace(model, example).nodes if node.op == "call_module"]
     targets = [node.target for node in calls]
     for node in calls:
-        norm, source = model.get_submodule(node.target), node.args[0]
+        norm, source = model.get_submodule(str(node.target)), node.args[0]
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             continue
-        layer = model.get_submodule(source.target) if source.op == "call_module" else None
+        layer = model.get_submodule(str(source.target)) if source.op == "call_module" else None
         convs = (nn.modules.conv._ConvNd, nn.Linear)
         if not isinstance(layer, convs) or len(source.users) > 1 or norm.running_var is None:
             raise ValueError(f"cannot fold {node.target!r}: it does not follow one convolution or linear layer alone, "
@@ -354,5 +354,5 @@ def fold_batchnorms(model: nn.Module, example: Inputs) -> nn.Module:
         gain = gain if norm.weight is None else gain * norm.weight.detach().double()
         shift = torch.zeros_like(gain) if norm.bias is None else norm.bias.detach().double()
         _scale(layer, gain, shift, norm.running_mean.double())
-        model.set_submodule(node.target, nn.Identity())
+        model.set_submodule(str(node.target), nn.Identity())
     return model

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from repairlib.corrections import Statistics, correct_moments, target_nodes
-from repairlib.moments import moments_of
 from repairlib.inputs import Inputs
+from repairlib.moments import moments_of
 from repairlib.recording import ChannelAffine
 from repairlib.tracing import trace
 

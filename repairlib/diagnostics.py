@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from repairlib.corrections import target_nodes
+from repairlib.inputs import Batches
 from repairlib.interpolate import check_models
 from repairlib.moments import Moments, gather
-from repairlib.inputs import Batches
 from repairlib.recording import eval_mode
 from repairlib.tracing import TracedNet, trace
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repairlib.inputs import call, cast_input, device_of
 from repairlib.interpolate import State, check_compatible, load_state
 from repairlib.progress import bar
-from repairlib.inputs import call, cast_input, device_of
 from repairlib.recording import eval_mode
 
 IGNORED = -100  # the label that PyTorch's losses leave out
@@ -91,10 +91,10 @@ def _check_labels(logits: Any, y: Any) -> None:
     """Refuse outputs that are no logits, and labels that cannot be class indices of them."""
     other = "give a score of your own: mean_score(model, batches, score), or barrier(..., score=score)"
     if not isinstance(logits, Tensor) or logits.ndim < 2:
-        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        what = str(tuple(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"outputs must be logits (n, classes), not {what}; {other}")
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        what = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        what = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels must be class indices (integers), not {what}; {other}")
     if y.shape != (len(logits), *logits.shape[2:]):
         raise ValueError(f"labels {tuple(y.shape)} are no class indices of outputs {tuple(logits.shape)}, whose "

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from repairlib.names import check
 from repairlib.inputs import Inputs, arguments, as_batches, cast_input, count, examples
+from repairlib.names import check
 from repairlib.recording import eval_mode
 
 LABELS = ("sampled", "data", "logits")

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from repairlib.inputs import Inputs, call, count, map_inputs
-from repairlib.interpolate import averaged
+from repairlib.interpolate import averaged, forget_caches
 from repairlib.recording import eval_mode, inside, tensors_in
 from repairlib.tracing import TracedNet, aliases, trace
 
@@ -307,6 +307,7 @@ def _invariance(
             for name, axis, target, source in spec.moves(permutation):
                 if name in tensors:  # of tied weights, the first name only
                     tensors[name].index_copy_(axis, target, tensors[name].index_select(axis, source))
+            forget_caches(probe)
             after = outputs()
     except RuntimeError:  # some code is of one precision only
         if dtype == torch.float32:
@@ -464,6 +465,8 @@ class Labels:
             for axis, each in enumerate(units):
                 self.mark(node.target, axis, each)
             return units
+        if len(shape) == 1:  # a bias: each of its elements is a unit's
+            return [self.units(node)]
         if kind == "permute":
             order = torch.zeros(self.net.shapes[sources[0].name])
             like = self.net.compute(node, {s: order for s in node.all_input_nodes} | self.plain)

@@ -5,12 +5,13 @@ way.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repairlib.recording import tensors_in
 from repairlib.groups import Labels, UnsupportedNode, fixed, rule, softmax, spread
+from repairlib.recording import tensors_in
 
 
 @rule("embedding", arguments="weight")
@@ -58,7 +59,9 @@ def einsum(labels: Labels, node):
     more = max(rank - len(each.replace("...", "")) for each, rank in zip(names, ranks, strict=True))
     rest = "ABCDEFGH"[:more]  # the axes that an ellipsis stands for
     output = output.replace("...", rest)
-    names = [each.replace("...", rest[more - (rank - len(each) + 3) :]) for each, rank in zip(names, ranks, strict=True)]
+    names = [
+        each.replace("...", rest[more - (rank - len(each) + 3) :]) for each, rank in zip(names, ranks, strict=True)
+    ]
     for i, weight in enumerate(map(labels.weight, sources)):
         own, other = names[i], names[1 - i] if len(names) == 2 else ""
         summed, made = set(own) & set(other) - set(output), set(own) & set(output) - set(other)
@@ -89,24 +92,35 @@ def bilinear(labels: Labels, node, x, weight, bias=None):
 
 
 @rule("recurrent")
-def recurrent(labels: Labels, node):
+def recurrent(labels: Labels, node) -> Any:
     """LSTM, GRU, RNN and their cells: a unit moves with its gates, in the weights of inputs and of the last state."""
     x, *states = tensors_in([labels.units(source) for source in node.all_input_nodes])
     layer, name = labels.net.modules[node.target], node.target
     cell = isinstance(layer, nn.modules.rnn.RNNCellBase)
     gates = layer.weight_hh.shape[0] // layer.hidden_size if cell else len(layer.weight_hh_l0) // layer.hidden_size
     projected = 0 if cell else layer.proj_size
-    ends = [""] if cell else [f"_l{i}{d}" for i in range(layer.num_layers) for d in (["", "_reverse"] if layer.bidirectional else [""])]
-    inputs, seen, last, hidden = labels.channels(x, -1), [], [], []
-    for place, end in enumerate(ends):
+    ends = (
+        [""]
+        if cell
+        else [f"_l{i}{d}" for i in range(layer.num_layers) for d in (["", "_reverse"] if layer.bidirectional else [""])]
+    )
+    seen: list[Tensor] = []  # outputs of this layer's directions
+    last: list[Tensor] = []
+    hidden: list[Tensor] = []
+    inputs = labels.channels(x, -1)
+    for place, ending in enumerate(ends):
         own = labels.fresh(layer.hidden_size)
         out = labels.fresh(projected) if projected else own
         for kind, units in (("ih", inputs), ("hh", out)):
-            labels.mark(f"{name}.weight_{kind}{end}", 1, units)
-            labels.produce(f"{name}.weight_{kind}{end}", f"{name}.bias_{kind}{end}" if layer.bias else None, own.repeat(gates))
+            labels.mark(f"{name}.weight_{kind}{ending}", 1, units)
+            labels.produce(
+                f"{name}.weight_{kind}{ending}",
+                f"{name}.bias_{kind}{ending}" if layer.bias else None,
+                own.repeat(gates),
+            )
         if projected:
-            labels.mark(f"{name}.weight_hr{end}", 1, own)
-            labels.produce(f"{name}.weight_hr{end}", None, out)
+            labels.mark(f"{name}.weight_hr{ending}", 1, own)
+            labels.produce(f"{name}.weight_hr{ending}", None, out)
         seen.append(out)
         last.append(out)
         hidden.append(own)
@@ -117,8 +131,8 @@ def recurrent(labels: Labels, node):
         rows = units[0] if cell else torch.stack(units)[:, None]
         return rows.expand(len(x), -1) if cell else rows.expand(-1, x.shape[0 if layer.batch_first else 1], -1)
 
-    for given, units in zip(states, (last, hidden), strict=False):
-        labels.identify(given, stack(units))
+    for given, own_units in zip(states, (last, hidden), strict=False):
+        labels.identify(given, stack(own_units))
     lstm = isinstance(layer, (nn.LSTM, nn.LSTMCell))
     end = (stack(last), stack(hidden)) if lstm else stack(last)
     return end if cell else (spread(inputs, (*x.shape[:-1], len(inputs)), -1), end)

@@ -22,7 +22,8 @@ class _Kept:
     """Batches of an iterator, kept as they are read: the same in every pass, and no more of them than are read."""
 
     def __init__(self, batches: Iterable):
-        self.rest, self.kept = iter(batches), []
+        self.rest = iter(batches)
+        self.kept: list[Any] = []
 
     def __iter__(self) -> Iterator:
         for place in itertools.count():

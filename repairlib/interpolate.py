@@ -40,8 +40,10 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
             owner = first if name in states[0] else which
             way = ""
             if "_affine." in name:
-                way = ": a visible correction of a merged network. Merge all at once, with match_several and Repair(..., "\
-                      "others=[...])"
+                way = (
+                    ": a visible correction of a merged network. Merge all at once, with match_several and Repair(..., "
+                    "others=[...])"
+                )
             raise ValueError(f"different architectures: {name!r} is in {kind}{owner} only{way}")
         for name, value in state.items():
             if not isinstance(value, Tensor):
@@ -151,6 +153,15 @@ def load_state(model: nn.Module, state: State) -> None:
     versioned = OrderedDict(state)
     versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(versioned)
+    forget_caches(model)
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Let modules drop what they have computed from their weights and keep for evaluation: train mode says so."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in flags:
+        module.training = training
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
@@ -221,9 +232,7 @@ def _is_homogeneous(net: TracedNet, node: fx.Node) -> bool:
     return kind in _SCALABLE or node.op in ("placeholder", "output") or net.shapes[node.name] is None
 
 
-def interpolate_homogeneous(
-    state_a: State, state_b: State, alpha: float, depths: Mapping[str, int]
-) -> dict[str, Any]:
+def interpolate_homogeneous(state_a: State, state_b: State, alpha: float, depths: Mapping[str, int]) -> dict[str, Any]:
     """Homogeneous interpolation: straight in the weights, and in a bias by its depth h.
 
         W = (1 - alpha) W_a + alpha W_b,   b = (1 - alpha)^h b_a + alpha^h b_b

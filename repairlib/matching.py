@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from repairlib.groups import Permutation, PermutationSpec, UnsupportedNode, permutation_spec
+from repairlib.inputs import Batches
 from repairlib.interpolate import check_models
 from repairlib.moments import Moments, gather
 from repairlib.names import check
 from repairlib.permutations import permute
-from repairlib.inputs import Batches
 from repairlib.tracing import check_graphs, trace
 
 

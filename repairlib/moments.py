@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from repairlib.names import check
+from repairlib.progress import bar
 from repairlib.recording import eval_mode
 from repairlib.tracing import TracedNet
 
@@ -152,8 +153,9 @@ def gather(
         ValueError: no batch at all.
     """
     moments = {tap: Moments(cross) for tap in dict.fromkeys(taps)}
-    with eval_mode(*(net.model for net in nets)):
+    with eval_mode(*(net.model for net in nets)), bar(None, "activations", "batch") as progress:
         for x in batches:
+            progress.update()
             for values in zip(*(net.walk(x, list(moments)) for net in nets), strict=True):
                 tap = values[0][0]
                 moments[tap].update(*(value.movedim(nets[0].axis(tap), 1) for _, value in values))

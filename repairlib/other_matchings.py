@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from repairlib.groups import Permutation, PermutationSpec, permutation_spec
+from repairlib.inputs import Batches, arguments, as_batches, cast_input, count
 from repairlib.interpolate import check_models
 from repairlib.matching import Matching, gather_groups, match_hidden, solve_assignment
 from repairlib.permutations import fill_identity, permute_state
-from repairlib.inputs import Batches, arguments, as_batches, cast_input, count
 from repairlib.weight_matching import WeightCost, derive_spec, float_weights, match_weights
 
 

@@ -64,14 +64,16 @@ def check_model(model: Any) -> None:
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise TypeError("this is a TorchScript program, whose layers are gone: pass the module that it was made from")
     if hasattr(model, "corrections"):
-        raise ValueError("this is what repair or merge returns: pass its .model. To add a third network, align all of them "
-                         "with match_several and average with Repair(..., others=[...])")  # fmt: skip
+        raise ValueError(
+            "this is what repair or merge returns: pass its .model. To add a third network, align all of them with "
+            "match_several and average with Repair(..., others=[...])"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"a network is a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, fx.GraphModule) and "eval" in vars(model):  # which torch.export puts there
         raise TypeError("this is an exported program, whose layers are gone: pass the module that it was made from")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"{name!r} belongs to a lazy layer that never ran: run the network once")
         if tensor.is_meta:
             raise ValueError(f"{name!r} is on the meta device, without values: load the weights first")
@@ -116,10 +118,11 @@ class _Recorded(fx.Proxy):
 
     def __init__(self, node: fx.Node, tracer: "Recorder", value: Any, of_data: bool):
         super().__init__(node, tracer)
+        self.recorder = tracer
         self.value = value
         self.of_data = of_data  # whether it depends on what is in the example, not on its shape alone
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self.value)
 
@@ -129,15 +132,17 @@ class _Recorded(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def ask(self) -> Any:
-        return self.tracer.ask(self)
+        return self.recorder.ask(self)
 
     def __len__(self) -> int:
-        return len(self.value if isinstance(self.value, (tuple, list, Mapping)) else self.tracer.ask(self, sizes=True))
+        return len(
+            self.value if isinstance(self.value, (tuple, list, Mapping)) else self.recorder.ask(self, sizes=True)
+        )
 
     def __iter__(self) -> Iterator:
         if isinstance(self.value, Mapping):
             return iter(self.value)
-        return iter([self[i] for i in range(len(self))])
+        return iter([operator.getitem(self, i) for i in range(len(self))])  # type: ignore[call-overload]
 
     def __contains__(self, item: Any) -> bool:
         return item in self.ask()
@@ -313,7 +318,11 @@ def record(model: nn.Module, example: Inputs) -> Recorder:
     try:
         with eval_mode(model):
             recorder.trace(model)
-        recorder.constants = {name: value for name, value in vars(model).items() if type(value) is Tensor and name not in attributes[0][1][0]}
+        recorder.constants = {
+            name: value
+            for name, value in vars(model).items()
+            if type(value) is Tensor and name not in attributes[0][1][0]
+        }
         return recorder
     except Exception as error:
         if error is recorder.failed or isinstance(error, UntraceableModel):  # of the first kind: a wrong shape, ...
@@ -321,8 +330,8 @@ def record(model: nn.Module, example: Inputs) -> Recorder:
         nodes = list(getattr(recorder, "graph", fx.Graph()).nodes)
         last = f" after node '{nodes[-1].name}' ({nodes[-1].target})" if nodes else ""
         raise UntraceableModel(
-            f"{type(model).__name__}.forward cannot be traced{last}{_where(error)}: {error}. Move it out of forward, or "
-            "into a module or function of its own that takes and returns tensors"
+            f"{type(model).__name__}.forward cannot be traced{last}{_where(error)}: {error}. Move it out of forward, "
+            "or into a module or function of its own that takes and returns tensors"
         ) from error
     finally:
         for module, (own, tables) in attributes:  # forward may keep things
@@ -334,9 +343,9 @@ def record(model: nn.Module, example: Inputs) -> Recorder:
 
 
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict, dict]]]:
-    """Attributes of a module, and its tables of parameters, buffers and modules with their entries."""
-    tables = [module._parameters, module._buffers, module._modules]
-    return dict(vars(module)), [(table, dict(table)) for table in tables]
+    """Attributes of a module, and its tables (parameters, buffers, caches of its own) with their entries."""
+    own = dict(vars(module))
+    return own, [(table, dict(table)) for table in own.values() if isinstance(table, dict)]
 
 
 def _where(error: Exception) -> str:

@@ -32,10 +32,11 @@ from repairlib.corrections import (
     target_nodes,
 )
 from repairlib.data_independent import BatchNormTo
+from repairlib.inputs import Batches, as_batches, device_of
 from repairlib.interpolate import check_compatible, check_models, mix_states, with_state
 from repairlib.moments import Moments, gather, moments_of
 from repairlib.names import check
-from repairlib.inputs import Batches, as_batches, device_of
+from repairlib.progress import bar
 from repairlib.recording import check_model, eval_mode
 from repairlib.tracing import TracedNet, check_graphs, trace
 
@@ -111,7 +112,8 @@ def _sequential(
     values: list[dict] = [{} for _ in batches]
     others = [reference.walk(x, list(goals)) for x in batches] if reference else []
     corrections, constant = {}, {}
-    with eval_mode(net.model, *([reference.model] if reference else [])):
+    models = [net.model, *([reference.model] if reference else [])]
+    with eval_mode(*models), bar(left, "statistics", "layer") as progress:
         for node in net.nodes:
             if not left:
                 break
@@ -120,6 +122,7 @@ def _sequential(
                 _set_statistics(net.modules[node.target], moments)
                 constant[node.name] = moments.dead()
                 left -= 1
+                progress.update()
             # Only a placeholder reads the batches; the loader is asked once more, not held twice.
             inputs = batches if node.op == "placeholder" else [None] * len(values)
             for chunk, x in zip(values, inputs, strict=True):
@@ -135,6 +138,7 @@ def _sequential(
                 for chunk in values:
                     chunk[node] = fix.apply(chunk[node], axis)
                 left -= 1
+                progress.update()
     return corrections, constant
 
 

@@ -123,7 +123,7 @@ class TracedNet:
         self.shapes: dict[str, Any] = {node.name: recorder.shapes.get(node.name) for node in self.nodes}
         self.shapes |= {node.name: tuple(self.compute(node, {}).shape) for node in self.nodes if node.op == "get_attr"}
         self._by_name = {node.name: node for node in self.nodes}
-        self._inputs = [node.target for node in self.nodes if node.op == "placeholder"]
+        self._inputs = [str(node.target) for node in self.nodes if node.op == "placeholder"]
         last_use = {}
         for node in self.nodes:
             for source in node.all_input_nodes:
@@ -241,7 +241,7 @@ class TracedNet:
             sources = [s for s in node.all_input_nodes if s.name in axes]
             if kind == "layernorm":
                 module = self.modules.get(node.target) if node.op == "call_module" else None
-                axes[node.name] = -len(module.normalized_shape if module else node.args[1])
+                axes[node.name] = -len(module.normalized_shape if module else tuple(node.args[1]))  # type: ignore[arg-type]
             elif kind in _UNITS_LAST:
                 axes[node.name] = -1
             elif kind == "affine":
@@ -282,7 +282,16 @@ class TracedNet:
 
 
 _PRODUCTS = ("matmul", "addmm", "einsum")
-_LAYER_KINDS = ("conv", "conv-transpose", "linear", "attention", "recurrent", "bilinear", "window-attention", *_PRODUCTS)
+_LAYER_KINDS = (
+    "conv",
+    "conv-transpose",
+    "linear",
+    "attention",
+    "recurrent",
+    "bilinear",
+    "window-attention",
+    *_PRODUCTS,
+)
 _UNITS_LAST = ("linear", "attention", "embedding", "recurrent")
 _UNITS_FIRST = ("conv", "conv-transpose", "batchnorm", "instancenorm", "groupnorm", "pool", "resize")
 _MOVES = ("permute", "reshape", "getitem", "mean")
@@ -344,7 +353,9 @@ def trace(model: nn.Module, example: Inputs) -> TracedNet:
         with eval_mode(model):
             try:
                 found, expected = (tensors_in(each) for each in (net.run(more), call(inside(model), more)))
-                same = all(torch.allclose(a, b, 1e-2, 1e-4, equal_nan=True) for a, b in zip(found, expected, strict=True))
+                same = all(
+                    torch.allclose(a, b, 1e-2, 1e-4, equal_nan=True) for a, b in zip(found, expected, strict=True)
+                )
             except RuntimeError:
                 same = False
         if not same:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from repairlib.groups import Axis, Permutation, PermutationSpec, spec_of
+from repairlib.inputs import Batches
 from repairlib.interpolate import State, check_models
 from repairlib.matching import Matching, solve_assignment
 from repairlib.permutations import fill_identity, random_permutation
 from repairlib.tracing import check_graphs, trace
-from repairlib.inputs import Batches
 
 
 def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9)) -> Tensor:

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from repairlib.inputs import Inputs, arguments, as_batches, cast_input, count, device_of, examples
 from repairlib.names import check
 from repairlib.pruning import Masks, prunable
-from repairlib.inputs import Inputs, arguments, as_batches, cast_input, count, device_of, examples
 from repairlib.recording import eval_mode
 
 UPDATES = ("independent", "joint")

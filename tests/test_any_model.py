@@ -247,7 +247,11 @@ def test_data_cannot_be_asked_for():
         def middle(self, h):
             return torch.stack([h[i] for i in range(len(h))])
 
-    for kind, words in ((Branch, "depends on the data"), (Item, "depends on the data"), (Examples, "number of examples")):
+    for kind, words in (
+        (Branch, "depends on the data"),
+        (Item, "depends on the data"),
+        (Examples, "number of examples"),
+    ):
         with pytest.raises(tracing.UntraceableModel, match=words):
             tracing.trace(kind(), torch.randn(2, 8))
     with pytest.raises(tracing.UntraceableModel, match=r"test_any_model.py:\d+ `return h if"):
@@ -364,7 +368,9 @@ def test_units_lie_on_the_last_axis_of_tokens():
         with torch.no_grad():
             values = [dict(net.walk(x, ["e", "f", "g"])) for net in nets]
         for node in ("e", "f", "g"):
-            goal, found = (sum(v[node].flatten(0, 1).std(0) for v in some) / len(some) for some in (values[:2], values[2:]))
+            goal, found = (
+                sum(v[node].flatten(0, 1).std(0) for v in some) / len(some) for some in (values[:2], values[2:])
+            )
             assert torch.allclose(goal, found, rtol=1e-3)
         assert bool(repaired.visible) == visible
 
@@ -532,7 +538,12 @@ def test_bilinear_and_bags():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.e, self.a, self.b, self.h = nn.EmbeddingBag(20, 6), nn.Linear(6, 5), nn.Bilinear(6, 5, 7), nn.Linear(7, 3)
+            self.e, self.a, self.b, self.h = (
+                nn.EmbeddingBag(20, 6),
+                nn.Linear(6, 5),
+                nn.Bilinear(6, 5, 7),
+                nn.Linear(7, 3),
+            )
 
         def forward(self, x):
             e = self.e(x)

@@ -13,11 +13,11 @@ from companion.experiments.mixtures import Lazy, draw_networks, evaluate_rows, s
 from companion.experiments.pairs import Pair
 from companion.experiments.tables import sample_barriers
 from repairlib.groups import Permutation
+from repairlib.inputs import Batches
 from repairlib.interpolate import State, interpolate_states
 from repairlib.matching import gather_groups
 from repairlib.permutations import derange, permute_state
 from repairlib.progress import bar
-from repairlib.inputs import Batches
 
 
 def label_agreement(

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from companion.experiments.pairs import Pair
 from companion.experiments.statistics import has_batchnorm
 from repairlib.groups import permutation_spec
+from repairlib.inputs import Batches
 from repairlib.interpolate import interpolate_models
 from repairlib.matching import Matching, match_activations, solve_assignment
-from repairlib.renorm import reset
-from repairlib.inputs import Batches
 from repairlib.recording import eval_mode
+from repairlib.renorm import reset
 from repairlib.tracing import trace
 
 EPS = 1e-4  # added to the product of standard deviations by the released codes

@@ -18,8 +18,8 @@ from repairlib.evaluation import evaluate
 from repairlib.fisher import diagonal_fisher
 from repairlib.interpolate import interpolate_models
 from repairlib.pruning import prunable
-from repairlib.renorm import renormalize, reset
 from repairlib.recording import eval_mode
+from repairlib.renorm import renormalize, reset
 from repairlib.tracing import trace
 
 MATCHED = ("WM", "AM")

@@ -30,10 +30,10 @@ from companion.runs import models
 from companion.runs.store import Store
 from companion.runs.train import parse_run
 from repairlib.corrections import target_nodes
+from repairlib.inputs import Batches
 from repairlib.moments import gather
 from repairlib.names import check
 from repairlib.progress import bar
-from repairlib.inputs import Batches
 from repairlib.tracing import trace
 
 METRICS = {"accuracy": "test accuracy (%)", "loss": "test loss (nats)"}

@@ -397,7 +397,7 @@ CLAIMS = [
         "VGG16 with LayerNorm 40 points lower",
         ("rethink/fig5a", "rethink/fig45-46", "rethink/fig47-58", "rethink/fig44"),
         large_rates_help,
-        "at its smallest rate, a ResNet with LayerNorm is far from trained within 20 epochs, and has less to lose",
+        "at its smallest rate, a ResNet with LayerNorm is far from trained within `quick`, and has less to lose",
     ),
     Claim(
         "rethink/init-sensitivity",
@@ -406,8 +406,8 @@ CLAIMS = [
         "over 40 points",
         ("rethink/fig5b", "rethink/fig60-62"),
         init_sensitivity,
-        "in the 20 epochs of `quick` networks stay near their initial weights at both rates: their distance grows by a "
-        "few percent from normal weights",
+        "in the few epochs of `quick`, networks stay near their initial weights at both rates: their distance grows by "
+        "a few percent from normal weights",
     ),
     Claim(
         "rethink/large-wd-helps",
