@@ -873,6 +873,12 @@ def structure(labels: Labels, node):
     return labels.net.compute(node, values)
 
 
+@rule("unfold")
+def unfold(labels: Labels, node):
+    (source,) = node.all_input_nodes
+    return labels.net.compute(node, {source: labels.units(source).double()}).long()
+
+
 @rule("pad", arguments="padding mode value")
 def pad(labels: Labels, node, x, padding, mode="constant", value=None):
     return F.pad(x.double(), padding, mode).long()  # a constant is FREE, whatever its value

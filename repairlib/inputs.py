@@ -60,11 +60,11 @@ def as_batches(data: Iterable) -> Iterable:
 
 
 def _could_be_one_batch(data: tuple) -> bool:
-    """Whether tensors look like (x, y), not like the parts of one tensor."""
+    """Whether tensors look like (x, y), not like the parts that `x.split(100)` gives."""
     if len(data) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in data):
         return False
-    alike = {(part.dtype, part.shape[1:]) for part in data}
-    return len({len(part) for part in data}) == 1 and (len(data) == 2 or len(alike) > 1)
+    apart = len({part.untyped_storage().data_ptr() for part in data}) > 1
+    return apart and len({len(part) for part in data}) == 1
 
 
 def inputs_of(batch: Any) -> Inputs:

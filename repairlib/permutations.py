@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from repairlib.groups import Permutation, PermutationSpec
-from repairlib.interpolate import with_state
+from repairlib.interpolate import State, with_state
 
 
-def permute_state(state: Mapping[str, Tensor], spec: PermutationSpec, permutation: Permutation) -> dict[str, Any]:
+def permute_state(state: State, spec: PermutationSpec, permutation: Permutation) -> dict[str, Any]:
     """State dict of the permuted network: W -> P W on outgoing, W P^-1 on incoming axes (Jordan et al. 2022, Sec. 2.2).
 
     Args:

@@ -50,7 +50,7 @@ _KIND_OF_MODULE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((_LAYERS.pooling._MaxPoolNd, _LAYERS.pooling._AvgPoolNd, _LAYERS.pooling._LPPoolNd,
       _LAYERS.pooling._AdaptiveAvgPoolNd, _LAYERS.pooling._AdaptiveMaxPoolNd), "pool"), (nn.Upsample, "resize"),
     ((nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), "reshape"),
-    ((nn.Softmax, nn.LogSoftmax), "softmax"), (_LAYERS.padding._ConstantPadNd, "pad"),
+    ((nn.Softmax, nn.LogSoftmax), "softmax"), (_LAYERS.padding._ConstantPadNd, "pad"), (nn.Unfold, "unfold"),
 )  # fmt: skip
 _POINTWISE = (
     "relu relu_ relu6 leaky_relu leaky_relu_ prelu elu elu_ selu selu_ celu celu_ gelu silu mish sigmoid sigmoid_ "
@@ -79,6 +79,7 @@ _KIND_OF_NAME: dict[str, str] = {
         "split": "chunk split unbind tensor_split",
         "getitem": "getitem select narrow index_select",
         "pad": "pad",
+        "unfold": "unfold",
         "softmax": "softmax log_softmax",
         "normalize": "normalize",
         "mean": "mean sum amax amin logsumexp max min median var std",

@@ -123,7 +123,7 @@ def test_inner_products_are_what_similarity_inner_maximises():
 
 def test_options_change_what_they_say(trained_pairs):
     a, b, x = trained_pairs["mlp4-plain-w64"]
-    data = list(x.split(300))
+    data = x.split(300)
     exact = matching.match_activations(a, b, data)
     with_eps = matching.match_activations(a, b, data, eps=1e-4, spec=exact.spec)
     assert all(0 < with_eps.objective[g] < exact.objective[g] for g in exact.objective)
