@@ -316,6 +316,7 @@ def record(model: nn.Module, example: Inputs) -> Recorder:
     recorder = Recorder(example)
     attributes = [(module, _attributes(module)) for module in model.modules()]
     try:
+        model.train()  # some modules then forget what they computed from their weights for evaluation
         with eval_mode(model):
             recorder.trace(model)
         recorder.constants = {

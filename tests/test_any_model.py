@@ -552,6 +552,48 @@ def test_bilinear_and_bags():
     assert sizes(Net(), torch.randint(0, 20, (2, 4))) == [5, 6, 7]
 
 
+class Caches(nn.Module):
+    """Attention with a bias for each head, which evaluation computes once, as timm's LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o, self.h = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.biases, self.cache = nn.Parameter(torch.randn(2, 3)), {}
+
+    def train(self, mode=True):
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.biases[:, torch.arange(9).view(3, 3) % 3]
+        q, k, v = self.qkv(x).view(-1, 3, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        w = torch.softmax(q @ k.transpose(-2, -1) + self.cache["bias"], -1)
+        return self.h(self.o((w @ v).transpose(1, 2).flatten(2))).mean(1)
+
+
+def test_what_evaluation_keeps_of_old_weights_is_forgotten():
+    a, b = two(Caches)
+    x = torch.randn(64, 3, 8)
+    assert sizes(a, x[:2]) == [2, 8] and a.cache == {}  # heads, outputs of o
+    with torch.no_grad():
+        b(x)  # fills its cache
+    assert_same_function(repairlib.align(a, b, [x], method="weights"), b, x)
+
+
+def test_patches_are_unfolded():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.u, self.b = nn.Conv2d(1, 6, 3), nn.Unfold(2, stride=2), nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.b(self.u(F.relu(self.a(x))).transpose(1, 2)).mean(1)
+
+    assert sizes(Net(), torch.randn(2, 1, 8, 8)) == [6]
+
+
 # ------------------------------------------------------------------------------------------------------- what is said
 
 

@@ -87,7 +87,7 @@ _COSINE = replace(_STEP, schedule="cosine", milestones=(), warmup_epochs=1)
 
 # Without BatchNorm, networks diverge at the rates that suit it.
 _FAST = Recipe("fast", 30, 128, 0.1, "cosine", 1e-4, ("flip", "translate"), warmup_epochs=1)
-_QUICK = Recipe("quick", 16, 50, 0.02, "cosine", 1e-4, ("translate",), warmup_epochs=4)
+_QUICK = Recipe("quick", 20, 50, 0.02, "cosine", 1e-4, ("translate",), warmup_epochs=4)
 
 # By recipe, and by kind of network (see models.ModelName.kind): the longest key counts that the kind begins with.
 #
@@ -155,7 +155,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "vgg": Recipe("quick", 20, 100, 0.1, "cosine", 5e-4, ("translate",)),
         "resnet": Recipe("quick", 16, 100, 0.2, "cosine", 1e-4, ("translate",)),
         **dict.fromkeys(("vgg-ln", "vgg-plain-nobias", "resnet-ln", "resnet-fixup", "tiny"), _QUICK),
-        "resnet-bn-bottleneck": _QUICK,
+        "resnet-bn-bottleneck": replace(_QUICK, epochs=16),
         "resnet-plain": replace(_QUICK, lr=0.01),
         "torchvision": Recipe("quick", 20, 100, 0.1, "cosine", 1e-4, ("translate",)),
     },

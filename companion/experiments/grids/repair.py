@@ -102,7 +102,7 @@ def repair(scale: str) -> Grid:
             "depths": depths,
             "MLP of the samples": sampled,
             "ResNet": resnet,
-            "points of a path": by_scale(scale, smoke=3, quick=11, fast=21, paper=101),
+            "points of a path": by_scale(scale, smoke=3, quick=9, fast=21, paper=101),
         },
     )
 
@@ -286,7 +286,7 @@ def split_data(scale: str) -> Grid:
             "data": wholes[0].partition("/")[0],
             "networks": list(dict.fromkeys(run.partition("/")[2].rpartition("/")[0] for run in wholes)),
             "pairs": names,
-            "points": by_scale(scale, smoke=3, quick=11, fast=21, paper=21),  # of a path, ends included
+            "points": by_scale(scale, smoke=3, quick=9, fast=21, paper=21),  # of a path, ends included
         },
     )
 
@@ -325,7 +325,7 @@ def summary(scale: str) -> Grid:
         seeds=_seeds(scale),
         settings={
             "networks": networks,
-            "points": by_scale(scale, smoke=3, quick=11, fast=11, paper=21),  # of a path, ends included
+            "points": by_scale(scale, smoke=3, quick=9, fast=11, paper=21),  # of a path, ends included
             "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
         },
         reads=reads,
