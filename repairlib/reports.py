@@ -1,7 +1,7 @@
 """Say how a merge went, and what to try where it went badly."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,9 +11,8 @@ from repairlib.evaluation import Score, evaluate, mean_score
 from repairlib.inputs import Limited, as_batches
 from repairlib.interpolate import interpolate_models
 
-# Shares of the ends' accuracy, or of units matched, below which the guide's measurements have a remedy.
-FAR_BELOW = 0.9
-WEAK = 0.5
+FAR_BELOW = 0.9  # share of the ends' accuracy below which something should be tried
+WEAK = 0.5  # mean correlation below which the networks of docs/merging.md lose most
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,10 @@ def report(
         merged.matching.spec.stay,
         scores,
     )
-    return Report(**(vars(found) | {"advice": _advice(found, model_a, lower_is_better=score is not None)}))
+    return replace(found, advice=_advice(found, lower_is_better=score is not None))
 
 
-def _advice(found: Report, model: nn.Module, lower_is_better: bool) -> tuple[str, ...]:
+def _advice(found: Report, lower_is_better: bool) -> tuple[str, ...]:
     """What helped in our measurements, see "When the merged network is bad" in docs/guide.md."""
     if found.scores:
         a, b, merged = (found.scores[name] for name in ("A", "B", "merged"))
@@ -122,9 +121,7 @@ def _advice(found: Report, model: nn.Module, lower_is_better: bool) -> tuple[str
     if found.stay:
         lines.append("some layers are not matched at all: write them with operations that have a rule")
     if found.correlation and sum(found.correlation.values()) < WEAK * len(found.correlation):
-        lines.append("matched units are weakly correlated: wider networks, or ones trained longer, merge better")
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        lines.append("reset BatchNorm statistics as well: merge(..., bn='reset')")
-    lines.append("match another way: merge(..., match='weights')")
-    lines.append("train the merged network a little: an epoch usually gives back what is left")
+        lines.append("matched units are weakly correlated: wider networks merge better")
+    lines.append("train the merged network a little: one epoch gives back much of what is left")
+    lines.append("if both were trained long with weight decay, match by weights: merge(..., match='weights')")
     return tuple(lines)
