@@ -105,9 +105,9 @@ def merge(
         alpha: 0 is A, 1 is (the aligned) B.
         match: how to align, a method of `align`, or a matching that is there already.
         limit: number of examples to use, the first ones; None for all.
-        visible: False corrects convolutions and linear layers, heads included, so that the result is of the networks'
-            own class; True is the paper's choice, which corrects outputs of residual blocks and leaves heads as they
-            are.
+        visible: False corrects the convolutions and linear layers, heads included, whose weights can take a correction
+            up. The result is then of the networks' own class. True is the paper's choice: convolutions, hidden linear
+            layers and outputs of residual blocks.
         **options: see `Repair`, also for errors.
 
     Returns:

@@ -153,6 +153,7 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
 
     Raises:
         KeyError: a name that is neither, with the nearest names.
+        ValueError: the node of a name is no single tensor.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     names = [t for t in targets if t not in ROLES]
@@ -162,6 +163,8 @@ def target_nodes(net: TracedNet, targets: Iterable[str] = TARGETS) -> list[str]:
     for node in net.nodes:
         name = node.name
         if name in names or roles.get(name, set()).intersection(targets):
+            if net.shapes[name] is None:
+                raise ValueError(f"node {name!r} is no single tensor: name a node that reads it")
             chosen[net.corrected(name)] = name  # once, also where a node and its correction are both named
     return list(chosen.values())
 
@@ -245,13 +248,15 @@ def foldable(net: TracedNet, names: Iterable[str]) -> list[str]:
     """
     calls = [node.target for node in net.nodes if node.op == "call_module"]
     known = aliases(net.model)
-    read = {node.target for node in net.nodes if node.op == "get_attr"}
+    # A weight's shape or precision may be read by anybody.
+    read = {node.target for node in net.nodes
+            if node.op == "get_attr" and any(user.name not in net.plain for user in node.users)}  # fmt: skip
 
     def is_own(layer: Any) -> bool:
         """Whether nobody else reads a layer's weight and bias, and nothing overwrites them before its forward."""
         tensors = [p for p in (layer._parameters.get("weight"), layer._parameters.get("bias")) if p is not None]
         mine = [name for tensor in tensors for name in known.get(id(tensor), [])]
-        plain = layer._parameters.get("weight") is not None and not layer._forward_pre_hooks
+        plain = layer._parameters.get("weight") is not None and not (layer._forward_pre_hooks or layer._forward_hooks)
         return plain and "bias" in layer._parameters and len(mine) == len(tensors) and not read.intersection(mine)
 
     def folds(name: str) -> bool:
@@ -313,8 +318,9 @@ def _scale(layer: Any, gain: Units, shift: Units | None, center: Units | float =
         layer.weight.copy_(weight * along(gain, weight.ndim, 0))
     if shift is None:
         return
-    bias = (0.0 if layer.bias is None else layer.bias.double()) - center
-    bias = bias * gain + shift
+    like = weight if isinstance(layer, nn.LayerNorm) else gain  # whose bias may have several axes
+    bias = (torch.zeros_like(like) if layer.bias is None else layer.bias.double()) - center
+    bias = bias * along(gain, bias.ndim, 0) + along(shift, bias.ndim, 0)
     if layer.bias is None:
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
     else:

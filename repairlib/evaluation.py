@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repairlib.inputs import call, cast_input, device_of
+from repairlib.inputs import call, cast_input, device_of, inputs_of
 from repairlib.interpolate import State, check_compatible, load_state
 from repairlib.progress import bar
 from repairlib.recording import eval_mode
@@ -32,7 +32,10 @@ def evaluate(model: nn.Module, batches: Iterable) -> tuple[float, float]:
     total, correct, n, wrong = torch.tensor(0.0), torch.tensor(0), torch.tensor(0), torch.tensor(0)
     with eval_mode(model):
         for batch in batches:
-            logits, (y, *_) = _outputs(model, batch)
+            logits, rest = _outputs(model, batch)
+            if not rest:
+                raise ValueError("batches have no labels: they must be (x, y)")
+            y = rest[0]
             _check_labels(logits, y)
             logits, y = logits.double(), y.to(logits.device, torch.int64)
             judged = (y >= 0) & (y < logits.shape[1])
@@ -83,7 +86,7 @@ def mean_score(model: nn.Module, batches: Iterable, score: Score) -> float:
 
 def _outputs(model: nn.Module, batch: Any) -> tuple[Any, tuple]:
     """What a network makes of a batch, and the rest of the batch."""
-    x, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
+    x, rest = inputs_of(batch), batch[1:] if isinstance(batch, (tuple, list)) else ()
     return call(model, cast_input(x, model)), tuple(rest)
 
 

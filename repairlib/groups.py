@@ -293,11 +293,14 @@ def _invariance(
     x = map_inputs(two, example)
 
     def outputs() -> list[Tensor]:
-        found = [y.to(dtype) for y in tensors_in(call(inside(probe), x))]
+        found = tensors_in(call(inside(probe), x))
+        values = [y for y in found if averaged(y)] or found  # classes say less than the logits beside them
+        found = [y.to(dtype) for y in values]
         return [y.reshape(2, -1) if y.ndim and len(y) == 2 else y.reshape(1, -1) for y in found]
 
     try:
         with eval_mode(probe), _Precision() as precision:
+            forget_caches(probe)
             _move_statistics(probe)
             before = outputs()
             # In place: a network of 5 GB should not be there twice.
@@ -368,6 +371,10 @@ def spread(units: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     """Labels of an activation whose units lie along one axis."""
     axis %= len(shape)
     return units.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+
+
+def _in_place(node: fx.Node) -> bool:
+    return str(getattr(node.target, "__name__", node.target)).endswith("_")
 
 
 def _compact_all(out: Any) -> Any:
@@ -518,7 +525,7 @@ class Labels:
         if bias is not None:
             self.mark(bias, 0, units)
         if isinstance(weight, str):
-            self.made.append((self.now, weight.rpartition(".")[0], units))
+            self.made.append((self.now, weight.rpartition(".")[0] or weight, units))
         return units
 
     def channels(self, x: Tensor, axis: int) -> Tensor:
@@ -590,10 +597,10 @@ class Labels:
     def collapse(self, x: Tensor, axes: Collection[int]) -> Tensor:
         """Units of a sum, mean, maximum, ... over some axes, which keep length 1."""
         axes = [axis % x.ndim for axis in axes]
-        inside = any(varies(x, i) for i in axes)
-        if inside and any(varies(x, i) for i in range(x.ndim) if i not in axes):
+        within = any(varies(x, i) for i in axes)
+        if within and any(varies(x, i) for i in range(x.ndim) if i not in axes):
             x = self.merge(x, axes)
-        elif inside:
+        elif within:
             self.together(x, axes)
             x = fixed(x.shape)
         return x[tuple(slice(0, 1) if i in axes else slice(None) for i in range(x.ndim))]
@@ -667,7 +674,7 @@ class Labels:
         elif all(source in self.plain for source in node.all_input_nodes) and not self._has_parameters(node):
             value = self.net.compute(node, self.plain)
             self.plain[node] = value.cpu() if isinstance(value, Tensor) else value
-        elif node in self.fed or self._has_parameters(node):
+        elif (node in self.fed or self._has_parameters(node)) and (node.users or _in_place(node)):
             self.values[node] = self.apply(node)
 
     def _has_parameters(self, node: fx.Node) -> bool:
@@ -678,6 +685,11 @@ class Labels:
         what = type(self.net.modules[node.target]) if node.op == "call_module" else node.target
         missing = f"node '{node.name}': no permutation rule for {getattr(what, '__name__', what)}"
         if self.kind(node) not in RULES:
+            if all(user.op == "output" for user in node.users) and self.net.shapes[node.name] is not None:
+                for source in node.all_input_nodes:  # such as the predicted class: what it reads may not move
+                    for x in tensors_in(self.units(source)):
+                        self.fix(x)
+                return fixed(self.net.shapes[node.name])
             raise UnsupportedNode(missing)
         function, names = RULES[self.kind(node)]
         before, self.now = self.now, node

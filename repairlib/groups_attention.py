@@ -8,14 +8,14 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repairlib.groups import Labels, UnsupportedNode, fixed, rule, softmax, spread
 from repairlib.recording import tensors_in
 
 
 @rule("embedding", arguments="weight")
-def embedding(labels: Labels, node, x, weight):
+def embedding(labels: Labels, node, x, weight, **_):
     shape = labels.net.shapes[node.name]
     return spread(labels.produce(weight, None, labels.fresh(shape[-1]), 1), shape, -1)
 
@@ -86,7 +86,7 @@ def einsum(labels: Labels, node):
 @rule("bilinear", arguments="weight bias")
 def bilinear(labels: Labels, node, x, weight, bias=None):
     shape = labels.net.shapes[node.name]
-    for axis, source in enumerate(node.all_input_nodes, start=1):
+    for axis, source in enumerate(node.args, start=1):
         labels.mark(weight, axis, labels.channels(labels.units(source), -1))
     return spread(labels.produce(weight, bias, labels.fresh(shape[-1])), shape, -1)
 
@@ -94,7 +94,8 @@ def bilinear(labels: Labels, node, x, weight, bias=None):
 @rule("recurrent")
 def recurrent(labels: Labels, node) -> Any:
     """LSTM, GRU, RNN and their cells: a unit moves with its gates, in the weights of inputs and of the last state."""
-    x, *states = tensors_in([labels.units(source) for source in node.all_input_nodes])
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("hx")
+    x, states = labels.units(node.args[0]), tensors_in(fx.node.map_arg(given, labels.units))
     layer, name = labels.net.modules[node.target], node.target
     cell = isinstance(layer, nn.modules.rnn.RNNCellBase)
     gates = layer.weight_hh.shape[0] // layer.hidden_size if cell else len(layer.weight_hh_l0) // layer.hidden_size
@@ -131,8 +132,8 @@ def recurrent(labels: Labels, node) -> Any:
         rows = units[0] if cell else torch.stack(units)[:, None]
         return rows.expand(len(x), -1) if cell else rows.expand(-1, x.shape[0 if layer.batch_first else 1], -1)
 
-    for given, own_units in zip(states, (last, hidden), strict=False):
-        labels.identify(given, stack(own_units))
+    for state, own_units in zip(states, (last, hidden), strict=False):
+        labels.identify(state, stack(own_units))
     lstm = isinstance(layer, (nn.LSTM, nn.LSTMCell))
     end = (stack(last), stack(hidden)) if lstm else stack(last)
     return end if cell else (spread(inputs, (*x.shape[:-1], len(inputs)), -1), end)

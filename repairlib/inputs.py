@@ -42,14 +42,15 @@ def as_batches(data: Iterable) -> Iterable:
     otherwise endpoints and the network between them would be measured on different examples.
 
     Raises:
-        TypeError: not batches, but examples, one batch that is no tensor, or something else; the message says the way.
+        TypeError: the data is no iterable of batches, for instance a Dataset or a single (x, y). The message says what
+            to pass instead.
     """
     if isinstance(data, Tensor):
         return [data]
     if isinstance(data, (Mapping, np.ndarray, str)):
         raise TypeError(f"batches are an iterable of tensors x or pairs (x, y), not {type(data).__name__}: {_WAYS}")
-    if isinstance(data, tuple) and _could_be_one_batch(data):
-        raise TypeError("a tuple of tensors could be one batch (x, y): pass [(x, y)], or a list of batches")
+    if isinstance(data, (tuple, list)) and _could_be_one_batch(data):
+        raise TypeError("two tensors could be one batch (x, y): pass [(x, y)], or a list of batches")
     if isinstance(data, Dataset):
         raise TypeError(f"{type(data).__name__} is a Dataset of single examples: pass a DataLoader of it")
     if isinstance(data, DataLoader):
@@ -59,16 +60,19 @@ def as_batches(data: Iterable) -> Iterable:
     return _Kept(data) if isinstance(data, Iterator) else data
 
 
-def _could_be_one_batch(data: tuple) -> bool:
+def _could_be_one_batch(data: tuple | list) -> bool:
     """Whether tensors look like (x, y), not like the parts that `x.split(100)` gives."""
     if len(data) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in data):
         return False
+    if isinstance(data, list):  # of batches, unless the second is of another kind
+        kinds = {(part.dtype, part.shape[1:]) for part in data}
+        return len(data) == len(kinds) == 2 and len(data[0]) == len(data[1])
     apart = len({part.untyped_storage().data_ptr() for part in data}) > 1
     return apart and len({len(part) for part in data}) == 1
 
 
 def inputs_of(batch: Any) -> Inputs:
-    """What a batch x or (x, y, ...) gives a network; TypeError if that is no tensor and has none."""
+    """Inputs x of a batch x or (x, y, ...); TypeError if they have no tensor, or if the batch is a dictionary."""
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     args, named = arguments(x)
     if batch is x and named or not any(isinstance(part, Tensor) for part in (*args, *named.values())):
@@ -102,9 +106,9 @@ def count(x: Inputs) -> int:
     return len(next(part for part in (*args, *named.values()) if isinstance(part, Tensor)))
 
 
-def examples(x: Inputs, start: int, stop: int | None) -> Inputs:
-    """Some of the examples; a tensor of another length than the first, such as a graph, belongs to all of them."""
-    n = count(x)
+def examples(x: Inputs, start: int, stop: int | None, n: int | None = None) -> Inputs:
+    """Some of the n examples; a tensor of another length than the first, such as a graph, belongs to all of them."""
+    n = count(x) if n is None else n
     return map_inputs(lambda part: part[start:stop] if part.ndim and len(part) == n else part, x)
 
 
@@ -120,7 +124,7 @@ def cast_input(x: Inputs, model: nn.Module) -> Inputs:
 
 
 class Limited:
-    """Batches up to a number of examples, each whole: an endless loader ends here.
+    """The first examples of some batches; an endless loader ends here.
 
     Args:
         batches: re-iterable batches.
@@ -131,13 +135,17 @@ class Limited:
         self.batches, self.limit = batches, limit
 
     def __iter__(self) -> Iterator:
-        seen = 0
+        left = self.limit
         for batch in self.batches:
-            if self.limit is not None and seen >= self.limit:
+            if left == 0:
                 return
-            x = inputs_of(batch)
+            n = count(inputs_of(batch))
+            if left is not None and n > left:
+                whole = not isinstance(batch, (tuple, list))
+                parts = tuple(examples(part, 0, left, n) for part in ([batch] if whole else batch))
+                batch, n = parts[0] if whole else parts, left
             yield batch
-            seen += count(x)
+            left = None if left is None else left - n
 
 
 class Batches:
@@ -150,7 +158,7 @@ class Batches:
         limit: number of examples to stop after, the first ones.
 
     Raises:
-        TypeError: a batch is no such thing.
+        TypeError: a batch has no tensor of inputs, or is a dictionary.
     """
 
     def __init__(self, data: Iterable, model: nn.Module, limit: int | None = None):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from repairlib.inputs import Inputs
 from repairlib.names import check
 from repairlib.recording import check_model
 from repairlib.tracing import TracedNet, aliases, trace
@@ -182,7 +183,7 @@ _SCALABLE = ("conv", "linear", "pool", "reshape", "mean", "concat", "permute", "
 _RELUS = (F.relu, torch.relu, torch.relu_, F.leaky_relu, "relu", "relu_")
 
 
-def bias_depths(model: nn.Module, example: Tensor) -> dict[str, int]:
+def bias_depths(model: nn.Module, example: Inputs) -> dict[str, int]:
     """Depth of every bias: number of weight layers on the longest path from the input to its layer, itself included.
 
     Args:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from repairlib.inputs import Inputs
 from repairlib.names import check
 from repairlib.progress import bar
 from repairlib.recording import eval_mode
@@ -139,7 +140,7 @@ def moments_of(chunks: Iterable[Tensor], axis: int = 1) -> Moments:
 
 
 def gather(
-    nets: Sequence[TracedNet], batches: Iterable[Tensor], taps: Iterable[str], cross: str = "none"
+    nets: Sequence[TracedNet], batches: Iterable[Inputs], taps: Iterable[str], cross: str = "none"
 ) -> dict[str, Moments]:
     """Moments at every tap, from one pass of all networks over the data, in step, node by node.
 

@@ -25,6 +25,8 @@ _SIZES = frozenset(
     "is_quantized is_nested is_contiguous is_meta is_mps stride element_size requires_grad grad_fn itemsize __len__ "
     "get_device is_tensor type is_leaf names".split()
 )
+# What makes tensors whose very shape depends on the data.
+_RAGGED = frozenset("nonzero argwhere unique unique_consecutive masked_select".split())
 # Functions that make tensors of given sizes: unlike others, they do not notice by themselves that a size is recorded.
 _FACTORIES = (
     torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.eye, torch.linspace, torch.tensor,
@@ -63,7 +65,7 @@ def check_model(model: Any) -> None:
         raise TypeError("this is a state dict: build the network and pass it after model.load_state_dict(state)")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise TypeError("this is a TorchScript program, whose layers are gone: pass the module that it was made from")
-    if hasattr(model, "corrections"):
+    if hasattr(model, "corrections") and not isinstance(model, nn.Module):
         raise ValueError(
             "this is what repair or merge returns: pass its .model. To add a third network, align all of them with "
             "match_several and average with Repair(..., others=[...])"
@@ -116,11 +118,12 @@ def affine(x: Tensor, gain: Tensor, shift: Tensor, axis: int = 1) -> Tensor:
 class _Recorded(fx.Proxy):
     """A node of the graph that knows its value for the example; it passes for that value in `isinstance`."""
 
-    def __init__(self, node: fx.Node, tracer: "Recorder", value: Any, of_data: bool):
+    def __init__(self, node: fx.Node, tracer: "Tracer", value: Any, of_data: bool, ragged: bool = False):
         super().__init__(node, tracer)
         self.recorder = tracer
         self.value = value
         self.of_data = of_data  # whether it depends on what is in the example, not on its shape alone
+        self.ragged = ragged  # whether its very shape does
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -169,7 +172,7 @@ class _Recorded(fx.Proxy):
         return format(self.value, form)
 
 
-class Recorder(fx.Tracer):
+class Tracer(fx.Tracer):
     """Records a network's forward for one example, computing every value on the way.
 
     A correction stays whole, so that a repaired network has the node names of the network that it came from.
@@ -185,6 +188,7 @@ class Recorder(fx.Tracer):
         self.plain: dict[str, Any] = {}  # values that hold no tensor: sizes and what is computed from them
         self.running = False  # while a node is computed, modules are called, not recorded
         self.asked = False  # whether code asked for a size, so that the graph may be of this one only
+        self.rows = 0  # number of examples to try in that case, at least
         self.failed: Exception | None = None  # of an operation that cannot be computed
         self.constants: dict[str, Any] = {}  # tensors that forward makes, by name
 
@@ -216,7 +220,7 @@ class Recorder(fx.Tracer):
         node = self.create_node("placeholder", name, (), {})
         value = value.clone() if isinstance(value, Tensor) else value  # the first operation may be in place
         self._note(node, value)
-        return _Recorded(node, self, value, True)
+        return _Recorded(node, self, value, True) if tensors_in(value) else value
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if isinstance(module, _COMPOSED):
@@ -249,17 +253,32 @@ class Recorder(fx.Tracer):
         self.running = True
         try:
             value = perform(self.root, self.modules, kind, target, args, kwargs)
-        except Exception as error:
+        except Exception as error:  # which the model's code may catch
             self.failed = error
+            self.graph.erase_node(node)
             raise
         finally:
             self.running = False
         self._note(node, value)
         if value is None:
             return None
+        name = "" if kind == "call_module" else args[1] if target is getattr else getattr(target, "__name__", target)
+        ragged = any(source.ragged for source in (sources[:1] if name.endswith("_") else sources))
+        ragged = ragged or name in _RAGGED or (name == "where" and len(args) == 1) or _selects(target, args)
         # A number may depend on data where it was read from a tensor, not from its size.
-        named = args[1] if target is getattr else getattr(target, "__name__", target)
-        return _Recorded(node, self, value, named not in _SIZES and any(source.of_data for source in sources))
+        says_size = name in _SIZES and not tensors_in(value) and not ragged
+        self._watch_rows(name, value, args, kwargs)
+        return _Recorded(node, self, value, any(source.of_data for source in sources) and not says_size, ragged)
+
+    def _watch_rows(self, name: str, value: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note where examples are taken apart: code that loops over the parts would be of this number of them only."""
+        if not isinstance(value, (tuple, list)) or not args or not isinstance(args[0], Tensor) or not args[0].ndim:
+            return
+        parts = [part for part in value if isinstance(part, Tensor)]
+        if any(part.ndim == 0 or len(part) != len(args[0]) for part in parts):
+            self.asked = True
+        elif name == "split" and isinstance(args[1], int) and (kwargs.get("dim") or (*args, 0)[2]) == 0:
+            self.asked, self.rows = True, max(self.rows, args[1] + 1)
 
     def _note(self, node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor):
@@ -269,14 +288,18 @@ class Recorder(fx.Tracer):
 
     def ask(self, recorded: _Recorded, sizes: bool = False) -> Any:
         """Value of something recorded, if it does not depend on the data."""
-        if recorded.of_data and not sizes:
+        if recorded.of_data and (recorded.ragged or not sizes):
             raise ValueError(f"it asks for the value of {recorded.node.name!r}, which depends on the data, and not on "
                              "its shape alone")  # fmt: skip
         self.asked = True
         return recorded.value
 
-    def to_bool(self, obj):
-        return bool(obj.ask())
+
+def _selects(target: Any, args: tuple) -> bool:
+    """Whether an index is a mask, so that data say how many elements there are."""
+    index = args[1] if target is operator.getitem else ()
+    index = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in index)
 
 
 def perform(model: nn.Module, modules: Mapping, kind: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -305,7 +328,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def record(model: nn.Module, example: Inputs) -> Recorder:
+def record(model: nn.Module, example: Inputs) -> Tracer:
     """Graph of a model's operations in evaluation mode, with what is known of its values, and the constants it made.
 
     Raises:
@@ -313,40 +336,39 @@ def record(model: nn.Module, example: Inputs) -> Recorder:
         UntraceableModel: forward depends on the data, or does what no graph can hold.
     """
     check_model(model)
-    recorder = Recorder(example)
-    attributes = [(module, _attributes(module)) for module in model.modules()]
-    try:
+    tracer = Tracer(example)
+    with untouched(model):
+        own = dict(vars(model))
+        try:
+            tracer.trace(model)
+        except Exception as error:
+            if error is tracer.failed or isinstance(error, UntraceableModel):  # of the first kind: a wrong shape, ...
+                raise
+            nodes = list(getattr(tracer, "graph", fx.Graph()).nodes)
+            last = f" after node '{nodes[-1].name}' ({nodes[-1].target})" if nodes else ""
+            raise UntraceableModel(
+                f"{type(model).__name__}.forward cannot be traced{last}{_where(error)}: {error}. Move it out of "
+                "forward, or into a module or function of its own that takes and returns tensors"
+            ) from error
+        tracer.constants = {name: x for name, x in vars(model).items() if type(x) is Tensor and name not in own}
+    return tracer
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, and give every submodule its own attributes back: forward may keep things."""
+    with eval_mode(model):
         model.train()  # some modules then forget what they computed from their weights for evaluation
-        with eval_mode(model):
-            recorder.trace(model)
-        recorder.constants = {
-            name: value
-            for name, value in vars(model).items()
-            if type(value) is Tensor and name not in attributes[0][1][0]
-        }
-        return recorder
-    except Exception as error:
-        if error is recorder.failed or isinstance(error, UntraceableModel):  # of the first kind: a wrong shape, ...
-            raise
-        nodes = list(getattr(recorder, "graph", fx.Graph()).nodes)
-        last = f" after node '{nodes[-1].name}' ({nodes[-1].target})" if nodes else ""
-        raise UntraceableModel(
-            f"{type(model).__name__}.forward cannot be traced{last}{_where(error)}: {error}. Move it out of forward, "
-            "or into a module or function of its own that takes and returns tensors"
-        ) from error
-    finally:
-        for module, (own, tables) in attributes:  # forward may keep things
-            vars(module).clear()
-            vars(module).update(own)
-            for table, entries in tables:
-                table.clear()
-                table.update(entries)
-
-
-def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict, dict]]]:
-    """Attributes of a module, and its tables (parameters, buffers, caches of its own) with their entries."""
-    own = dict(vars(module))
-    return own, [(table, dict(table)) for table in own.values() if isinstance(table, dict)]
+        model.eval()
+        kept = [(module, dict(vars(module))) for module in model.modules()]
+        # Of parameters, buffers, modules, and caches of their own.
+        tables = [(table, dict(table)) for _, own in kept for table in own.values() if isinstance(table, dict)]
+        try:
+            yield
+        finally:
+            for attributes, before in [(vars(module), own) for module, own in kept] + tables:
+                attributes.clear()
+                attributes.update(before)
 
 
 def _where(error: Exception) -> str:

@@ -232,6 +232,8 @@ class Options:
             )
         if self.correct == "reshift" and self.method == "closed-form":
             raise ValueError("method='closed-form' takes the means to be right already: there is nothing to reshift")
+        if self.method == "batch" and not self.visible:
+            raise ValueError("method='batch' corrects every batch as it comes, so nothing folds: it needs visible=True")
         if self.shrink and (self.method != "sequential" or self.correct == "reshift"):
             raise ValueError("shrink=True shrinks gains from exact statistics: it needs method='sequential', and "
                              "correct='repair' or 'rescale'")  # fmt: skip

@@ -8,23 +8,24 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from repairlib.inputs import Inputs, arguments, call, cast_input, map_inputs
+from repairlib.inputs import Inputs, arguments, call, cast_input, count, map_inputs
 from repairlib.recording import (
     ChannelAffine,
-    Recorder,
+    Tracer,
     UntraceableModel,
     check_model,
-    eval_mode,
     inside,
     perform,
     record,
     tensors_in,
+    untouched,
 )
 
 
@@ -114,14 +115,14 @@ class TracedNet:
         constants: tensors that forward makes and that depend on nothing, by the target of their nodes.
     """
 
-    def __init__(self, model: nn.Module, recorder: Recorder):
+    def __init__(self, model: nn.Module, tracer: Tracer):
         self.model = model
-        self.graph: fx.Graph = recorder.graph
-        self.modules: dict[Any, Any] = recorder.modules  # by the target of a node
-        self.plain, self.constants = recorder.plain, recorder.constants
+        self.graph: fx.Graph = tracer.graph
+        self.modules: dict[Any, Any] = tracer.modules  # by the target of a node
+        self.plain, self.constants = tracer.plain, tracer.constants
         self.nodes: list[fx.Node] = list(self.graph.nodes)
         self.kinds = {node.name: self._kind(node) for node in self.nodes}
-        self.shapes: dict[str, Any] = {node.name: recorder.shapes.get(node.name) for node in self.nodes}
+        self.shapes: dict[str, Any] = {node.name: tracer.shapes.get(node.name) for node in self.nodes}
         self.shapes |= {node.name: tuple(self.compute(node, {}).shape) for node in self.nodes if node.op == "get_attr"}
         self._by_name = {node.name: node for node in self.nodes}
         self._inputs = [str(node.target) for node in self.nodes if node.op == "placeholder"]
@@ -213,16 +214,24 @@ class TracedNet:
         self.check_names([name])
         return self._by_name[name]
 
+    def weights(self) -> set[fx.Node]:
+        """Nodes of parameters, and of what is computed from them alone."""
+        fed: set[fx.Node] = set()  # what depends on the inputs
+        for node in self.nodes:
+            if node.op == "placeholder" or fed.intersection(node.all_input_nodes):
+                fed.add(node)
+        return {node for node in self.nodes if node not in fed and node.name not in self.plain}
+
     def read_by_layers(self) -> set[fx.Node]:
         """Nodes whose values reach a layer, and so the output only through it.
 
         A product counts as a layer if one of its factors is a parameter, such as the prototypes of classes.
         """
-        parameters = {node for node in self.nodes if node.op == "get_attr"}
+        fixed = self.weights()
         read: set[fx.Node] = set()
         for node in reversed(self.nodes):
             kind = self.kinds[node.name].removeprefix("functional-")
-            layer = kind in _LAYER_KINDS and (kind not in _PRODUCTS or parameters & {*node.all_input_nodes})
+            layer = kind in _LAYER_KINDS and (kind not in _PRODUCTS or fixed & {*node.all_input_nodes})
             if layer or node in read:
                 read.update(node.all_input_nodes)
         return read
@@ -237,12 +246,17 @@ class TracedNet:
     @functools.cached_property
     def _axes(self) -> dict[str, int]:
         axes: dict[str, int] = {}
+        fixed = self.weights()
         for node in self.nodes:
             shape, kind = self.shapes[node.name], self.kinds[node.name].removeprefix("functional-")
             sources = [s for s in node.all_input_nodes if s.name in axes]
             if kind == "layernorm":
                 module = self.modules.get(node.target) if node.op == "call_module" else None
-                axes[node.name] = -len(module.normalized_shape if module else tuple(node.args[1]))  # type: ignore[arg-type]
+                given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
+                given = self.plain[given.name] if isinstance(given, fx.Node) else given
+                axes[node.name] = -len(module.normalized_shape if module else given)
+            elif kind in ("matmul", "addmm") and node.args[-1] in fixed:
+                axes[node.name] = -1  # the columns of a weight
             elif kind in _UNITS_LAST:
                 axes[node.name] = -1
             elif kind == "affine":
@@ -308,6 +322,7 @@ def check_graphs(first: TracedNet, *others: TracedNet) -> None:
     Raises:
         ValueError: names the first node that differs.
     """
+    state = first.model.state_dict()
     for other in others:
         for node, same in itertools.zip_longest(first.nodes, other.nodes):
             if node is None or same is None or _says(first, node) != _says(other, same):
@@ -315,6 +330,10 @@ def check_graphs(first: TracedNet, *others: TracedNet) -> None:
                     f"different architectures: the weights fit together, but forward differs at node "
                     f"'{(node or same).name}'"
                 )
+            if node.op == "get_attr" and node.target not in state:
+                ours, theirs = first.compute(node, {}), other.compute(same, {})
+                if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.device)):
+                    raise ValueError(f"constant {node.target!r} differs and is in no state dict: make it equal")
 
 
 def _says(net: TracedNet, node: fx.Node) -> tuple:
@@ -347,17 +366,19 @@ def trace(model: nn.Module, example: Inputs) -> TracedNet:
     """
     check_model(model)
     example = cast_input(example, model)
-    recorder = record(model, example)
-    net = TracedNet(model, recorder)
-    if recorder.asked:  # the graph may be of this number of examples only
-        more = map_inputs(lambda x: torch.cat([x, x]), example)
-        with eval_mode(model):
+    tracer = record(model, example)
+    net = TracedNet(model, tracer)
+    if tracer.asked:  # the graph may be of this number of examples only
+        n = count(example)
+        times = max(2, math.ceil(tracer.rows / n))
+        more = map_inputs(lambda x: torch.cat([x] * times) if x.ndim and len(x) == n else x, example)
+        with untouched(model):
             try:
                 found, expected = (tensors_in(each) for each in (net.run(more), call(inside(model), more)))
                 same = all(
                     torch.allclose(a, b, 1e-2, 1e-4, equal_nan=True) for a, b in zip(found, expected, strict=True)
                 )
-            except RuntimeError:
+            except (RuntimeError, ValueError, IndexError, TypeError):
                 same = False
         if not same:
             raise UntraceableModel(

@@ -198,13 +198,17 @@ def match_weights(
     check_models(model_a, model_b)
     if spec is None:
         spec = derive_spec(model_a, model_b, data)
+    only = [group.name for group in spec.groups] if only is None else [only] if isinstance(only, str) else list(only)
+    for name in only:
+        spec[name]  # a KeyError lists the groups
     states = [float_weights(model, buffers) for model in (model_a, model_b)]
     cost = WeightCost(states[0], states[1], spec, start)
     best: Permutation = {}
     history = [-math.inf]
     for restart in range(restarts):
         if restart:
-            cost.permutation = random_permutation(spec, seed + restart)
+            drawn = random_permutation(spec, seed + restart)
+            cost.permutation = fill_identity(spec, start) | {name: drawn[name] for name in only}
         objectives = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart), only)
         if objectives[-1] > history[-1]:
             best, history = dict(cost.permutation), objectives

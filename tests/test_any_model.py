@@ -243,19 +243,176 @@ def test_data_cannot_be_asked_for():
         def middle(self, h):
             return h * int(h.sum().item())
 
-    class Examples(Hidden):
+    class Loop(Hidden):
         def middle(self, h):
             return torch.stack([h[i] for i in range(len(h))])
 
     for kind, words in (
         (Branch, "depends on the data"),
         (Item, "depends on the data"),
-        (Examples, "number of examples"),
+        (Loop, "number of examples"),
     ):
         with pytest.raises(tracing.UntraceableModel, match=words):
             tracing.trace(kind(), torch.randn(2, 8))
     with pytest.raises(tracing.UntraceableModel, match=r"test_any_model.py:\d+ `return h if"):
         tracing.trace(Branch(), torch.randn(2, 8))
+
+
+class Experts(Hidden):
+    def middle(self, h):
+        out = torch.zeros_like(h)
+        for expert in range(2):
+            idx = (h[:, 0] * 0 + torch.arange(h.shape[0]) % 2 == expert).nonzero().flatten()
+            if idx.numel() == 0:
+                continue
+            out = out + h.index_select(0, idx).mean() * (expert + 1)
+        return out
+
+
+class Chosen(Hidden):
+    def middle(self, h):
+        return h + (h[h > 0].mean() if len(h[h > 0]) > 3 else 0)
+
+
+class Typed(Hidden):
+    def middle(self, h):
+        h = h.type(torch.float32)
+        return h if h.mean() > 0 else -h
+
+
+class Parts(Hidden):
+    size = 64
+
+    def middle(self, h):
+        return torch.cat([F.relu(part) for part in h.split(self.size)])
+
+
+class Rows(Hidden):
+    def middle(self, h):
+        return torch.stack([F.relu(part) for part in h.unbind(0)])
+
+
+@pytest.mark.parametrize("kind, words", [
+    (Experts, "depends on the data"), (Chosen, "depends on the data"), (Typed, "depends on the data"),
+    (Parts, "number of examples"), (Rows, "number of examples"),
+])  # fmt: skip
+def test_what_depends_on_data_or_on_the_number_of_examples_is_not_baked_in(kind, words):
+    with pytest.raises(tracing.UntraceableModel, match=words):
+        tracing.trace(kind(), torch.randn(2, 8))
+
+
+def test_flags_and_nothing_are_inputs_too():
+    class Net(Hidden):
+        def forward(self, x, mask, twice):
+            x = x if mask is None else x * mask
+            return super().forward(2 * x if twice else x)
+
+    a, b = two(Net)
+    x = torch.randn(64, 8)
+    aligned = repairlib.align(a, b, [({"x": x, "mask": None, "twice": True}, 0)])
+    assert_same_function(aligned, b, x, None, True)
+
+
+def test_inputs_that_belong_to_all_examples():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x, mask):
+            h = F.relu(self.a(x))
+            return self.b(mask @ h / float(math.sqrt(h.size(-1)))).mean(1)
+
+    a, b = two(Net)
+    x, mask = torch.randn(64, 5, 8), torch.eye(5)
+    assert_same_function(repairlib.align(a, b, [((x, mask), 0)]), b, x, mask)
+
+
+def test_code_that_tries_and_code_that_only_looks():
+    class Tries(Hidden):
+        def middle(self, h):
+            self.guess = h.argmax(1)  # for a log
+            try:
+                return h.view(-1, 7)
+            except RuntimeError:
+                return h
+
+    class Predicts(Hidden):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits, logits.argmax(1)
+
+    for kind in (Tries, Predicts):
+        assert sizes(kind(), torch.randn(2, 8)) == [16]
+
+
+def test_modules_that_change_weights_for_evaluation_stay_whole():
+    class Lora(nn.Linear):
+        """Adds an update to its weight in evaluation mode, as loralib does."""
+
+        merged = False
+
+        def train(self, mode=True):
+            if self.merged == mode:
+                self.weight.data += -0.1 if mode else 0.1
+                self.merged = not mode
+            return super().train(mode)
+
+    net = nn.Sequential(Lora(8, 16), nn.ReLU(), nn.Linear(16, 3)).train()
+    x = torch.randn(4, 8)
+    net.eval()
+    before = net(x)
+    tracing.trace(net, x)
+    assert torch.allclose(net(x), before, atol=1e-5)
+
+
+def test_reading_a_weights_precision_does_not_keep_it_from_folding():
+    class Net(Hidden):
+        def forward(self, x):
+            return self.b(F.relu(self.a(x.to(self.a.weight.dtype))))
+
+    a, b = two(Net)
+    assert list(repairlib.merge(a, b, [torch.randn(64, 8)]).corrections) == ["a", "b"]
+
+
+def test_normalisation_over_several_axes_folds_along_its_channels():
+    def net():
+        layers = nn.Conv2d(1, 4, 3), nn.LayerNorm([4, 4, 4]), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+        return nn.Sequential(*layers).double()
+
+    a, b = two(net)
+    x = torch.randn(50, 1, 6, 6, dtype=torch.float64)
+    goals = repairlib.Repair(a, b, [x], targets="norm")
+    repaired = goals(0.5)
+    mean, std = goals.at(0.5)["_1"]
+    found = repaired.model[:2](x).transpose(0, 1).flatten(1)
+    assert not repaired.visible and torch.allclose(found.mean(1), mean) and torch.allclose(found.std(1, False), std)
+
+
+def test_only_some_groups_are_matched():
+    net = lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))  # noqa: E731
+    a, b = two(net)
+    x = torch.randn(2, 8)
+    found = repairlib.match_weights(a, b, x, only="2", restarts=5)
+    assert found.permutation["0"].tolist() == list(range(6))
+    with pytest.raises(KeyError, match="no group '3'; there are: 0, 2"):
+        repairlib.match_weights(a, b, x, only=["3"])
+
+
+def test_what_cannot_fold_is_said():
+    a, b = two(Hidden)
+    with pytest.raises(ValueError, match="needs visible=True"):
+        repairlib.merge(a, b, [torch.randn(64, 8)], method="batch")
+    recurrent = two(Recurrent, nn.LSTM)
+    with pytest.raises(ValueError, match="'r' is no single tensor"):
+        repairlib.repair(*recurrent, [torch.randn(64, 5, 8)], targets=["r"])
+
+
+def test_batches_without_labels_are_named():
+    with pytest.raises(ValueError, match="have no labels"):
+        repairlib.evaluate(Hidden(), [torch.randn(4, 8)])
+    with pytest.raises(TypeError, match=r"pass \[\(x, y\)\]"):
+        repairlib.align(*two(Hidden), [torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)])
 
 
 def test_a_wrong_example_fails_as_the_network_does():
@@ -461,6 +618,10 @@ OPERATIONS = {
     "addmm": (lambda s, h: torch.addmm(s.b.bias, h, s.b.weight.t()), 16, [16]),
     "einsum": (lambda s, h: torch.einsum("...i,oi->...o", h, s.b.weight), 16, [16]),
     "tied": (lambda s, h: F.linear(s.b(h), s.b.weight.t()), 16, [3]),
+    "layer norm of a size": (lambda s, h: s.b(F.layer_norm(h, h.shape[-1:])), 16, [16]),
+    "functional embedding": (
+        lambda s, h: s.b(h + F.embedding(torch.tensor([0, 1]), s.a.weight.T)), 16, [16],
+    ),
     "ones_like": (lambda s, h: s.b(h * torch.ones_like(h)), 16, [16]),
     "new_zeros": (lambda s, h: s.b(torch.cat([h[:, :12], h.new_zeros(h.shape[0], 4)], 1)), 16, None),
     "scaled weight": (lambda s, h: F.linear(h, s.b.weight * 0.5, s.b.bias), 16, [16]),
@@ -538,18 +699,15 @@ def test_bilinear_and_bags():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.e, self.a, self.b, self.h = (
-                nn.EmbeddingBag(20, 6),
-                nn.Linear(6, 5),
-                nn.Bilinear(6, 5, 7),
-                nn.Linear(7, 3),
-            )
+            self.e, self.a = nn.EmbeddingBag(20, 6), nn.Linear(6, 5)
+            self.b, self.c, self.h = nn.Bilinear(6, 5, 7), nn.Bilinear(7, 7, 4), nn.Linear(4, 3)
 
         def forward(self, x):
             e = self.e(x)
-            return self.h(F.relu(self.b(e, F.relu(self.a(e)))))
+            b = F.relu(self.b(e, F.relu(self.a(e))))
+            return self.h(F.relu(self.c(b, b)))
 
-    assert sizes(Net(), torch.randint(0, 20, (2, 4))) == [5, 6, 7]
+    assert sizes(Net(), torch.randint(0, 20, (2, 4))) == [4, 5, 6, 7]
 
 
 class Caches(nn.Module):
@@ -598,21 +756,24 @@ def test_patches_are_unfolded():
 
 
 def test_layers_that_stay_are_listed_and_warned_of():
-    class Sorted(nn.Module):
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 3)
-            self.register_buffer("order", torch.rand(16))
+            self.scale = torch.linspace(1, 2, 16)  # neither a parameter nor a buffer: nobody can permute it
 
         def forward(self, x):
-            return self.c(F.relu(self.b(self.a(x) * torch.sin(x.sum(1, keepdim=True) * self.order.detach()))))
+            return self.c(F.relu(self.b(F.relu(self.a(x)) * self.scale)))
 
-    a, b = two(Sorted)
+    a, b = two(Scaled)
     spec = groups.permutation_spec(a, torch.randn(2, 8))
-    if spec.stay:
-        assert "units stay as they are in: " in str(spec)
-        with pytest.warns(UserWarning, match="no rule can free"):
-            repairlib.align(a, b, [torch.randn(64, 8)])
+    assert [g.name for g in spec.groups] == ["b"] and spec.stay == ("a",)
+    assert str(spec).endswith("units stay as they are in: a")
+    with pytest.warns(UserWarning, match="no rule can free the hidden units of a"):
+        repairlib.align(a, b, [torch.randn(64, 8)])
+    b.scale = b.scale + 1
+    with pytest.raises(ValueError, match="constant 'scale' differs"):
+        repairlib.match_activations(a, b, [torch.randn(64, 8)])
 
 
 def test_groups_have_two_units_at_least():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from cases import batches, make
 
-from repairlib import diagnostics, tracing
+from repairlib import diagnostics, recording, tracing
 from repairlib.interpolate import interpolate_models
 from repairlib.moments import Moments
 from repairlib.renorm import Repair
@@ -30,7 +30,7 @@ def test_profile_against_a_direct_computation():
     v = []
     for model in (mid, a, b):
         net = tracing.trace(model, data[0])
-        with tracing.eval_mode(model):
+        with recording.eval_mode(model):
             ((_, value),) = net.walk(torch.cat(data), [node])
         v.append(value.double().var(0, correction=0).sum())
     assert rows[1]["ratio"] == pytest.approx(float(v[0] / ((v[1] + v[2]) / 2)), rel=1e-5)
@@ -78,7 +78,7 @@ def test_activation_scales_against_a_direct_computation(name):
     whole = torch.cat(data)
     for before, after, node in zip(rows[::2], rows[1::2], nodes, strict=True):
         assert (before["place"], after["place"]) == ("before", "after") and before["layer"] == after["layer"]
-        with tracing.eval_mode(b):
+        with recording.eval_mode(b):
             values = {key: x.clone() for key, x in net.walk(whole, [node.all_input_nodes[0].name, node.name])}
         for row, value in zip((before, after), values.values(), strict=True):
             x = value.double().transpose(0, 1).flatten(1)

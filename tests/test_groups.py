@@ -6,6 +6,7 @@ from cases import CASES, inputs, make
 from torch import nn
 from torchvision.models import convnext, swin_transformer
 
+import repairlib
 from companion.runs import models
 from repairlib import groups, matching, permutations, tracing
 
@@ -569,6 +570,20 @@ def test_torchvision_transformers(name):
     heads = [m for m in model.modules() if "Attention" in type(m).__name__]
     heads = sum(isinstance(m, nn.MultiheadAttention) or hasattr(m, "relative_position_index") for m in heads)
     assert sum(g.size in (2, 4) for g in spec.groups) >= heads
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_torchvision_transformers_merge(name):
+    torch.manual_seed(0)
+    build, size = TRANSFORMERS[name]
+    a, b, x = build().eval(), build().eval(), torch.randn(4, 3, size, size)
+    for model in (a, b):
+        nn.init.normal_([m for m in model.modules() if isinstance(m, nn.Linear)][-1].weight)  # ViT's begins at zero
+    merged = repairlib.merge(a, b, [x])
+    with torch.no_grad():
+        assert torch.allclose(merged.matching.apply(b)(x), b(x), atol=1e-4)
+        assert type(merged.model) is type(a) and merged.model(x).isfinite().all()
+    assert merged.corrections and not merged.visible
 
 
 def test_a_table_of_coordinates_stays():

@@ -9,7 +9,7 @@ from torch import nn
 
 from companion.experiments.theory import first_layer_theory
 from companion.runs import models
-from repairlib import corrections, data_independent, diagnostics, renorm, tracing
+from repairlib import corrections, data_independent, diagnostics, recording, renorm, tracing
 from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.moments import gather
 
@@ -21,7 +21,7 @@ def pair(name, dtype=torch.float64):
 
 
 def output(model, x):
-    with tracing.eval_mode(model):
+    with recording.eval_mode(model):
         return model(x)
 
 

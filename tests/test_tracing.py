@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from cases import inputs, make
 from torch import nn
 
-from repairlib import tracing
+from repairlib import recording, tracing
 
 
 def test_walk_reads_what_the_network_computes():
@@ -19,7 +19,7 @@ def test_walk_reads_what_the_network_computes():
     for hook in hooks:
         hook.remove()
     net = tracing.trace(model, x)
-    with tracing.eval_mode(model):
+    with recording.eval_mode(model):
         assert torch.equal(net.run(x), expected)
         convs = [n for n, kind in net.kinds.items() if kind == "conv"]
         values = {n: v.clone() for n, v in net.walk(x, convs)}
@@ -33,7 +33,7 @@ def test_edits_replace_what_later_nodes_read():
     x = inputs("mlp1-plain-w6")
     net = tracing.trace(model, x)
     hidden = next(n for n, kind in net.kinds.items() if kind == "activation")
-    with tracing.eval_mode(model):
+    with recording.eval_mode(model):
         edited = net.run(x, {hidden: torch.zeros_like})
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     assert torch.equal(edited, last.bias.detach().expand_as(edited))
