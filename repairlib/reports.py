@@ -123,5 +123,5 @@ def _advice(found: Report, lower_is_better: bool) -> tuple[str, ...]:
         lines.append("some layers are not matched at all: write them with operations that have a rule")
     if found.correlation and sum(found.correlation.values()) < WEAK * len(found.correlation):
         lines.append("matched units are weakly correlated: wider networks merge better")
-    lines.append("fine-tune for an epoch: it helped networks with BatchNorm and hurt most others, so compare")
+    lines.append("fine-tune for an epoch at a small learning rate, 0.001 for instance, and compare")
     return tuple(lines)

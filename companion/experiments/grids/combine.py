@@ -42,7 +42,7 @@ def combined(scale: str, width: float | None = None) -> Combined:
         fast=("cifar10/resnet20-ln-w{:g}/" + RESNET, "cifar10/tiny10-ln-w{:g}/" + TINY),
         paper=("cifar10/resnet20-ln-w{:g}/csiszarik", "cifar10/tiny10-ln-w{:g}/csiszarik"),
     )
-    widths = by_scale(scale, smoke=(0.25, 0.25), quick=(1.5, 1.5), fast=(2, 2), paper=(32, 16))
+    widths = by_scale(scale, smoke=(0.25, 0.25), quick=(2, 2), fast=(2, 2), paper=(32, 16))
     seeds = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))
     restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)
     test_images = by_scale(scale, smoke=None, quick=None, fast=2000, paper=None)
@@ -95,7 +95,7 @@ def stitching(scale: str) -> Grid:
 
 def width(scale: str) -> Grid:
     """Section 4.4: the barrier of every scheme, network by network, as they grow wider."""
-    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 1.5], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16, 32])
+    widths = by_scale(scale, smoke=[0.125, 0.25], quick=[0.5, 1, 2], fast=[1, 2, 4], paper=[1, 2, 4, 8, 16, 32])
     both = combined(scale)
     resnets, tinys = [], []
     for size in widths:
