@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from repairlib.inputs import Inputs, call, count, map_inputs
 from repairlib.interpolate import averaged, forget_caches
-from repairlib.recording import eval_mode, inside, tensors_in
+from repairlib.recording import along, eval_mode, inside, tensors_in
 from repairlib.tracing import TracedNet, aliases, trace
 
 # Two numbers that are no unit's. FREE: a constant that is equal for all units, such as the zeros of a padding.
@@ -164,7 +164,7 @@ def spec_of(net: TracedNet, example: Inputs, verify: bool = True) -> Permutation
                 f"the groups of {type(model).__name__} cannot be verified: on random inputs an output is zero, not "
                 "finite or the same for both, or there is none"
             )
-        if not error < math.sqrt(torch.finfo(precision).eps):
+        if not error < (1e-8 if precision == torch.float64 else math.sqrt(torch.finfo(precision).eps)):
             raise SpecError(f"permuting the groups of {type(model).__name__} changes its output by {error:.1e}")
     return spec
 
@@ -210,7 +210,7 @@ def _groups(labels: "Labels") -> PermutationSpec:
     channels: list[dict[str, Tensor]] = [{} for _ in units_of]
     for node, label in labels.values.items():
         kind = labels.kind(node)
-        if node not in labels.fed or kind not in TAPPED or not isinstance(label, Tensor) or label.ndim < 2:
+        if node not in labels.net.fed or kind not in TAPPED or not isinstance(label, Tensor) or label.ndim < 2:
             continue
         axis = labels.net.axis(node.name)
         if [i for i in range(label.ndim) if varies(label, i)] != [axis]:
@@ -293,10 +293,7 @@ def _invariance(
     x = map_inputs(two, example)
 
     def outputs() -> list[Tensor]:
-        found = tensors_in(call(inside(probe), x))
-        values = [y for y in found if averaged(y)] or found  # classes say less than the logits beside them
-        found = [y.to(dtype) for y in values]
-        return [y.reshape(2, -1) if y.ndim and len(y) == 2 else y.reshape(1, -1) for y in found]
+        return tensors_in(call(inside(probe), x))
 
     try:
         with eval_mode(probe), _Precision() as precision:
@@ -317,7 +314,12 @@ def _invariance(
             raise
         return _invariance(model, spec, example, seed, torch.float32)
     worst = 0.0 if before else math.inf
+    telling = any(map(averaged, before))
     for old, new in zip(before, after, strict=True):
+        if telling and not averaged(old):  # predicted classes may be the same for both, beside logits that are not
+            worst = max(worst, float((old != new).any()))
+            continue
+        old, new = (y.to(dtype).reshape(1 if y.numel() % 2 else 2, -1) for y in (old, new))
         scale = old.abs().amax(1)
         distinct = len(old) == 1 or (old[0] - old[1]).abs().max() > 1e-8 * scale.max()
         if not (new.isfinite().all() and scale.isfinite().all() and scale.all() and distinct):
@@ -369,8 +371,7 @@ def _compact(x: Tensor) -> Tensor:
 
 def spread(units: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     """Labels of an activation whose units lie along one axis."""
-    axis %= len(shape)
-    return units.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+    return along(units, len(shape), axis).expand(shape)
 
 
 def _in_place(node: fx.Node) -> bool:
@@ -403,7 +404,6 @@ class Labels:
         self.net = net
         self.count = 2  # FREE and FIXED
         self.values: dict[fx.Node, Any] = {}  # labels (or tuples of labels) in the shape of the node's value
-        self.fed: set[fx.Node] = set()  # nodes that depend on the input
         self.plain: dict[fx.Node, Any] = {}  # sizes, indices and other values that depend on no activation
         self.axes: dict[tuple[str, int], Tensor | None] = {}  # in order of use; None where no axis was chosen yet
         self.leaves: dict[str, Tensor] = {}  # parameters that take part like activations: a label for every element
@@ -485,8 +485,7 @@ class Labels:
             (*_, rows, inner), (*_, other, columns) = map(self.sides, sources)
             self.identify(inner, other)
             return [rows, columns]
-        reduces = kind in ("mean", "norm")
-        if kind not in ("add", "multiply", "activation", "identity", "normalize") and not reduces:
+        if kind not in ("add", "multiply", "activation", "identity", "normalize", "mean", "norm"):
             raise UnsupportedNode(f"a weight that forward computes by {node.target}: there is no rule for it")
         units = [torch.tensor(FREE).expand(n) for n in shape]
         for found in map(self.sides, sources):
@@ -497,9 +496,8 @@ class Labels:
         return units
 
     def weight(self, node: Any) -> Any:
-        """How `mark` knows a weight that a node reads: a parameter's name, or a node that computes it; None if it is
-        no weight."""
-        if not isinstance(node, fx.Node) or node in self.fed or node in self.plain:
+        """What `mark` calls a weight: the parameter's name, or the node that computes it; None if it is no weight."""
+        if not isinstance(node, fx.Node) or node in self.net.fed or node in self.plain:
             return None
         return node.target if node.op == "get_attr" else node
 
@@ -655,8 +653,6 @@ class Labels:
 
     def visit(self, node: fx.Node) -> None:
         """Label a node's value; the nodes before it have been visited."""
-        if node.op == "placeholder" or self.fed.intersection(node.all_input_nodes):
-            self.fed.add(node)
         if node.name in self.net.plain:
             self.plain[node] = self.net.plain[node.name]
         elif node.op == "get_attr":  # parameters are labelled where they are used
@@ -674,7 +670,7 @@ class Labels:
         elif all(source in self.plain for source in node.all_input_nodes) and not self._has_parameters(node):
             value = self.net.compute(node, self.plain)
             self.plain[node] = value.cpu() if isinstance(value, Tensor) else value
-        elif (node in self.fed or self._has_parameters(node)) and (node.users or _in_place(node)):
+        elif (node in self.net.fed or self._has_parameters(node)) and (node.users or _in_place(node)):
             self.values[node] = self.apply(node)
 
     def _has_parameters(self, node: fx.Node) -> bool:

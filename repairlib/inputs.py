@@ -167,14 +167,8 @@ class Batches:
         self.limit = limit
 
     def __iter__(self) -> Iterator[Inputs]:
-        left = self.limit
-        for batch in self.data:
-            if left == 0:
-                return
+        for batch in Limited(self.data, self.limit):
             x = inputs_of(batch)
-            if left is not None:
-                x = examples(x, 0, left)
-                left -= count(x)
             if count(x):
                 yield cast_input(x, self.model)
 

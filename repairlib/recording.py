@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from repairlib.inputs import Inputs, arguments
+from repairlib.inputs import Inputs, arguments, map_inputs
 
 # What these say of a tensor depends on its shape and kind only.
 _SIZES = frozenset(
@@ -134,13 +134,16 @@ class _Recorded(fx.Proxy):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
-    def ask(self) -> Any:
-        return self.recorder.ask(self)
+    def ask(self, sizes: bool = False) -> Any:
+        """The value, or a size of it, if that does not depend on the data."""
+        if self.ragged or (self.of_data and not sizes):
+            raise ValueError(f"it asks for the value of {self.node.name!r}, which depends on the data, and not on its "
+                             "shape alone")  # fmt: skip
+        self.recorder.asked = True
+        return self.value
 
     def __len__(self) -> int:
-        return len(
-            self.value if isinstance(self.value, (tuple, list, Mapping)) else self.recorder.ask(self, sizes=True)
-        )
+        return len(self.value if isinstance(self.value, (tuple, list, Mapping)) else self.ask(sizes=True))
 
     def __iter__(self) -> Iterator:
         if isinstance(self.value, Mapping):
@@ -218,7 +221,7 @@ class Tracer(fx.Tracer):
 
     def _placeholder(self, name: str, value: Any) -> Any:
         node = self.create_node("placeholder", name, (), {})
-        value = value.clone() if isinstance(value, Tensor) else value  # the first operation may be in place
+        value = map_inputs(torch.clone, value)  # the first operation may be in place
         self._note(node, value)
         return _Recorded(node, self, value, True) if tensors_in(value) else value
 
@@ -262,22 +265,22 @@ class Tracer(fx.Tracer):
         self._note(node, value)
         if value is None:
             return None
-        name = "" if kind == "call_module" else args[1] if target is getattr else getattr(target, "__name__", target)
-        ragged = any(source.ragged for source in (sources[:1] if name.endswith("_") else sources))
-        ragged = ragged or name in _RAGGED or (name == "where" and len(args) == 1) or _selects(target, args)
+        what = "" if kind == "call_module" else args[1] if target is getattr else getattr(target, "__name__", target)
+        ragged = any(source.ragged for source in (sources[:1] if what.endswith("_") else sources))
+        ragged = ragged or what in _RAGGED or (what == "where" and len(args) == 1) or _selects(target, args)
         # A number may depend on data where it was read from a tensor, not from its size.
-        says_size = name in _SIZES and not tensors_in(value) and not ragged
-        self._watch_rows(name, value, args, kwargs)
+        says_size = what in _SIZES and not tensors_in(value) and not ragged
+        self._watch_rows(what, value, args, kwargs)
         return _Recorded(node, self, value, any(source.of_data for source in sources) and not says_size, ragged)
 
-    def _watch_rows(self, name: str, value: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _watch_rows(self, what: str, value: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note where examples are taken apart: code that loops over the parts would be of this number of them only."""
         if not isinstance(value, (tuple, list)) or not args or not isinstance(args[0], Tensor) or not args[0].ndim:
             return
         parts = [part for part in value if isinstance(part, Tensor)]
         if any(part.ndim == 0 or len(part) != len(args[0]) for part in parts):
             self.asked = True
-        elif name == "split" and isinstance(args[1], int) and (kwargs.get("dim") or (*args, 0)[2]) == 0:
+        elif what == "split" and isinstance(args[1], int) and (kwargs.get("dim") or (*args, 0)[2]) == 0:
             self.asked, self.rows = True, max(self.rows, args[1] + 1)
 
     def _note(self, node: fx.Node, value: Any) -> None:
@@ -285,14 +288,6 @@ class Tracer(fx.Tracer):
             self.shapes[node.name] = tuple(value.shape)
         elif not tensors_in(value):
             self.plain[node.name] = value
-
-    def ask(self, recorded: _Recorded, sizes: bool = False) -> Any:
-        """Value of something recorded, if it does not depend on the data."""
-        if recorded.of_data and (recorded.ragged or not sizes):
-            raise ValueError(f"it asks for the value of {recorded.node.name!r}, which depends on the data, and not on "
-                             "its shape alone")  # fmt: skip
-        self.asked = True
-        return recorded.value
 
 
 def _selects(target: Any, args: tuple) -> bool:
@@ -332,10 +327,8 @@ def record(model: nn.Module, example: Inputs) -> Tracer:
     """Graph of a model's operations in evaluation mode, with what is known of its values, and the constants it made.
 
     Raises:
-        TypeError, ValueError: the model is no ordinary network, see `check_model`.
         UntraceableModel: forward depends on the data, or does what no graph can hold.
     """
-    check_model(model)
     tracer = Tracer(example)
     with untouched(model):
         own = dict(vars(model))

@@ -20,6 +20,7 @@ from repairlib.recording import (
     ChannelAffine,
     Tracer,
     UntraceableModel,
+    along,
     check_model,
     inside,
     perform,
@@ -102,6 +103,13 @@ _KIND_OF_NAME: dict[str, str] = {
     for name in names.split()
 }
 _KIND_OF_ATTRIBUTE = {"T": "permute", "mT": "permute", "data": "identity", "values": "field", "indices": "field"}
+_PRODUCTS = ("matmul", "addmm", "einsum")
+_LAYER_KINDS = (
+    "conv", "conv-transpose", "linear", "attention", "recurrent", "bilinear", "window-attention", *_PRODUCTS,
+)  # fmt: skip
+_UNITS_LAST = ("linear", "attention", "embedding", "recurrent")
+_UNITS_FIRST = ("conv", "conv-transpose", "batchnorm", "instancenorm", "groupnorm", "pool", "resize")
+_MOVES = ("permute", "reshape", "getitem", "mean")
 _OWN = ("torch", "operator", "_operator", "torchvision")  # modules whose functions are known by name
 
 
@@ -113,6 +121,7 @@ class TracedNet:
         shapes: shape of its value for the example, None if it is no tensor.
         plain: values that hold no tensor: sizes and what is computed from them.
         constants: tensors that forward makes and that depend on nothing, by the target of their nodes.
+        fed: nodes that depend on the inputs.
     """
 
     def __init__(self, model: nn.Module, tracer: Tracer):
@@ -126,6 +135,10 @@ class TracedNet:
         self.shapes |= {node.name: tuple(self.compute(node, {}).shape) for node in self.nodes if node.op == "get_attr"}
         self._by_name = {node.name: node for node in self.nodes}
         self._inputs = [str(node.target) for node in self.nodes if node.op == "placeholder"]
+        self.fed: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder" or self.fed.intersection(node.all_input_nodes):
+                self.fed.add(node)
         last_use = {}
         for node in self.nodes:
             for source in node.all_input_nodes:
@@ -216,11 +229,7 @@ class TracedNet:
 
     def weights(self) -> set[fx.Node]:
         """Nodes of parameters, and of what is computed from them alone."""
-        fed: set[fx.Node] = set()  # what depends on the inputs
-        for node in self.nodes:
-            if node.op == "placeholder" or fed.intersection(node.all_input_nodes):
-                fed.add(node)
-        return {node for node in self.nodes if node not in fed and node.name not in self.plain}
+        return {node for node in self.nodes if node not in self.fed and node.name not in self.plain}
 
     def read_by_layers(self) -> set[fx.Node]:
         """Nodes whose values reach a layer, and so the output only through it.
@@ -266,16 +275,12 @@ class TracedNet:
             elif kind in _MOVES:
                 axes[node.name] = self._moved(node, sources[0], axes[sources[0].name])
             else:  # as that of the input which has the most axes; a value that is broadcast says nothing
-                ranks = {s: (len(self.shapes[s.name] or ()), self.shapes[s.name] is not None) for s in sources}
-                source = max(sources, key=lambda s: (ranks[s], self._width(s, axes)))
-                axes[node.name] = axes[source.name]
+                widths = [(len(like), len(like) > 1 and like[axes[s.name]] > 1)
+                          for s in sources for like in [self.shapes[s.name] or ()]]  # fmt: skip
+                axes[node.name] = axes[sources[widths.index(max(widths))].name]
             if shape is not None and len(shape) > 1:
                 axes[node.name] %= len(shape)
         return axes
-
-    def _width(self, node: fx.Node, axes: Mapping[str, int]) -> bool:
-        shape = self.shapes[node.name]
-        return bool(shape) and len(shape) > 1 and shape[axes[node.name]] > 1
 
     def _moved(self, node: fx.Node, source: fx.Node, axis: int) -> int:
         """Where units on an axis of the input go when a node moves elements about."""
@@ -286,30 +291,13 @@ class TracedNet:
         for each in node.all_input_nodes:
             like = self.shapes[each.name]
             values[each] = self.plain.get(each.name) if like is None else torch.zeros(()).expand(like)
-        units = torch.arange(1.0, shape[axis] + 1)
-        values[source] = units.view([-1 if i == axis % len(shape) else 1 for i in range(len(shape))]).expand(shape)
+        values[source] = along(torch.arange(1.0, shape[axis] + 1), len(shape), axis).expand(shape)
         try:
             out = self.compute(node, values)
         except Exception:  # an index that is no plain value, among others
             return axis
         varying = [i for i in range(1, out.ndim) if out.shape[i] > 1 and not (out == out.narrow(i, 0, 1)).all()]
         return varying[0] if varying else min(axis, out.ndim - 1)
-
-
-_PRODUCTS = ("matmul", "addmm", "einsum")
-_LAYER_KINDS = (
-    "conv",
-    "conv-transpose",
-    "linear",
-    "attention",
-    "recurrent",
-    "bilinear",
-    "window-attention",
-    *_PRODUCTS,
-)
-_UNITS_LAST = ("linear", "attention", "embedding", "recurrent")
-_UNITS_FIRST = ("conv", "conv-transpose", "batchnorm", "instancenorm", "groupnorm", "pool", "resize")
-_MOVES = ("permute", "reshape", "getitem", "mean")
 
 
 # Attributes of layers that change no function in evaluation mode.

@@ -351,8 +351,10 @@ def barriers(
             handles += ax.plot(*zip(*published.items(), strict=True), "kx", ms=5, label=published_label, zorder=4)
         if log_x:
             ax.set_xscale("log", base=log_x)
-        ticks = sorted({*frame[x], *(published or {})})
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ticks = np.array(sorted({*frame[x], *(published or {})}), dtype=float)
+        steps = np.diff(np.log(ticks) if log_x else ticks, prepend=-np.inf)
+        labels = np.where(steps < 0.07 * steps[1:].sum(), "", [f"{tick:g}" for tick in ticks])  # where there is room
+        ax.set_xticks(ticks, labels)
         ax.minorticks_off()
         ax.axhline(0, color="black", lw=0.6, zorder=0)
         ylabel = "test loss barrier (nats)" if metric == "loss" else "test accuracy barrier\n(points)"
