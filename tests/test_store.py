@@ -569,7 +569,7 @@ IMPORTED = RUN.replace("smoke", "imported")
 def write_state(path, changes=None, name=RUN):
     """A safetensors file of a network; a change to None leaves a key out."""
     state = bits(model(name, seed=3)) | (changes or {})
-    safetensors.torch.save_file({key: value for key, value in state.items() if value is not None}, path)
+    safetensors.torch.save_file({key: value.contiguous() for key, value in state.items() if value is not None}, path)
     return path
 
 

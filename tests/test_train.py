@@ -288,30 +288,27 @@ def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(digits, nam
     assert cosine > 0.97 and abs(half.norm() / single.norm() - 1) < 0.1, (cosine, half.norm() / single.norm())
 
 
-@needs_bfloat16
-def test_channels_last_is_inexact_in_float32_but_not_beside_bfloat16():
-    """Why `fit` lays images out as channels_last in bfloat16 only: how PyTorch sums BatchNorm's gradient on a CPU."""
+@pytest.mark.parametrize("name", ["resnet8-bn-w0.5", "resnet8-ln-w0.5", "vgg11-bn-w0.125"])
+def test_gradients_in_channels_last_agree_to_rounding(digits, name, monkeypatch):
+    """Beside float64, in smooth networks.
 
-    def scale_gradient(dtype, layout):
-        x = torch.randn(250, 16, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
-        weight = torch.ones(16, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
-        y = F.batch_norm(x, None, None, weight, torch.zeros_like(weight), training=True)
-        (y * torch.linspace(0.9, 1.1, len(x), dtype=dtype)[:, None, None, None]).pow(2).sum().backward()
-        return weight.grad.double()
+    With ReLU and maximum pooling gradients differ by up to 1 % between layouts, as between machines: each sums in
+    another order, which moves values by a millionth, and a unit that close to zero counts or does not.
+    """
+    monkeypatch.setattr(F, "relu", F.softplus)
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: F.softplus(x))
+    monkeypatch.setattr(nn.MaxPool2d, "forward", lambda self, x: F.avg_pool2d(x, self.kernel_size))
+    x, y = next(iter(iterate(digits, "train", batch_size=200)))
 
-    exact = scale_gradient(torch.float64, torch.contiguous_format)
-    errors = {
-        (dtype, layout): ((scale_gradient(dtype, layout) - exact).norm() / exact.norm()).item()
-        for dtype in (torch.float32, torch.bfloat16)
-        for layout in (torch.contiguous_format, torch.channels_last)
-    }
-    single, half = (
-        [errors[dtype, layout] for layout in (torch.contiguous_format, torch.channels_last)]
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    assert single[0] < 1e-6 and single[1] > 10 * single[0]
-    assert 1e-4 < max(half) < 1.5 * min(half)
+    def gradients(dtype, layout):
+        torch.manual_seed(0)
+        net = build(name, digits.shape, digits.classes).to(dtype, memory_format=layout)
+        F.cross_entropy(net(x.to(dtype)), y).backward()
+        return torch.cat([p.grad.double().flatten() for p in net.parameters()])
+
+    exact = gradients(torch.float64, torch.contiguous_format)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert (gradients(torch.float32, layout) - exact).norm() < 1e-4 * exact.norm()
 
 
 def test_a_recipe_in_bfloat16_needs_a_device_that_has_it(digits, monkeypatch):

@@ -41,7 +41,7 @@ from companion.runs.store import Store
 
 START = 4.0  # seconds that a job takes to import PyTorch
 # Seconds up to which trainings share a job, as starting one takes seconds, too: before the first pictures, and after.
-TOGETHER_SOON, TOGETHER = 15.0, 120.0
+TOGETHER_SOON, TOGETHER = 15.0, 240.0
 SOON = 3  # notebooks that come before all others, because they are soonest there
 PASSES = 20  # passes over test and calibration images in a notebook that was never executed: the median at quick
 

@@ -209,9 +209,7 @@ def fit(
     """
     device, cuda = dataset.device, dataset.device.type == "cuda"
     half = precision(recipe, device) == "bfloat16"
-    # On a CPU, BatchNorm sums the values of a channel in channels_last one by one in float32. That is a hundred times
-    # less exact than in the usual layout, but still exact beside what rounding them to bfloat16 changes.
-    model.to(device, memory_format=torch.channels_last if cuda or half else torch.preserve_format).train()
+    model.to(device, memory_format=torch.channels_last).train()
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(recipe.batch_size, len(dataset.train))
     rank, number = processes()

@@ -257,7 +257,7 @@ def split_pairs(scale: str) -> list[dict]:
     networks = by_scale(
         scale,
         smoke=["resnet8-bn-w0.25/smoke"],
-        quick=["mlp3-fused-w256/quick", "resnet20-bn-w0.75/quick"],
+        quick=["mlp3-fused-w256/quick", "resnet20-bn-w0.5/quick"],
         fast=[f"resnet18-bn-w0.5/{RESNET}"],
         paper=["resnet18-bn-w1/jordan"],
     )
