@@ -14,12 +14,14 @@ CORES     ?= all
 GPU_JOBS  ?= 1
 # What Snakemake leaves unsaid; QUIET=progress shows its own messages.
 QUIET     ?= all
-# More options for Snakemake, such as those of a cluster.
+# The folder that says how jobs reach a cluster, and whether each asks for a GPU: 1, 0, or auto, see docs/cluster.md.
+PROFILE   ?= workflow/profiles/slurm
+GPUS      ?= auto
+# More options for Snakemake, and for JupyterLab.
 SNAKEMAKE ?=
+LAB       ?=
 
 RUN       := $(VENV)/bin/python -m
-# Silent but for errors.
-PIP       := $(RUN) pip install -qq --disable-pip-version-check --no-deps
 INSTALLED := $(VENV)/.installed
 ifneq ($(TRAIN),)
 export REPAIRLIB_TRAIN := $(TRAIN)
@@ -35,8 +37,12 @@ help:  ## this list
 
 figures: $(INSTALLED)  ## make every figure that is missing or out of date, at SCALE (quick)
 	@$(VENV)/bin/python workflow/jobs.py --scale "$(SCALE)" --notebooks "$(NOTEBOOKS)" --items "$(ITEMS)" \
-	    --cores "$(CORES)" --gpu-jobs "$(GPU_JOBS)" --quiet "$(QUIET)" --snakemake "$(SNAKEMAKE)"
+	    --cores "$(CORES)" --gpu-jobs "$(GPU_JOBS)" --gpus "$(GPUS)" --quiet "$(QUIET)" --snakemake "$(SNAKEMAKE)"
 # Two calls at once are safe, as jobs lock what they write.
+
+cluster: $(INSTALLED)  ## like figures, with the jobs on a cluster: see docs/cluster.md
+	@$(VENV)/bin/python workflow/jobs.py --scale "$(SCALE)" --notebooks "$(NOTEBOOKS)" --items "$(ITEMS)" \
+	    --profile "$(PROFILE)" --gpus "$(GPUS)" --quiet "$(QUIET)" --snakemake "$(SNAKEMAKE)"
 
 quickstart: $(INSTALLED)  ## train two networks, merge and repair them: the first picture, within two minutes
 	@$(VENV)/bin/python workflow/jobs.py --scale "$(SCALE)" --notebooks 00_quickstart --cores "$(CORES)" \
@@ -61,7 +67,10 @@ test: $(INSTALLED)  ## lint, types, unit tests, doctests, and every notebook at 
 # that one that was executed and saved in JupyterLab is no fault.
 
 lab: $(INSTALLED)  ## open JupyterLab
-	$(RUN) jupyterlab --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
+	@if [ "$$(id -u)" = 0 ] && [[ "$(LAB)" != *--allow-root* ]]; then \
+	  echo "JupyterLab does not start as root by itself. In a container of your own: make lab LAB='--allow-root --ip=0.0.0.0'"; \
+	  exit 1; fi
+	$(RUN) jupyterlab --ServerApp.root_dir=. $(LAB) notebooks/00_quickstart.ipynb
 
 docs: $(INSTALLED)  ## write the API reference of repairlib, from its docstrings, into build/api
 	@$(VENV)/bin/python workflow/api.py build/api
@@ -78,15 +87,6 @@ clean:  ## remove what smoke and quick made; keeps .venv, data, checkpoints, fas
 	    .pytest_cache .ruff_cache .mypy_cache
 
 $(INSTALLED): requirements.txt pyproject.toml companion/pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "repairlib needs Python >= 3.10, and $(PYTHON) is not; say which: make PYTHON=/path/to/python3.12"; exit 1; }
-	@echo "Setting up $(VENV) (1 of 3): an empty environment"
-	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/.installing),--clear) $(VENV) && touch $(VENV)/.installing
-	@echo "Setting up $(VENV) (2 of 3): packages, several GB, mostly PyTorch; a few minutes"
-	@$(PIP) -r requirements.txt
-	@echo "Setting up $(VENV) (3 of 3): repairlib and its companion"
-	@$(PIP) --no-build-isolation -e . -e ./companion
-	@rm $(VENV)/.installing && touch $@
-# .installing: an installation that was interrupted is started again from nothing.
+	@$(PYTHON) workflow/install.py "$(VENV)"
 
-.PHONY: help figures quickstart plan test lab docs sync readme clean
+.PHONY: help figures cluster quickstart plan test lab docs sync readme clean

@@ -1,8 +1,10 @@
 # The batch graph: jobs that train networks, and jobs that execute a notebook with papermill. workflow/jobs.py decides
-# which are needed and in which order, writes them into a plan, and starts Snakemake on it: `make figures` here, or
-#     make figures SCALE=paper SNAKEMAKE='--executor slurm --jobs 50'
-# on a cluster, through an executor plugin of Snakemake. Trainings and notebooks ask for gpu=1 if the machine that plans
-# has one.
+# which are needed and in which order, writes them into a plan, and starts Snakemake on it: `make figures` here, `make
+# cluster` on a cluster (see docs/cluster.md).
+#
+# A cluster's node reads this file again, when fewer jobs are left. So there is one rule for all trainings and one for
+# all notebooks, the name of a job is a wildcard, and everything else about it stands in the plan, which does not
+# change. What jobs ask for can be set by these two names: --set-resources train:mem_mb=8000.
 #
 # Snakemake deletes the outputs of jobs that fail or are killed, so the outputs it knows are stamps beside the plan, and
 # never checkpoints or figures: these are written whole or not at all by companion.runs.store and workflow/batch.py.
@@ -36,32 +38,82 @@ PLAN = json.loads(Path(config["plan"]).read_text())
 STAMPS = Path(config["plan"]).parent.as_posix()
 
 
+
+
+def of(kind, what):
+    """What the plan says of the job that wildcards stand for."""
+    return lambda wildcards: PLAN["jobs"][f"{kind}/{wildcards.name}"][what]
+
+
+def stamps_before(kind):
+    """The stamps of the jobs that come before it."""
+    return lambda wildcards: [f"{STAMPS}/{other}.done" for other in of(kind, "after")(wildcards)]
+
+
+def priority(kind):
+    """What is higher comes first. Snakemake 7, for Python 3.10, takes only one number for a rule."""
+    return of(kind, "priority") if sys.version_info >= (3, 11) else 1
+
+
+def more(kind, what):
+    """Each time that a job is tried again, it gets more."""
+    return lambda wildcards, attempt: attempt * of(kind, what)(wildcards)
+
+
+# `started` and `failed` are for workflow/jobs.py, which shows how far the jobs are.
+RUN = (
+    "touch {params.stamp:q}.started; {sys.executable:q} {params.job:q} || {{ status=$?; touch {params.stamp:q}.failed; "
+    "[ $status -ne 137 ] || echo {wildcards.name:q}': killed, perhaps because memory ran out' >&2; exit $status; }}"
+)
+
+
 rule all:
     input:
         [f"{STAMPS}/{key}.done" for key in PLAN["jobs"]],
 
 
-for number, (key, job) in enumerate(PLAN["jobs"].items()):
-    kind, _, subject = key.partition("/")
+rule train:
+    input:
+        stamps_before("train"),
+    output:
+        touch(f"{STAMPS}/train/{{name}}.done"),
+    wildcard_constraints:
+        name=".+",
+    params:
+        stamp=f"{STAMPS}/train/{{name}}",
+        job=lambda wildcards: ["-m", "companion.runs.store", "train", *of("train", "runs")(wildcards)],
+    priority: priority("train")
+    resources:
+        gpu=of("train", "gpu"),
+        cpus_per_task=of("train", "cpus"),
+        mem_mb=more("train", "mem_mb"),
+        runtime=more("train", "runtime"),
+    shell:
+        RUN
 
-    rule:
-        name:
-            f"{kind}_{number}"
-        input:
-            [f"{STAMPS}/{other}.done" for other in job["after"]],
-        output:
-            touch(f"{STAMPS}/{key}.done"),
-        params:
-            stamp=f"{STAMPS}/{key}",
-            job=(
-                ["-m", "companion.runs.store", "train", *job["runs"]]
-                if kind == "train"
-                else ["workflow/batch.py", f"notebooks/{subject}.py", "--if-needed", "--scale", PLAN["scale"]]
-                + [f"--items={','.join(PLAN['items'])}"]
-            ),
-        priority: job["priority"]
-        resources:
-            gpu=PLAN["gpu"],
-        shell:
-            "touch {params.stamp:q}.started; {sys.executable:q} {params.job:q} || "
-            "{{ touch {params.stamp:q}.failed; exit 1; }}"
+
+rule notebook:
+    input:
+        stamps_before("notebook"),
+    output:
+        touch(f"{STAMPS}/notebook/{{name}}.done"),
+    wildcard_constraints:
+        name=".+",
+    params:
+        stamp=f"{STAMPS}/notebook/{{name}}",
+        job=lambda wildcards: [
+            "workflow/batch.py",
+            f"notebooks/{wildcards.name}.py",
+            "--if-needed",
+            "--scale",
+            PLAN["scale"],
+            f"--items={','.join(PLAN['items'])}",
+        ],
+    priority: priority("notebook")
+    resources:
+        gpu=of("notebook", "gpu"),
+        cpus_per_task=of("notebook", "cpus"),
+        mem_mb=more("notebook", "mem_mb"),
+        runtime=more("notebook", "runtime"),
+    shell:
+        RUN

@@ -5,6 +5,9 @@ alone. The other is killed with SIGKILL, by turns every process of it and all bu
 sessions of their own and outlive their parent by a second. Kills fall uniformly over the time the work should take.
 After each, whatever is visible must be whole, and what was finished before must not have been touched. On Linux only,
 since processes are found through /proc.
+
+Then the killed copy meets other faults, one after the other: damaged and foreign files, wrong times, a full disk, two
+calls at once. Each must be mended, or refused in words. None may be accepted in silence, and none end in a traceback.
 """
 
 import argparse
@@ -33,10 +36,10 @@ START = 4.0  # seconds that a job takes to import PyTorch, for the share of the 
 
 
 class Home:
-    """A copy of the working tree with its own runs and figures, and the `make figures` in it."""
+    """A copy of the working tree with its own runs and figures, and the `make figures` or another target in it."""
 
-    def __init__(self, root: Path, args: argparse.Namespace):
-        self.root, self.tree, self.mark = root, root / "tree", uuid.uuid4().hex
+    def __init__(self, root: Path, args: argparse.Namespace, target: str = "figures"):
+        self.root, self.tree, self.mark, self.scale = root, root / "tree", uuid.uuid4().hex, args.scale
         self.runs, self.figures = root / "runs", root / "figures"
         self.seen: dict[str, tuple] = {}  # stored runs: what they were when they were first seen
         self.problems: list[str] = []
@@ -58,8 +61,8 @@ class Home:
         if self.tree not in Path(used).parents:
             raise RuntimeError(f"jobs would use {used.strip()} instead of the copy in {self.tree}")
         stamp = f"{sys.prefix}/.installed"  # taken as it is: nothing may be installed from a copy
-        self.command = ["make", "figures", "-o", stamp, f"VENV={sys.prefix}", f"SCALE={args.scale}"]
-        self.command += [f"CORES={args.cores}", f"NOTEBOOKS={args.notebooks}"]
+        self.command = ["make", target, "-o", stamp, f"VENV={sys.prefix}", f"SCALE={args.scale}"]
+        self.command += [f"NOTEBOOKS={args.notebooks}"] + ([f"CORES={args.cores}"] if target == "figures" else [])
 
     def start(self) -> subprocess.Popen:
         with open(self.root / "make.log", "ab") as log:
@@ -227,6 +230,93 @@ def compare(one: Home, two: Home) -> dict:
     return {f"{kind} equal": f"{equal} of {n}" for kind, (equal, n) in counts.items()}
 
 
+def faults(home: Home) -> list[dict]:
+    """What `make figures` does about files that are wrong; a row for each fault. The home is whole before and after."""
+    home.command = [part for part in home.command if not part.startswith("NOTEBOOKS=")] + [
+        "NOTEBOOKS=repair/03_variance_collapse"
+    ]
+    figures, notebook = home.figures / home.scale, home.tree / "notebooks" / "repair" / "03_variance_collapse.py"
+    done, source = figures / "repair" / "03_variance_collapse.done.json", notebook.read_text()
+    table = figures / next(file for file in _read(done)["files"] if file.endswith(".json"))
+    run = next(path.parent for path in sorted(home.runs.rglob("s1/run.json")) if "vgg11" in str(path))
+    rows = []
+
+    def call(**environment) -> subprocess.CompletedProcess:
+        return subprocess.run(home.command, cwd=home.tree, env=home.environment | environment, capture_output=True,
+                              text=True)  # fmt: skip
+
+    def meet(fault: str, cause, *, makes: bool | None = None, says: str = "", **environment) -> None:
+        """Cause a fault, call `make figures`, and see: whether it executes the notebook, or is refused with words."""
+        kept = {path: path.read_bytes() for path in (done, table, table.with_suffix(".png"), notebook)}
+        kept |= {path: path.read_bytes() for path in (*run.iterdir(), figures / "environment.json") if path.is_file()}
+        cause()
+        before = done.stat().st_mtime_ns if done.exists() else 0
+        result = call(**environment)
+        text = result.stdout + result.stderr
+        made = done.exists() and done.stat().st_mtime_ns != before
+        refused = result.returncode != 0
+        survived = "Traceback" not in text and (refused and says in text if says else not refused and made == makes)
+        rows.append({"fault": fault, "then it is": "refused" if refused else "made again" if made else "up to date",
+                     "survived": survived})  # fmt: skip
+        print(rows[-1], flush=True)
+        if not survived:
+            home.problems.append(f"{fault}: {text[-2000:]}")
+        if run.is_file() or run.is_symlink():
+            run.unlink()
+        for path, content in kept.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
+        if call().returncode:
+            home.problems.append(f"after {fault}: make figures fails")
+
+    def other_seed() -> None:
+        other = run.with_name("s2")
+        for path in other.iterdir():
+            shutil.copy(path, run / path.name)
+
+    def file_in_place_of_the_run() -> None:
+        shutil.rmtree(run)
+        run.write_text("")
+
+    def edited_long_ago() -> None:
+        notebook.write_text(source + "\n# edited\n")
+        os.utime(notebook, (0, 0))
+
+    png = table.with_suffix(".png")
+    cut = {path: path.read_bytes()[:-20] for path in (table, png, done, run / "run.json", run / "model.safetensors")}
+    meet("a table is cut off", lambda: table.write_bytes(cut[table]), makes=True)
+    meet("a table is empty", lambda: table.write_bytes(b""), makes=True)
+    meet("a picture is cut off", lambda: png.write_bytes(cut[png]), makes=True)
+    meet("a picture is another's", lambda: Image.new("L", (9, 9)).save(png), makes=True)
+    meet(".done.json is cut off", lambda: done.write_bytes(cut[done]), makes=True)
+    meet("environment.json is no JSON", lambda: (figures / "environment.json").write_text("{"), makes=False)
+    meet("the notebook's time is in the future", lambda: os.utime(notebook, (2**33, 2**33)), makes=False)
+    meet("the notebook is edited, and its time old", edited_long_ago, makes=True)
+    meet("a network of another seed under this name", other_seed, says="is of another run")
+    meet("run.json is cut off", lambda: (run / "run.json").write_bytes(cut[run / "run.json"]), says="not valid JSON")
+    meet("weights are cut off, and figures gone", lambda: [
+        (run / "model.safetensors").write_bytes(cut[run / "model.safetensors"]), done.unlink()
+    ], says="was altered or truncated")  # fmt: skip
+    meet("a file lies where a network belongs", file_in_place_of_the_run, says="is a file, or a link to nothing")
+    if os.geteuid() == 0:
+        full = home.root / "full"
+        full.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(full)], check=True)
+        meet("the disk is full", lambda: None, says="No space left on device", REPAIRLIB_RUNS=str(full))
+        subprocess.run(["umount", str(full)], check=True)
+        full.rmdir()
+
+    done.unlink()
+    both = [subprocess.Popen(home.command, cwd=home.tree, env=home.environment, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True) for _ in range(2)]  # fmt: skip
+    texts = [process.communicate()[0] for process in both]
+    survived = not any(process.returncode for process in both) and "Traceback" not in "".join(texts) and done.exists()
+    rows.append({"fault": "two calls at once", "then it is": "made by one of them", "survived": survived})
+    home.problems += [] if survived else [f"two calls at once: {texts}"]
+    return rows
+
+
 def _read(path: Path) -> dict:
     """A JSON file, or nothing if it is not whole, which `Home.inspect` notes."""
     try:
@@ -236,9 +326,10 @@ def _read(path: Path) -> dict:
 
 
 def _timeless(value):
-    """JSON without what may differ between two calls: when, and in how many seconds."""
+    """JSON without what may differ between two calls: when, in how many seconds, and digests of files that say so."""
     if isinstance(value, dict):
-        return {key: _timeless(one) for key, one in value.items() if key not in ("seconds", "created")}
+        kept = {key: one for key, one in value.items() if key not in ("seconds", "created")}
+        return {key: _timeless(one) for key, one in kept.items() if not (key == "sha256" and isinstance(one, dict))}
     return [_timeless(one) for one in value] if isinstance(value, list) else value
 
 
@@ -265,6 +356,9 @@ def main() -> int:
     print(rows[0], flush=True)
     rows += disturbed(two, one.finished(), first, seconds, args)
     rows.append(compare(one, two))
+    met = faults(two)
+    rows += [*met, {"faults tried": len(met), "survived": sum(row["survived"] for row in met)}]
+    two.inspect("after the faults")
     problems = one.problems + two.problems
     save(__file__, args, [*rows, {"problems": problems}])
     if problems:

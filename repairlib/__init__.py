@@ -145,12 +145,15 @@ def barrier(
             barrier has its unit.
 
     Raises:
-        ValueError: fewer than two points, no batches, an unknown metric or baseline.
+        ValueError: fewer than two points, no batches, a cost that is NaN, `repaired` of other endpoints, an unknown
+            metric or baseline.
     """
     if points < 2:
         raise ValueError(f"a path has two points or more, not {points}")
     test = as_batches(test)
     check(metric, ("loss", "accuracy"), "metric")
+    if repaired is not None:
+        repaired.check_ends(model_a, model_b)
     alphas, costs = [i / (points - 1) for i in range(points)], []
     for alpha in alphas:
         model = repaired(alpha).model if repaired else interpolate_models(model_a, model_b, alpha)

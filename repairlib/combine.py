@@ -8,6 +8,7 @@ BatchNorm included; integer buffers are A's.
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -212,8 +213,8 @@ def stitch(state_a: State, state_b: State, layer: int, parts: Mapping[str, Seque
         ValueError: no such layer, or parts of another architecture.
     """
     check_compatible(state_a, state_b)
-    if not 0 <= layer <= len(parts):
-        raise ValueError(f"layer must be from 0 to {len(parts)}, the number of layers, not {layer}")
+    if not isinstance(layer, Integral) or not 0 <= layer <= len(parts):
+        raise ValueError(f"layer must be a whole number from 0 to {len(parts)}, the number of layers, not {layer}")
     position = {name: i for i, part in enumerate(parts.values()) for name in part}
     if missing := [name for name in state_a if name not in position]:
         raise ValueError(f"no layer has {missing[0]!r}; parts must be layers(model, example) of this architecture")

@@ -10,7 +10,7 @@ import copy
 import functools
 import math
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,10 +49,14 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class Axis:
-    """Place of a group's units: ``positions[i]`` are the indices of unit i along one axis of one tensor."""
+    """Place of a group's units: ``positions[i]`` are the indices of unit i along one axis of one tensor.
+
+    `length` is how many entries that axis has.
+    """
 
     tensor: str
     axis: int
+    length: int
     positions: Int[Tensor, "units occurrences"]
 
 
@@ -122,6 +126,18 @@ class PermutationSpec:
         for name, perm in permutation.items():
             if sorted(perm.tolist()) != list(range(self[name].size)):
                 raise ValueError(f"group {name!r}: not a permutation of its {self[name].size} units")
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state dict of a network that these groups are not of; a ValueError names the first tensor."""
+        for group in self.groups:
+            for axis in group.axes:
+                shape = tuple(state[axis.tensor].shape) if axis.tensor in state else ()
+                if len(shape) <= axis.axis or shape[axis.axis] != axis.length:
+                    here = f"is {shape}" if axis.tensor in state else "is not there"
+                    raise ValueError(
+                        f"the permutation groups are of another network, where axis {axis.axis} of {axis.tensor!r} has "
+                        f"{axis.length} entries, and here it {here}; derive them with permutation_spec(model, example)"
+                    )
 
     def moves(self, permutation: Permutation) -> Iterator[tuple[str, int, Tensor, Tensor]]:
         """Moved entries of every permuted axis: tensor, axis, positions to fill, and positions to fill them from."""
@@ -203,7 +219,7 @@ def _groups(labels: "Labels") -> PermutationSpec:
     axes_of: list[list[Axis]] = [[] for _ in units_of]
     for (tensor, axis), on_axis in axes.items():
         for g, positions in members(on_axis):
-            axes_of[g].append(Axis(tensor, axis, positions))
+            axes_of[g].append(Axis(tensor, axis, len(on_axis), positions))
     # Tap of each group: its last node before ("pre") and after ("post") the non-linearity. That of a residual stream is
     # the end of its last block.
     taps: list[dict[str, str]] = [{} for _ in units_of]

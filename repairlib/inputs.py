@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,12 @@ def cast_input(x: Inputs, model: nn.Module) -> Inputs:
     return map_inputs(lambda part: part.to(like.device, like.dtype if part.is_floating_point() else None), x)
 
 
+def check_limit(limit: int | None) -> None:
+    """Refuse what is no number of examples."""
+    if limit is not None and (not isinstance(limit, Integral) or limit < 1):
+        raise ValueError(f"limit is a number of examples, 1 or more, or None for all, not {limit!r}")
+
+
 class Limited:
     """The first examples of some batches; an endless loader ends here.
 
@@ -132,6 +139,7 @@ class Limited:
     """
 
     def __init__(self, batches: Iterable, limit: int | None = None):
+        check_limit(limit)
         self.batches, self.limit = batches, limit
 
     def __iter__(self) -> Iterator:
@@ -162,6 +170,7 @@ class Batches:
     """
 
     def __init__(self, data: Iterable, model: nn.Module, limit: int | None = None):
+        check_limit(limit)
         self.data = as_batches(data)
         self.model = model
         self.limit = limit

@@ -271,7 +271,7 @@ def barrier_of(alpha: Sequence[float], cost: Sequence[float], baseline: str = "l
         baseline: "linear" or "mean".
 
     Raises:
-        ValueError: an endpoint is missing, or an unknown baseline.
+        ValueError: an endpoint is missing, a cost is NaN, or an unknown baseline.
 
     >>> barrier_of([0, 0.5, 1], [1.0, 4.0, 2.0])
     2.5
@@ -280,5 +280,8 @@ def barrier_of(alpha: Sequence[float], cost: Sequence[float], baseline: str = "l
     at = dict(zip(alpha, cost, strict=True))
     if 0 not in at or 1 not in at:
         raise ValueError("a barrier needs both endpoints: alpha must contain 0 and 1")
+    if bad := [a for a, value in at.items() if math.isnan(value)]:
+        raise ValueError(f"the cost is NaN at alpha = {bad[0]:g}, so the path has no barrier: look at the data, and at "
+                         "the network there")  # fmt: skip
     ends = {a: (1 - a) * at[0] + a * at[1] if baseline == "linear" else (at[0] + at[1]) / 2 for a in at}
     return max(at[a] - ends[a] for a in at)

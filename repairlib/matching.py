@@ -125,7 +125,10 @@ def match_activations(
     check(similarity, SIMILARITIES, "similarity")
     check_models(model_a, model_b)
     batches = Batches(data, model_a)
+    if not 0 <= eps < math.inf:  # so written, NaN is refused
+        raise ValueError(f"eps is added to a product of standard deviations: at least 0, not {eps}")
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
+    spec.check_state(model_a.state_dict())
     moments = gather_groups(model_a, model_b, batches, spec, tap)
     matching = Matching(spec, {})
     for group in spec.groups:

@@ -20,8 +20,9 @@ def permute_state(state: State, spec: PermutationSpec, permutation: Permutation)
             network.
 
     Raises:
-        KeyError, ValueError: see `PermutationSpec.check`.
+        KeyError, ValueError: see `PermutationSpec.check` and `PermutationSpec.check_state`.
     """
+    spec.check_state(state)
     out = dict(state)
     for tensor, axis, target, source in spec.moves(permutation):
         old = out[tensor]

@@ -8,6 +8,7 @@ go into ordinary weights (`fold`).
 import copy
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from repairlib.corrections import (
     target_nodes,
 )
 from repairlib.data_independent import BatchNormTo
-from repairlib.inputs import Batches, as_batches, device_of
+from repairlib.inputs import Batches, as_batches, check_limit, device_of
 from repairlib.interpolate import check_compatible, check_models, mix_states, with_state
 from repairlib.moments import Moments, gather, moments_of
 from repairlib.names import check
@@ -226,6 +227,9 @@ class Options:
         check(self.correct, CORRECT, "correct")
         check(self.method, METHODS, "method")
         check(self.bn, ("frozen", "reset"), "bn")
+        check_limit(self.limit)
+        if not 0 <= self.eps < math.inf:  # so written, NaN is refused
+            raise ValueError(f"eps is added to a variance: at least 0, not {self.eps}")
         if self.bn == "reset" and self.method in ("closed-form", "batch"):
             raise ValueError(
                 f"method={self.method!r} makes no pass through the network, so it cannot reset BatchNorm layers"
@@ -274,6 +278,11 @@ class Goals:
             self.targets = list(self.statistics[0])
             if not self.targets or any(s.keys() != self.statistics[0].keys() for s in self.statistics):
                 raise ValueError("recorded statistics must be of one or more nodes, the same in every reference")
+            for statistics in self.statistics:
+                _refuse_nan(statistics)
+                for name, (_, std) in statistics.items():
+                    if (std < 0).any():
+                        raise ValueError(f"recorded statistics have a negative standard deviation at node {name!r}")
             return
         check_models(*self.references)
         self.batches = Batches(self.data, self.references[0], self.options.limit)
@@ -312,6 +321,9 @@ class Goals:
         goals = {}
         for name in self.statistics[0]:
             mean, std = (mix([s[name][i] for s in self.statistics]) for i in (0, 1))
+            if (std < 0).any():
+                raise ValueError(f"so far outside the references, at weights {weights}, the goal standard deviation of "
+                                 f"a channel at node {name!r} is negative: come closer")  # fmt: skip
             goals[name] = mean.double(), (std.mean().expand_as(std) if self.options.average else std).double()
         return goals
 
@@ -398,6 +410,16 @@ class Repair(Goals):
         self, model_a: nn.Module, model_b: nn.Module, data: Iterable, *, others: Sequence[nn.Module] = (), **options
     ):
         super().__init__([model_a, model_b, *others], data, **options)
+
+    def check_ends(self, *models: nn.Module) -> None:
+        """Refuse networks that are not its endpoints; a ValueError names the first parameter that differs."""
+        for reference, model in zip(self.references, models, strict=False):
+            theirs = dict(reference.named_parameters())
+            for name, value in model.named_parameters():
+                mine = theirs.get(name)
+                if mine is None or not torch.equal(mine.detach(), value.detach().to(mine)):
+                    raise ValueError(f"`repaired` is of other endpoints than these two: {name!r} differs; make it as "
+                                     "Repair(model_a, model_b, data), of the aligned networks")  # fmt: skip
 
     def __call__(self, alpha: float | Sequence[float] = 0.5) -> Repaired:
         """Repaired network at `alpha`, or at one weight an endpoint.

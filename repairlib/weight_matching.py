@@ -198,6 +198,7 @@ def match_weights(
     check_models(model_a, model_b)
     if spec is None:
         spec = derive_spec(model_a, model_b, data)
+    spec.check_state(model_a.state_dict())
     only = [group.name for group in spec.groups] if only is None else [only] if isinstance(only, str) else list(only)
     for name in only:
         spec[name]  # a KeyError lists the groups

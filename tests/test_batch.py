@@ -11,7 +11,7 @@ import needs
 import pytest
 from small_notebooks import NAME, write_notebook
 
-from companion.figures import report
+from companion.figures import gallery, report
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,6 +50,51 @@ def test_execute_publishes_what_a_notebook_saves(project, capsys):
     assert f"smoke/{NAME}.html" in batch.summarize("smoke", notebooks=[NAME])
     (root / "repair" / "fig2_left.png").unlink()
     assert needs.read_done(NAME, "smoke") is None  # so that the batch makes it again
+
+
+def test_files_that_are_not_as_they_were_made_are_made_again(project, capsys):
+    path = str(project / "notebooks" / f"{NAME}.py")
+    assert batch.main([path, "--scale", "smoke"]) == 0
+    root = report.figures_root() / "smoke"
+    picture, table = root / "repair" / "fig2_left.png", root / "repair" / "sec3_theory.json"
+    done = root / f"{NAME}.done.json"
+    other = {**json.loads(done.read_text()), "notebook": "repair/04_repair"}
+    damages = {
+        picture: [picture.read_bytes()[:-9], (root / "repair" / "sec3_theory.png").read_bytes() + b" ", b""],
+        table: [table.read_bytes()[:50], b"[]", (root / "repair" / "fig2_left.json").read_bytes()],
+        done: [done.read_bytes()[:70], b"[]", b"{}", b"\xff\xfe", json.dumps(other).encode()],
+    }
+    for file, contents_of_others in damages.items():
+        good = file.read_bytes()
+        for content in contents_of_others:
+            file.write_bytes(content)
+            assert needs.read_done(NAME, "smoke") is None
+            gallery.write_gallery()  # shows what there is, and says what is damaged
+        file.write_bytes(good)
+        assert needs.read_done(NAME, "smoke") is not None
+    error = capsys.readouterr().err
+    assert f"{table} is damaged (" in error and f"{table} is not the result of an item" in error
+    assert f"{table} is repair/fig2-left at smoke, not repair/sec3-theory at smoke" in error
+    assert error.count("make figures SCALE=smoke makes it again") == 3
+
+    (root / "environment.json").write_text("{")
+    table.write_text("{")
+    assert batch.main([path, "--scale", "smoke", "--if-needed"]) == 0
+    assert f"{root / 'environment.json'} is damaged" in capsys.readouterr().err
+    assert needs.read_done(NAME, "smoke") and NAME in json.loads((root / "environment.json").read_text())
+
+
+def test_a_notebook_that_was_interrupted_has_not_failed(project):
+    partial = project / "build" / "smoke" / f"{NAME}.partial.ipynb"
+    partial.parent.mkdir(parents=True)
+    cells = [{"outputs": [{"output_type": "stream"}]}, {}]
+    for content in (json.dumps({"cells": cells}), "", "{"):
+        partial.write_text(content)
+        text = batch.summarize("smoke", notebooks=[NAME])
+        assert f"{NAME}" in text and "interrupted" in text and "failed" not in text
+    cells[1] = {"outputs": [{"output_type": "error"}]}
+    partial.write_text(json.dumps({"cells": cells}))
+    assert "failed: see " in batch.summarize("smoke", notebooks=[NAME])
 
 
 def test_a_failed_run_leaves_earlier_results_and_shows_the_cell(project, capsys):

@@ -202,6 +202,52 @@ def test_imagenets_own_folders(root):
         load("shapes@32", root)
 
 
+def test_hidden_folders_are_no_classes(root):
+    (root / "shapes" / "train" / ".ipynb_checkpoints").mkdir()
+    assert load("shapes@32", root).classes == 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_is_no_image_is_reported(root, kind):
+    path = root / "shapes" / "train" / "class1" / "more"
+    if kind == "folder":
+        path.mkdir()
+        words = "is a folder: images lie in their class's folder itself"
+    else:
+        path.symlink_to("nowhere.png")
+        words = "is a link to nothing"
+    with pytest.raises(DataMissing, match=f"{path} {words}"):
+        load("shapes@32", root)
+
+
+def test_half_a_folder_says_which_half_it_lacks(root):
+    (root / "shapes" / "test").rename(root / "elsewhere")
+    with pytest.raises(ValueError, match=r"shapes has train/ and neither test/ nor val/; it needs two halves"):
+        load("shapes@32", root)
+
+
+def test_grey_images_of_16_bits_keep_their_range(tmp_path):
+    values = np.array([[0, 257, 300, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    assert np.asarray(folders._open(str(tmp_path / "grey.png"))).tolist() == [[0, 1, 1, 128, 255]]
+
+
+def test_cameras_notes_of_how_they_were_held_are_followed(tmp_path):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    notes = Image.Exif()
+    notes[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=notes)
+    upright = folders._open(str(tmp_path / "turned.png"))
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(image), -1))
+
+
+def test_an_image_that_is_too_large_is_named(tmp_path, monkeypatch):
+    Image.new("L", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataMissing, match=r"large\.png is not a readable image .*decompression bomb"):
+        folders._open(str(tmp_path / "large.png"))
+
+
 def test_images_of_several_sizes_are_only_streamed(root):
     with pytest.raises(DataMissing, match=r"resize all images of .*shapes to one size, or .*: shapes@"):
         load("shapes", root)

@@ -1,6 +1,7 @@
 """The jobs of `make figures`: which, in which order, how far they are; and that they make what is missing, no more."""
 
 import io
+import json
 import math
 import os
 import subprocess
@@ -120,6 +121,79 @@ def test_bad_questions_are_answered(project, capsys):
     assert "the nearest is 'repair/03_variance_collapse'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value", "words"), [
+    ("--cores", "two", "CORES is how many jobs run at a time, 1 or more, or all, not 'two'"),
+    ("--cores", "0", "CORES is how many jobs"),
+    ("--gpu-jobs", "x", "GPU_JOBS is how many jobs run at a time, 1 or more, not 'x'"),
+    ("--quiet", "foo", "unknown value of QUIET 'foo'"),
+    ("--gpus", "yes", "unknown value of GPUS 'yes'"),
+    ("--scale", "", "unknown scale ''"),
+    ("--profile", "nowhere", "PROFILE is the folder of a Snakemake profile, and nowhere/config.yaml is not there"),
+])  # fmt: skip
+def test_settings_that_are_none_end_in_one_line(project, capsys, option, value, words):
+    assert jobs.main([option, value]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith(f"ValueError: {words}") and error.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(("name", "value"), [("DEVICE", "gpu"), ("THREADS", "many"), ("SAVE_MINUTES", "soon")])
+def test_environment_variables_that_say_nothing_end_in_one_line(tmp_path, name, value):
+    environment = os.environ | {f"REPAIRLIB_{name}": value}
+    command = [sys.executable, "-m", "companion.runs.store", "--root", str(tmp_path), "train", SMALL.format(1)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and result.stderr.startswith(f"ValueError: REPAIRLIB_{name} is ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_executor_that_is_not_installed_is_named(project, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("executor: some-cluster")
+    assert jobs.main(["--profile", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    if sys.version_info >= (3, 11):
+        assert error.strip().endswith("-m pip install snakemake-executor-plugin-some-cluster")
+    else:
+        assert "a cluster needs Python 3.11" in error
+
+
+def test_what_a_job_asks_for():
+    job = jobs.Job("digits/mlp2-bn-w8/smoke/s1", 600.0, ["digits/mlp2-bn-w8/smoke/s1"])
+    asked = job.described("paper", gpu=True)
+    assert (asked["gpu"], asked["cpus"], asked["mem_mb"], asked["runtime"]) == (1, 4, 32000, 60)
+    job.seconds = math.nan
+    asked = job.described("smoke", gpu=False)
+    assert (asked["gpu"], asked["cpus"], asked["mem_mb"], asked["runtime"]) == (0, 1, 3000, 24 * 60)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Snakemake 7 has no --target-jobs")
+def test_a_node_reads_the_graph_that_the_planner_has_written(tmp_path):
+    """When some jobs are done, a node is told to do one by its name, and must find that one."""
+    copy_tree(tmp_path)
+    names = [f"digits/mlp2-bn-w8/smoke~lr0.0{seed}~init=uniform/s{seed}" for seed in (1, 2, 3, 4)]
+    found = [jobs.Job(name, 1.0, [name], priority=9 - i) for i, name in enumerate(names)]
+    found.append(jobs.Job(NAME, 1.0, [], [job.key for job in found]))
+    plan = tmp_path / "build" / "plan.json"
+    plan.parent.mkdir()
+    described = {job.key: job.described("smoke", gpu=True) for job in found}
+    plan.write_text(json.dumps({"scale": "smoke", "items": [], "jobs": described}))
+    for job in found[:2]:
+        (plan.parent / f"{job.key}.done").parent.mkdir(parents=True, exist_ok=True)
+        (plan.parent / f"{job.key}.done").touch()
+
+    def dry_run(*options):
+        command = [sys.executable, "-m", "snakemake", "-n", "-p", "--nolock", "--cores", "1", *options]
+        command += ["--rerun-triggers", "mtime", "--config", f"plan={plan}"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    for name in names[2:]:
+        out = dry_run("--target-jobs", f"train:name={name}")
+        assert f"companion.runs.store train {name}" in out.replace("'", "") and "gpu=1" in out
+        assert all(f"store train {other}" not in out.replace("'", "") for other in names if other != name)
+    out = dry_run("--set-resources", "train:mem_mb=7777", "train:gpu=0")
+    assert out.count(" mem_mb=7777,") == 2 and out.count(" gpu=0,") == 2 and out.count(" gpu=1,") == 1
+
+
 def test_the_batch_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     copy_tree(tmp_path)
     runs = '["digits/mlp1-bn-w4/smoke/s1"]'
@@ -144,7 +218,7 @@ def test_the_batch_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch)
     weights = Path(os.environ["REPAIRLIB_RUNS"]) / "digits/mlp1-bn-w4/smoke/s1/model.safetensors"
     trained = weights.stat().st_mtime_ns
 
-    write_notebook(tmp_path, name="broken")
+    write_notebook(tmp_path, runs, name="broken")  # saves the same files as the others, with the same content
     (tmp_path / "notebooks" / "failing.py").unlink()
     path = tmp_path / "companion" / "figures" / "report.py"  # which all import
     path.touch()

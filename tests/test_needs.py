@@ -226,7 +226,8 @@ def store(run, digest):
     """A stored run, as far as contents are concerned."""
     folder = Store().path(run)
     folder.mkdir(parents=True, exist_ok=True)
-    info = dict.fromkeys(("recipe", "shape", "classes", "metrics")) | {"sha256": digest}
+    info = {"run": run, "sha256": digest, "recipe": {}, "shape": [], "classes": 10, "metrics": {}}
+    info |= {"seconds": 1.0, "device": "cpu"}
     (folder / "run.json").write_text(json.dumps(info))
 
 
@@ -240,6 +241,7 @@ def test_a_notebook_is_up_to_date_until_what_it_saw_changes(project):
     def done(items="", **more):
         saw = {"code": needs.code_digest(path)} | needs.contents(need["runs"], need["reads"], "smoke") | more
         content = {"items": ["repair/sec3-theory"], "files": ["repair/sec3_theory.json"], "saw": {items: saw}}
+        content |= {"notebook": NAME, "scale": "smoke", "seconds": 1.0, "device": "cpu"}
         target = report.figures_root() / "smoke" / f"{NAME}.done.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(content))
@@ -269,6 +271,12 @@ def test_a_notebook_is_up_to_date_until_what_it_saw_changes(project):
     assert fresh()
     text = path.read_text()
     path.write_text(text + "# edited")
+    assert not fresh()
+    path.write_text(text)
+    os.utime(path, (2**33, 2**33))  # a clock that was wrong
+    assert fresh()
+    path.write_text(text + "# edited")
+    os.utime(path, (0, 0))
     assert not fresh()
     path.write_text(text)
     (report.figures_root() / "smoke" / "repair" / "sec3_theory.json").unlink()

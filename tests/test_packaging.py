@@ -34,5 +34,7 @@ def test_the_companion_is_another_distribution():
 def test_every_dependency_is_pinned():
     settings = read("pyproject.toml")["project"]
     direct = names(settings["dependencies"]).union(*map(names, settings["optional-dependencies"].values()))
-    lines = (project_root() / "requirements.txt").read_text().splitlines()
-    assert direct - {"repairlib"} <= names(line for line in lines if not line.startswith("#"))
+    text = (project_root() / "requirements.txt").read_text()
+    pins = re.findall(r"^\w.*(?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)+$", text, re.MULTILINE)
+    assert direct - {"repairlib"} <= names(pins)
+    assert len(pins) == len(re.findall(r"^\w", text, re.MULTILINE))  # pip wants hashes of all or of none

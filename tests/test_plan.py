@@ -39,7 +39,14 @@ def write_done(name, scale, seconds, items=(), device=DEVICE):
     for file, runs in dict(items).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps({"runs": runs}))
-    done = {"notebook": name, "items": [], "files": list(dict(items)), "seconds": seconds, "device": device}
+    done = {
+        "notebook": name,
+        "scale": scale,
+        "items": [],
+        "files": list(dict(items)),
+        "seconds": seconds,
+        "device": device,
+    }
     (folder / f"{name}.done.json").parent.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.done.json").write_text(json.dumps(done))
 
@@ -137,6 +144,16 @@ def test_imported_runs_are_not_trained(project):
     assert line(text, "digits/")[1:] == ["to", "import", "0", "0", "s"]
     assert line(text, "Networks to train")[3:] == ["0", "of", "1", "0", "s"]
     assert "Not in these sums: 1 to import" in text
+
+
+def test_planning_changes_nothing(project, tmp_path, capsys):
+    def tree():
+        roots = [tmp_path, Store().root, report.figures_root()]
+        return {path: path.stat().st_mtime_ns for root in roots for path in [root, *root.rglob("*")] if path.exists()}
+
+    before = tree()
+    assert plan.main(["--scale", "smoke"]) == 0 and "Nothing is made now" in capsys.readouterr().out
+    assert tree() == before
 
 
 def test_bad_questions_are_answered(project, capsys):

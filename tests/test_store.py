@@ -3,6 +3,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -205,7 +207,7 @@ def truncate_sidecar(path):
 
 def scalar_sidecar(path):
     (path / storing.SIDECAR).write_text("3")
-    return path / storing.SIDECAR, "is not valid JSON"
+    return path / storing.SIDECAR, "is not the sidecar of a run"
 
 
 def binary_sidecar(path):
@@ -215,7 +217,17 @@ def binary_sidecar(path):
 
 def partial_sidecar(path):
     (path / storing.SIDECAR).write_text("{}")
-    return path / storing.SIDECAR, "lacks classes, metrics, recipe, sha256, shape"
+    return path / storing.SIDECAR, "lacks classes, metrics, recipe, run, sha256, shape, seconds, device, or has"
+
+
+def altered_sidecar(words, **changes):
+    """A sidecar that something else has written into."""
+
+    def damage(path):
+        edit(path, **changes)
+        return path / (storing.WEIGHTS if "shape" in changes else storing.SIDECAR), words
+
+    return damage
 
 
 def foreign_content(content, words):
@@ -239,10 +251,54 @@ DAMAGES = {
     "truncated": truncate, "empty": empty, "one bit": flip_a_bit, "no weights": lose_weights,
     "no sidecar": lose_sidecar, "cut sidecar": truncate_sidecar, "scalar": scalar_sidecar, "binary": binary_sidecar,
     "partial": partial_sidecar,
+    "list for recipe": altered_sidecar("lacks recipe, or has something else in its place", recipe=[]),
+    "word for a number": altered_sidecar("lacks seconds, or has something else", seconds="long"),
+    "word for a metric": altered_sidecar("has a metric that is no number", metrics={"test_accuracy": "good"}),
+    "wrong shape": altered_sidecar("does not fit the model", shape=["wide"]),
+    "other seed": altered_sidecar("is of another run, .*/s2, and not of .*/s1", run=RUN.replace("s1", "s2")),
+    "other data": altered_sidecar("is of another run", run=RUN.replace("digits", "digits-hard")),
     "no safetensors": foreign_content(b"not weights at all", "does not fit the model mlp2-plain-w16"),
     "other network": foreign_content(safetensors.torch.save({"fc9.bias": torch.ones(2)}), "does not fit.*fc9.bias"),
     "not finite": foreign_content(with_nan(), "holds non-finite values in fc2.weight"),
 }  # fmt: skip
+
+
+def test_a_folder_of_another_run_under_this_name_is_refused(store):
+    """As left by somebody who has copied or renamed folders by hand."""
+    other = RUN.replace("s1", "s2")
+    store.get(other, train_device="cpu", progress=False)
+    shutil.copytree(store.path(other), store.path(RUN))
+    with pytest.raises(CorruptCheckpoint, match=f"is of another run, {other}, and not of {RUN}"):
+        store.load(RUN)
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "file above"])
+def test_what_lies_where_a_run_belongs_is_found_before_training(store, kind, monkeypatch):
+    monkeypatch.setattr(storing, "train", lambda *_, **__: pytest.fail("it is trained in vain"))
+    place = store.path(RUN).parent if kind == "file above" else store.path(RUN)
+    place.parent.mkdir(parents=True)
+    if kind == "link to nothing":
+        place.symlink_to(place.parent / "nowhere")
+    else:
+        place.write_text("")
+    with pytest.raises(FileExistsError, match=f"{re.escape(str(place))} is a file, or a link to nothing: move it away"):
+        store.get(RUN, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["/mlp2-plain-w16/smoke/s1", "../mlp2-plain-w16/smoke/s1", "./mlp2-plain-w16/smoke/s1"]
+)
+def test_run_names_do_not_leave_the_store(store, name):
+    for ask in (store.path, store.has, store.load, store.get, store.delete):
+        with pytest.raises(ValueError, match="unknown data set"):
+            ask(name)
+
+
+def test_a_network_of_another_number_of_threads_is_not_served_silently(store, monkeypatch):
+    store.get(RUN, train_device="cpu", progress=False)
+    monkeypatch.setenv("REPAIRLIB_THREADS", "2")
+    with pytest.warns(UserWarning, match=f"run {RUN} was trained with 1 threads, and REPAIRLIB_THREADS is 2 now"):
+        store.load(RUN)
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -588,6 +644,23 @@ def test_import_stores_the_network_with_its_metrics_and_source(store, tmp_path, 
     path, _ = flip_a_bit(store.path(IMPORTED))
     with pytest.raises(CorruptCheckpoint, match=f"{path} was altered.* and import it again$"):
         store.get(IMPORTED)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"fc1.weight": torch.ones(16, 256, dtype=torch.int8)}, "fc1.weight as torch.int8, and weights are floating"),
+    ({"fc1.weight": torch.ones(16, 256, dtype=torch.bool)}, "fc1.weight as torch.bool"),
+    ({"fc1.weight": torch.ones(16, 256, dtype=torch.complex64)}, "fc1.weight as torch.complex64"),
+])  # fmt: skip
+def test_weights_that_are_no_real_numbers_are_not_imported(store, tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        store.add(IMPORTED, write_state(tmp_path / "x.safetensors", change))
+
+
+def test_negative_variances_are_not_imported(store, tmp_path):
+    name = "digits/vgg11-bn-w0.125/imported/s1"
+    file = write_state(tmp_path / "x.safetensors", {"bn3.running_var": -torch.ones(32)}, name=name)
+    with pytest.raises(ValueError, match=r"has negative variances in bn3.running_var"):
+        store.add(name, file)
 
 
 def test_import_without_evaluation_or_counts_of_batches(store, tmp_path):

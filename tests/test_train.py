@@ -522,8 +522,18 @@ def test_progress_bar_with_time_left_on_a_terminal(monkeypatch, capsys):
 
 
 def test_default_device(monkeypatch):
-    monkeypatch.setenv("REPAIRLIB_DEVICE", "meta")
-    assert training.default_device() == "meta"
+    monkeypatch.setenv("REPAIRLIB_DEVICE", "mps")
+    assert training.default_device() == "mps"
+    for wrong in ("gpu", "cuda:", "CPU", "cuda0"):
+        monkeypatch.setenv("REPAIRLIB_DEVICE", wrong)
+        with pytest.raises(
+            ValueError, match=r"REPAIRLIB_DEVICE is cpu, cuda, cuda:0 \(or another number\) or mps, not"
+        ):
+            training.default_device()
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("REPAIRLIB_DEVICE", "cuda:1")
+        with pytest.raises(ValueError, match="REPAIRLIB_DEVICE is cuda:1, and PyTorch finds no GPU here"):
+            training.default_device()
     monkeypatch.delenv("REPAIRLIB_DEVICE")
     assert training.default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
 

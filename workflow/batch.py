@@ -37,6 +37,9 @@ from companion.runs.files import atomic_write
 PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_NETWORKS", "REPAIRLIB_DATA")
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
+# Errors whose message says what is wrong and the way out, so that nobody needs to see where they came from.
+SAYS_ALL = ("CorruptCheckpoint", "StaleRun", "DataMissing", "DivergedError", "FileExistsError", "OSError")
+
 
 class NotebookFailed(Exception):
     """A cell of a notebook raised, or its kernel died; the message holds the cell's traceback."""
@@ -133,9 +136,21 @@ def _errors(notebook: Any) -> tuple[list[str], list[str]]:
             if output.output_type == "error":
                 if "check" in cell.metadata.get("tags", []):
                     checks.append(f"{output.ename}: {output.evalue}".strip(": "))
+                elif output.ename in SAYS_ALL:
+                    others.append(f"{output.ename}: {output.evalue}")
                 else:
                     others.append("\n".join([cell.source, "-" * 20, *output.traceback]))
     return checks, others
+
+
+def _has_failed(partial: Path) -> bool:
+    """Whether a cell of a notebook that did not come to its end has raised; else it was interrupted."""
+    try:
+        cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        return any(output["output_type"] == "error" for output in outputs)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _html(notebook: Any, name: str) -> str:
@@ -174,6 +189,7 @@ def _publish(
         "scale": scale,
         "items": sorted(record["item"] for record in records),
         "files": [path.relative_to(staging / scale).as_posix() for path in staged],
+        "sha256": {path.relative_to(staging / scale).as_posix(): needs.digest_of(path) for path in staged},
         "seconds": round(seconds, 1),
         "checks": checks,
         "device": where["device"],
@@ -183,6 +199,7 @@ def _publish(
     earlier = needs.read_done(name, scale) if items else None  # a run for some items leaves the others in place
     merged = {key: sorted({*done[key], *earlier[key]}) for key in ("items", "files")} if earlier else {}
     if earlier:  # what was made from other code is no longer all there
+        merged["sha256"] = earlier.get("sha256", {}) | done["sha256"]
         same = {key: then for key, then in earlier.get("saw", {}).items() if then["code"] == saw["code"]}
         merged["saw"] = same | done["saw"]
     for path in staged:
@@ -191,10 +208,22 @@ def _publish(
         os.replace(path, target)
     path = root / scale / "environment.json"
     with filelock.FileLock(root / ".staging" / "environment.lock"):  # one file for all notebooks
-        environments = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        environments = _read_environments(path)
         _write_json(path, dict(sorted((environments | {name: where}).items())))
     _write_json(root / scale / f"{name}.done.json", done | merged)
     return done
+
+
+def _read_environments(path: Path) -> dict[str, Any]:
+    """Where each notebook was executed; what is damaged is left out, and written again by the next execution."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        print(f"{path} is damaged ({error}), and written anew", file=sys.stderr)
+        return {}
+    return {name: each for name, each in found.items() if isinstance(each, dict)} if isinstance(found, dict) else {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -311,17 +340,20 @@ def summarize(
     for name in notebooks:
         done = needs.read_done(name, scale)
         partial = project_root() / "build" / scale / f"{name}.partial.ipynb"
+        began, failed = partial.exists(), _has_failed(partial)
         notes = []
         if done:
             made |= {*done["items"]}
             notes.append(", ".join(item.partition("/")[2] for item in done["items"]))
             if (root / scale / f"{name}.done.json").stat().st_mtime < since:
-                notes.append("(of before)" if partial.exists() or name in errors else "(up to date)")
+                notes.append("(of before)" if began or name in errors else "(up to date)")
             notes += ["a check failed"] * bool(done.get("checks"))
         if name in errors:
             notes.append(f"failed: {errors[name]}")
-        elif partial.exists():
+        elif failed:
             notes.append(f"failed: see {relative(partial, Path.cwd())}")
+        elif began:
+            notes.append("interrupted")
         if notes:
             lines.append(f"  {name:30} {duration(done['seconds']) if done else '':>12}  {'  '.join(notes)}".rstrip())
     head = f"{scale}: {len(made & {*asked})} of {len(asked)} items" if asked else scale
@@ -367,6 +399,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -1,6 +1,7 @@
 """Make all figures of a scale: what is missing, in which order, and how far it is.
 
     python workflow/jobs.py --scale quick [--notebooks "repair/04_repair"] [--items "repair/fig3-left"] [--cores 4]
+    python workflow/jobs.py --scale paper --profile workflow/profiles/slurm
 
 This plans the jobs, lets Snakemake run them (see the Snakefile), and meanwhile says in one line what is being made, how
 much is done and about how long is left. The notebooks that are soonest there come first, each with its trainings, so
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -32,17 +34,23 @@ from typing import Any, TextIO
 import batch
 import needs
 import psutil
+import yaml
 
 from companion.experiments.scales import SCALES
 from companion.figures import gallery, report
 from companion.runs import costs, train
 from companion.runs.data import project_root
 from companion.runs.store import Store
+from repairlib.names import check
 
 START = 4.0  # seconds that a job takes to import PyTorch
 # Seconds up to which trainings share a job, as starting one takes seconds, too: before the first pictures, and after.
 TOGETHER_SOON, TOGETHER = 15.0, 240.0
+GALLERY = 120.0  # seconds from one gallery to the next, as it takes a second to write
 SOON = 3  # notebooks that come before all others, because they are soonest there
+# MB that a job asks a cluster for. Measured peaks: 1 GB for a training at smoke, 2 GB for a notebook at quick.
+MEMORY = {"smoke": 3_000, "quick": 4_000, "fast": 12_000, "paper": 32_000}
+DAY = 24 * 60  # minutes, the most that a job asks for. A training that needs more goes on in the next.
 PASSES = 20  # passes over test and calibration images in a notebook that was never executed: the median at quick
 
 
@@ -68,6 +76,12 @@ class Job:
     def key(self) -> str:
         """What its stamp is called."""
         return f"{'train' if self.runs else 'notebook'}/{self.name}"
+
+    def described(self, scale: str, gpu: bool) -> dict[str, Any]:
+        """What the Snakefile has to know, with what the job asks a cluster for: memory in MB, time in minutes."""
+        minutes = DAY if math.isnan(self.seconds) else min(30 + math.ceil(3 * self.seconds / 60), DAY)
+        asks = {"gpu": int(gpu), "cpus": 4 if gpu else 1, "mem_mb": MEMORY[scale], "runtime": minutes}
+        return {"runs": self.runs, "after": self.after, "priority": self.priority} | asks
 
 
 # -------------------------------------------------------------------------------------------------------------- plan
@@ -303,8 +317,10 @@ def make(
     items: str = "",
     *,
     cores: str = "all",
-    gpu_jobs: int = 1,
+    gpu_jobs: str = "1",
     quiet: str = "all",
+    profile: str = "",
+    gpus: str = "auto",
     options: str = "",
 ) -> int:
     """Make what is missing; returns 0 if everything is there, 1 if something failed.
@@ -314,34 +330,44 @@ def make(
         cores: jobs at the same time, "all" for one on each core.
         gpu_jobs: how many of them may share the GPU.
         quiet: what Snakemake leaves unsaid: "all", or "progress" for its own messages.
-        options: more options for Snakemake, such as those of a cluster.
+        profile: folder of a Snakemake profile, which says how jobs reach a cluster; empty to run them here.
+        gpus: "1" if every job asks for a GPU, "0" if none does; "auto" is 1 at fast and paper on a cluster, and here if
+            this machine has one.
+        options: more options for Snakemake.
 
     Raises:
-        ValueError: unknown scale, notebook or item.
+        ValueError: unknown scale, notebook, item or setting, or a profile that cannot be used.
     """
     began = time.time()
+    check(gpus, ("auto", "0", "1"), "value of GPUS")
+    check(quiet, ("all", "progress", "rules"), "value of QUIET")
+    device = train.default_device()
+    workers = jobs_at_a_time(cores, gpu_jobs, device)
+    if profile:
+        _check_profile(Path(profile))
+        os.environ.setdefault("REPAIRLIB_TRAIN", "1")  # this machine may have no GPU, but the nodes do
     wanted, need = needs.find_needs(scale, notebooks, items)
     errors = {name: each["error"] for name, each in need.items() if each["error"]}
     screen = Screen(sys.stdout)
     for error in errors.values():
         screen.say(error, sys.stderr)
     screen.status(f"{scale}: looking what is missing")
-    device = train.default_device()
     jobs = plan_jobs(scale, wanted, need, device)
-    workers = (os.cpu_count() or 1) if cores == "all" else int(cores)
-    workers = min(workers, gpu_jobs) if device.startswith("cuda") else workers
     status = 0
     if jobs:
         folder = project_root() / "build" / "jobs"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{scale}-", dir=folder) as stamps:
             plan = Path(stamps) / "plan.json"
-            described = {job.key: {"runs": job.runs, "after": job.after, "priority": job.priority} for job in jobs}
-            gpu = int(shutil.which("nvidia-smi") is not None)
-            plan.write_text(json.dumps({"scale": scale, "items": wanted, "gpu": gpu, "jobs": described}))
-            command = [sys.executable, "-m", "snakemake", "--cores", cores, "--resources", f"gpu={gpu_jobs}"]
-            command += ["--keep-going", "--nolock", "--drop-metadata", "--rerun-triggers", "mtime"]
-            command += ["--scheduler", "greedy", "--quiet", quiet, "--config", f"plan={plan}", *shlex.split(options)]
+            gpu = scale in ("fast", "paper") if profile else shutil.which("nvidia-smi") is not None
+            gpu = gpu if gpus == "auto" else gpus == "1"
+            described = {job.key: job.described(scale, gpu) for job in jobs}
+            plan.write_text(json.dumps({"scale": scale, "items": wanted, "jobs": described}))
+            command = [sys.executable, "-m", "snakemake"]
+            command += ["--profile", profile] if profile else ["--cores", cores, "--resources", f"gpu={gpu_jobs}"]
+            command += ["--keep-going", "--nolock", "--drop-metadata", "--rerun-incomplete"]
+            command += ["--rerun-triggers", "mtime", "--scheduler", "greedy", "--quiet", quiet]
+            command += ["--config", f"plan={plan}", *shlex.split(options)]
             progress = Progress(jobs, Path(stamps), workers)
             screen.say(f"{scale}: {progress.line(began)}")
             status = _follow(command, progress, screen, show=quiet != "all")
@@ -359,6 +385,39 @@ def make(
     return int(failed)
 
 
+def jobs_at_a_time(cores: str, gpu_jobs: str, device: str) -> int:
+    """How many jobs run at the same time.
+
+    Args:
+        cores: on a CPU; "all" for one on each core.
+        gpu_jobs: at most on a GPU.
+        device: where they run.
+
+    Raises:
+        ValueError: a number is none, or less than 1.
+    """
+    for name, value in {"CORES": cores, "GPU_JOBS": gpu_jobs}.items():
+        if not (value.isdecimal() and int(value) > 0) and (name, value) != ("CORES", "all"):
+            also = ", or all" if name == "CORES" else ""
+            raise ValueError(f"{name} is how many jobs run at a time, 1 or more{also}, not {value!r}")
+    number = (os.cpu_count() or 1) if cores == "all" else int(cores)
+    return min(number, int(gpu_jobs)) if device.startswith("cuda") else number
+
+
+def _check_profile(folder: Path) -> None:
+    """Raise ValueError, which says the way out, if Snakemake could not use a profile."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"PROFILE is the folder of a Snakemake profile, and {file} is not there; see docs/cluster.md")
+    if sys.version_info < (3, 11):
+        raise ValueError("a cluster needs Python 3.11 or newer, as Snakemake 7 for Python 3.10 has no executor plugins")
+    executor = (yaml.safe_load(file.read_text()) or {}).get("executor", "")
+    module = f"snakemake_executor_plugin_{executor.replace('-', '_')}"
+    if executor not in ("", "local") and importlib.util.find_spec(module) is None:
+        raise ValueError(f"{file} sends jobs to {executor}, and Snakemake's plugin for it is not installed: "
+                         f"{sys.executable} -m pip install snakemake-executor-plugin-{executor}")  # fmt: skip
+
+
 def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) -> int:
     """Run Snakemake, pass on what the jobs say, and show how far it is; returns its exit status."""
     process = subprocess.Popen(
@@ -371,6 +430,7 @@ def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) 
     ]
     for reader in readers:
         reader.start()
+    finished, written = False, -math.inf
     try:
         while any(reader.is_alive() for reader in readers) or not lines.empty():
             try:
@@ -380,8 +440,10 @@ def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) 
                     screen.say(text, out)
             except queue.Empty:
                 pass
-            if any(key.startswith("notebook/") for key in progress.look()):
+            finished |= any(key.startswith("notebook/") for key in progress.look())
+            if finished and time.monotonic() - written > GALLERY:
                 gallery.write_gallery()  # so that whoever has it open sees more and more
+                finished, written = False, time.monotonic()
             screen.status(progress.line(time.time()))
         return process.wait()
     except KeyboardInterrupt:
@@ -410,16 +472,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--notebooks", default="", help="names of notebooks, by default all")
     parser.add_argument("--items", default="", help="names of items, by default all")
     parser.add_argument("--cores", default="all", help="jobs at the same time")
-    parser.add_argument("--gpu-jobs", default=1, type=int, help="how many of them may share the GPU")
+    parser.add_argument("--gpu-jobs", default="1", help="how many of them may share the GPU")
     parser.add_argument("--quiet", default="all", help="what Snakemake leaves unsaid; `progress` shows its messages")
-    parser.add_argument("--snakemake", default="", help="more options for Snakemake, such as those of a cluster")
+    parser.add_argument("--profile", default="", help="folder of the Snakemake profile of a cluster; default: run here")
+    parser.add_argument("--gpus", default="auto", help="whether each job asks for a GPU: 1, 0, or auto")
+    parser.add_argument("--snakemake", default="", help="more options for Snakemake")
     options = parser.parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return make(
             options.scale, options.notebooks, options.items, cores=options.cores, gpu_jobs=options.gpu_jobs,
-            quiet=options.quiet, options=options.snakemake,
+            quiet=options.quiet, profile=options.profile, gpus=options.gpus, options=options.snakemake,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

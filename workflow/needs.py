@@ -222,7 +222,7 @@ def code_digest(path: str | Path) -> str:
 
 def contents(runs: list[str], reads: list[str], scale: str) -> dict[str, dict[str, str]]:
     """Digests of the weights of runs and of the numbers in items, by name; "" for what is not there."""
-    store, outputs = Store(), {name: entry["output"] for name, entry in report.read_index().items()}
+    store = Store()
     found: dict[str, dict[str, str]] = {"runs": {}, "reads": {}}
     for run in runs:
         try:
@@ -230,23 +230,38 @@ def contents(runs: list[str], reads: list[str], scale: str) -> dict[str, dict[st
         except (OSError, ValueError, RuntimeError):  # missing or damaged
             found["runs"][run] = ""
     for item in reads:
-        path = report.figures_root() / scale / f"{outputs[item]}.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            record = report.load_item(item, scale, report.figures_root())
+        except (OSError, ValueError):  # missing or damaged
+            record = None
         numbers = record and json.dumps([record["summary"], record["table"]], sort_keys=True)
         found["reads"][item] = hashlib.sha256(numbers.encode()).hexdigest() if numbers else ""
     return found
 
 
 def read_done(name: str, scale: str) -> dict[str, Any] | None:
-    """What the notebook's last run at `scale` made, or None if there was none or its files are not all there."""
+    """What the notebook's last run at `scale` made; None if there was none, or if a file is not as it left it.
+
+    So what was cut off, edited or replaced is made again.
+    """
     root, index = report.figures_root() / scale, report.read_index()
-    path = root / f"{name}.done.json"
-    if not path.exists():
+    try:
+        done = json.loads((root / f"{name}.done.json").read_text(encoding="utf-8"))
+        digests = done.get("sha256", {})
+        # An item whose output was renamed in the index is not there either.
+        files = {*done["files"], *(f"{index[item]['output']}.json" for item in done["items"] if item in index)}
+        whole = (done["notebook"], done["scale"]) == (name, scale) and all(
+            digests.get(file) in (None, digest_of(root / file)) for file in files
+        )
+        whole &= isinstance(done["seconds"], float | int) and isinstance(done["device"], str)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, damaged, or something else
         return None
-    done = json.loads(path.read_text(encoding="utf-8"))
-    # An item whose output was renamed in the index is not there either.
-    files = {*done["files"], *(f"{index[item]['output']}.json" for item in done["items"] if item in index)}
-    return done if all((root / file).exists() for file in files) else None
+    return done if whole else None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def key_of(name: str, items: str) -> str:

@@ -13,12 +13,11 @@ import argparse
 import functools
 import itertools
 import math
-import os
 import sys
 from collections.abc import Iterable
 
 import needs
-from jobs import START, due, notebook_seconds
+from jobs import START, due, jobs_at_a_time, notebook_seconds
 
 from companion.figures import report
 from companion.runs import train
@@ -133,12 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--notebooks", default="", help="names of notebooks, by default all")
     parser.add_argument("--items", default="", help="names of items, by default all")
     parser.add_argument("--cores", default="all", help="jobs at a time where networks are trained on the CPU")
-    parser.add_argument("--gpu-jobs", default=1, type=int, help="jobs at a time on a GPU")
+    parser.add_argument("--gpu-jobs", default="1", help="jobs at a time on a GPU")
     options = parser.parse_args(arguments)
-    jobs = (os.cpu_count() or 1) if options.cores == "all" else int(options.cores)
-    if train.default_device().startswith("cuda"):
-        jobs = min(jobs, options.gpu_jobs)
     try:
+        jobs = jobs_at_a_time(options.cores, options.gpu_jobs, train.default_device())
         print(plan(options.scale, options.notebooks, options.items, jobs=jobs))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

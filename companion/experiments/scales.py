@@ -17,6 +17,11 @@ def by_scale(scale: str, *, smoke: Any, quick: Any, fast: Any, paper: Any) -> An
     return {"smoke": smoke, "quick": quick, "fast": fast, "paper": paper}[scale]
 
 
+def calibration_images(scale: str) -> int:
+    """Training images for matching and statistics: 5,000 suffice (Jordan et al. 2022, Sec. 4.2), 500 of the digits."""
+    return by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000)
+
+
 def check(name: str, known: Collection[str], kind: str) -> str:
     """The name if it is known; ValueError that names the nearest otherwise. Unlike `repairlib.names` without torch."""
     if name not in known:

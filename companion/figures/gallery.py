@@ -7,7 +7,6 @@ pictures, for whoever reads the repository on GitHub.
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from html import escape
@@ -61,7 +60,7 @@ def write_gallery() -> Path:
 def _section(item: str, entry: dict[str, Any], root: Path) -> str:
     """One item of the gallery."""
     paths = {scale: root / scale / f"{entry['output']}.json" for scale in scales.SCALES}
-    records = {s: json.loads(path.read_text(encoding="utf-8")) for s, path in paths.items() if path.exists()}
+    records = report.saved_items(item, scales.SCALES, root)
     notebook = project_root() / "notebooks" / f"{entry['notebook']}.ipynb"
     parts = [
         f'<section id="{escape(item)}"><h3>{escape(item)}</h3><p>{escape(entry["what"])}</p>',
@@ -194,7 +193,7 @@ def write_docs() -> Path:
             notebook = f"[{entry['notebook']}](../notebooks/{entry['notebook']}.ipynb)"
             lines.append(f"### {item}\n\n{entry['what']} The paper's {_place(entry)}; notebook {notebook}.")
             paths = {scale: root / scale / f"{entry['output']}.json" for scale in SHOWN}
-            records = {s: json.loads(path.read_text(encoding="utf-8")) for s, path in paths.items() if path.exists()}
+            records = report.saved_items(item, SHOWN, root)
             drawn = {scale: paths[scale].with_suffix(".png") for scale in records}
             drawn = {scale: path for scale, path in drawn.items() if path.exists()}
             names = {scale: f"{entry['output'].replace('/', '_')}{SUFFIXES[scale]}.png" for scale in drawn}

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from companion.runs.devices import cpu_name, default_device, device_name, tensor
 from companion.runs.files import atomic_write, project_root
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "safetensors")
+
+
+class DamagedResult(ValueError):
+    """The file of a saved item is cut off, or another's; the message names it and the way out."""
 
 
 def figures_root(root: str | Path | None = None) -> Path:
@@ -135,7 +140,8 @@ def load_item(item: str, scale: str, root: str | Path | None = None) -> dict[str
     root: another figures folder, see `figures_root`. A notebook that is executed in batch saves to a folder of its own,
     and finds what others have made in $REPAIRLIB_MADE.
 
-    Raises ValueError for an unknown item or scale, FileNotFoundError for one that has not been made.
+    Raises ValueError for an unknown item or scale, DamagedResult for a file that is cut off or another item's,
+    FileNotFoundError for one that has not been made.
     """
     index = read_index()
     output = index[check(item, index, "item")]["output"]
@@ -143,8 +149,45 @@ def load_item(item: str, scale: str, root: str | Path | None = None) -> dict[str
     paths = [Path(folder) / check_scale(scale) / f"{output}.json" for folder in roots]
     for path in paths:
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return _read_record(path, item, scale)
     raise FileNotFoundError(f"{item} has not been made ({paths[-1]}): make figures SCALE={scale} ITEMS={item}")
+
+
+def _read_record(path: Path, item: str, scale: str) -> dict[str, Any]:
+    """The JSON of an item; DamagedResult if it is not what `save_item` wrote for it."""
+    again = f"remove it, and make figures SCALE={scale} makes it again"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DamagedResult(f"{path} is damaged ({error}); {again}") from error
+    parts = {"item": str, "scale": str, "device": str, "seeds": list, "runs": list, "summary": dict, "table": list}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in parts.items()):
+        raise DamagedResult(f"{path} is not the result of an item; {again}")
+    if (record["item"], record["scale"]) != (item, scale):
+        raise DamagedResult(f"{path} is {record['item']} at {record['scale']}, not {item} at {scale}; {again}")
+    return record
+
+
+def saved_items(item: str, shown: Iterable[str], root: str | Path | None = None) -> dict[str, dict[str, Any]]:
+    """What is saved of an item, by scale; a file that is damaged is said to be, and left out.
+
+    shown: the scales to look at.
+    root: another figures folder, see `figures_root`.
+    """
+    found = {}
+    for scale in shown:
+        try:
+            found[scale] = load_item(item, scale, root)
+        except FileNotFoundError:
+            continue
+        except DamagedResult as error:
+            _say_once(str(error))
+    return found
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def environment(device: Any = "cpu") -> dict[str, Any]:

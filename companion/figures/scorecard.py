@@ -11,7 +11,7 @@ import pandas as pd
 
 from companion.experiments.scales import SCALES, check
 from companion.figures.claims import Claim, Finding, combine, repair, rethink
-from companion.figures.report import load_item
+from companion.figures.report import saved_items
 
 
 def claims(paper: str = "") -> dict[str, Claim]:
@@ -41,9 +41,7 @@ def judge(
     for item in claim.items:
         if items is not None and item not in items:
             continue
-        try:
-            record = load_item(item, scale, root)
-        except FileNotFoundError:
+        if (record := saved_items(item, [scale], root).get(scale)) is None:
             continue
         try:
             findings = claim.judge(pd.DataFrame(record["table"]), item) or [Finding("the table is empty", None)]

@@ -21,9 +21,9 @@ from companion.experiments.available import can_be_had, say_left_out
 from companion.experiments.grids import Grid
 from companion.experiments.pairs import Pair, pairs_of
 from companion.experiments.rows import rows, usual_renorm
-from companion.experiments.scales import SCALES, check_scale, wanted
+from companion.experiments.scales import SCALES, calibration_images, check_scale, wanted
 from companion.experiments.tables import Table, restore_ends
-from companion.figures.report import load_item, read_index, save_item
+from companion.figures.report import DamagedResult, load_item, read_index, save_item
 from companion.runs import costs
 from companion.runs.names import seeded
 
@@ -63,6 +63,11 @@ class Section:
         self._measured: dict[str, tuple[list[dict], float]] = {}
 
     @property
+    def calibration(self) -> int:
+        """Training images for matching and statistics."""
+        return self.grid.settings.get("calibration", calibration_images(self.scale))
+
+    @property
     def gone(self) -> list[str]:
         """Items that were asked for and lack too much to be made."""
         return [item for item in self.left_out if item not in self.items]
@@ -76,7 +81,7 @@ class Section:
             )
         if self.left_out:
             print(say_left_out(self.left_out, self.gone))
-        return pd.DataFrame({scale: _column(self._make(scale)) for scale in SCALES})
+        return pd.DataFrame({scale: _column(self._make(scale), scale) for scale in SCALES})
 
     def example(self, *runs: str, networks: int = 2) -> list[str]:
         """Names of the runs of some seeds of one network, to look at step by step.
@@ -121,7 +126,7 @@ class Section:
         """Whether an item that does without some runs has been made of all that it would be made of now, and more."""
         try:
             made = set(load_item(name, self.scale)["runs"]) if name in self.left_out else set()
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedResult):
             return False
         if more := made > set(self.grid.runs([name])):
             print(f"{name} was made of more networks than are here, and stays as it is.")
@@ -132,7 +137,7 @@ class Section:
 
         Args:
             networks: configurations, see `experiments.rows.rows`.
-            **how: matchings, renorms, alphas, ..., see there.
+            **how: matchings, renorms, alphas, ..., see there. `calibration` is the section's.
 
         Returns:
             The table. Its ``attrs["seconds"]`` says how long measuring it took, whenever that was.
@@ -143,7 +148,8 @@ class Section:
             key = repr((network["run"], seeds, sorted(how.items())))
             if key not in self._measured:
                 start = time.perf_counter()
-                measured = rows([{"run": network["run"]}], seeds, **how).to_dict("records")
+                given = {"calibration": self.calibration} | how
+                measured = rows([{"run": network["run"]}], seeds, **given).to_dict("records")
                 self._measured[key] = measured, time.perf_counter() - start
             columns = {name: value for name, value in network.items() if name != "seeds"}
             found += [columns | row for row in self._measured[key][0]]
@@ -173,13 +179,14 @@ class Section:
         Args:
             run: a run name without its seed.
             seeds: which; default those that the section's grid has of it.
-            **how: matching, its options and so on, see `experiments.pairs.load_pair`. `test_images` is the grid's.
+            **how: matching, its options and so on, see `experiments.pairs.load_pair`. `test_images` and
+                `calibration` are the section's.
         """
         of_run = {network["run"]: network.get("seeds") for network in self.grid.networks(self.grid.needs)}
         seeds = tuple(seeds) or of_run.get(run) or self.grid.seeds
         key = repr((run, seeds, sorted(how.items())))
         if key not in self._pairs:
-            how = {"test_images": self.grid.settings.get("test_images")} | how
+            how = {"test_images": self.grid.settings.get("test_images"), "calibration": self.calibration} | how
             self._pairs[key] = list(pairs_of(run, seeds, **how))
         return self._pairs[key]
 
@@ -334,6 +341,7 @@ def _words(value: object) -> object:
     return ", ".join(str(_words(each)) for each in value) if isinstance(value, list | tuple) else value
 
 
-def _column(grid: Grid) -> dict[str, object]:
+def _column(grid: Grid, scale: str) -> dict[str, object]:
     """A grid in words: one column of the overview."""
-    return {name: _words(value) for name, value in {**grid.settings, "seeds": grid.seeds}.items()}
+    shared = {"calibration": calibration_images(scale)}
+    return {name: _words(value) for name, value in {**shared, **grid.settings, "seeds": grid.seeds}.items()}

@@ -11,10 +11,21 @@ from typing import Any
 
 
 def default_device() -> str:
-    """$REPAIRLIB_DEVICE, else cuda where there is a GPU, else cpu."""
+    """$REPAIRLIB_DEVICE, else cuda where there is a GPU, else cpu.
+
+    Raises:
+        ValueError: the variable names no device, or a GPU where there is none.
+    """
     import torch
 
-    return os.environ.get("REPAIRLIB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked, there = os.environ.get("REPAIRLIB_DEVICE"), torch.cuda.is_available()
+    if not asked:
+        return "cuda" if there else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", asked):
+        raise ValueError(f"REPAIRLIB_DEVICE is cpu, cuda, cuda:0 (or another number) or mps, not {asked!r}")
+    if asked.startswith("cuda") and not there:
+        raise ValueError(f"REPAIRLIB_DEVICE is {asked}, and PyTorch finds no GPU here; leave it empty or say cpu")
+    return asked
 
 
 def device_name(device: Any) -> str:
@@ -34,6 +45,18 @@ def cpu_name() -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)
         name = found[1] if found else name
     return f"{name}, {os.cpu_count()} cores"
+
+
+def training_threads() -> int:
+    """$REPAIRLIB_THREADS, default 1: sums over another number of parts round otherwise, so it belongs to a network.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    setting = os.environ.get("REPAIRLIB_THREADS") or "1"
+    if not setting.isdecimal() or int(setting) < 1:
+        raise ValueError(f"REPAIRLIB_THREADS is a number of threads, at least 1, not {setting!r}")
+    return int(setting)
 
 
 def has_bfloat16(device: Any) -> bool:

@@ -55,6 +55,8 @@ def parse_run(name: str, data_root: str | os.PathLike | None = None, *, check_da
         )
     try:
         data = check_name(parts[0], data_root) if check_data else parts[0]
+        if not re.fullmatch(r"\w[\w.@-]*", data, re.ASCII):  # it is a folder of the store
+            raise ValueError(f"unknown data set {data!r}: names have letters, digits, '_', '.', '-' and '@'")
         model, run = models.parse(parts[1]), None
         for recipe, seed in zip(parts[2::2], parts[3::2], strict=True):
             if not re.fullmatch(r"s(0|[1-9]\d{0,17})", seed):

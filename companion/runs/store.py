@@ -8,8 +8,9 @@ Trained elsewhere: python -m companion.runs.store import imagenet@224/torchvisio
 
 A run is a folder `<root>/<data>/<model>/<recipe>/s<seed>` with the weights (model.safetensors) and a sidecar
 (run.json: recipe, metrics, versions, device, seconds, and the digest of the weights). It is there whole or not at
-all, it is never overwritten, and it is trained once however many processes ask for it. A run that continues another
-one, `<run>/<recipe>/s<seed>`, is a folder in that one's; the other is trained first, and its digest is kept.
+all, it is never overwritten, and it is trained once however many processes ask for it. A training that is killed goes
+on from where it was some minutes before (see companion.runs.resume). A run that continues another one,
+`<run>/<recipe>/s<seed>`, is a folder in that one's; the other is trained first, and its digest is kept.
 
 A run that comes with the repository is such a folder in `data/networks`, with the weights compressed (model.packed).
 Whoever asks for it gets it from there into the store.
@@ -26,6 +27,7 @@ import shutil
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -39,7 +41,7 @@ from torch import nn
 
 from companion.runs import models
 from companion.runs.data import DATASETS, DataMissing, base_name, load, project_root
-from companion.runs.devices import default_device, device_name
+from companion.runs.devices import default_device, device_name, training_threads
 from companion.runs.files import write_folder
 from companion.runs.packing import pack, unpack
 from companion.runs.train import (
@@ -62,6 +64,11 @@ SHIPPED = 25_000_000  # bytes that all networks in the repository may take toget
 # What a sidecar says beside the metrics, of the network and how it was made.
 FACTS = ("shape", "classes", "device", "processor", "precision", "tf32", "graph", "threads", "seconds", "data_sha256",
          "source")  # fmt: skip
+
+
+# What every sidecar has, and what it is.
+SIDECAR_PARTS = {"classes": int, "metrics": dict, "recipe": dict, "run": str, "sha256": str, "shape": list,
+                 "seconds": float | int, "device": str}  # fmt: skip
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -131,14 +138,18 @@ class Store:
             return (self._get_shipped(name, progress) if first else self.load(name)).to(device)
         if not broadcast(self.has(name)):
             before, parent = self._parse(name).parent, None
+            self._check_place(name)
             if before:
                 parent = self.get(str(before), train_device=train_device, progress=progress)
             with self._lock(name, progress) if first else nullcontext():
                 if not broadcast(self.has(name)):  # another process may have trained it meanwhile
+                    state = self.root / ".training" / f"{_file_name(self._parse(name))}.safetensors"
                     model, metrics = train(
-                        name, parent=parent, data_root=self.data_root, device=train_device, progress=progress
-                    )
+                        name, parent=parent, data_root=self.data_root, device=train_device, progress=progress,
+                        state=state,
+                    )  # fmt: skip
                     broadcast(self._save(name, model, metrics) if first else None)
+                    state.unlink(missing_ok=True)
         return self.load(name, device)
 
     def add(self, name: str, file: str | os.PathLike, *, evaluate: bool = True) -> dict:
@@ -156,7 +167,7 @@ class Store:
 
         Raises:
             ValueError: the recipe is another; the file is none of safetensors, or does not fit the model (the first
-                missing, unexpected or wrong key is named); a value is not finite.
+                missing, unexpected or wrong key is named); a value is not finite, or a variance negative.
             FileExistsError: the run is there.
             DataMissing: the data set is not.
         """
@@ -164,6 +175,7 @@ class Store:
         if run.recipe != "imported":
             named = dataclasses.replace(run, recipe="imported")
             raise ValueError(f"run {name} cannot be imported, as its recipe says how it was trained; name it {named}")
+        self._check_place(name)
         if self._holds(name):
             raise FileExistsError(f"{self.path(name)} exists and is not overwritten")
         start, content = time.perf_counter(), file.read_bytes()
@@ -187,6 +199,11 @@ class Store:
             if key in state and (found := tuple(state[key].shape)) != expected[key]:
                 raise ValueError(f"{file} has {key} of shape {found}; {run.model} with {dataset.classes} classes and "
                                  f"images {dataset.shape} has {expected[key]}")  # fmt: skip
+            if key in state and model.state_dict()[key].is_floating_point() and not state[key].is_floating_point():
+                raise ValueError(f"{file} has {key} as {state[key].dtype}, and weights are floating-point numbers: "
+                                 "quantised ones must be converted back first")  # fmt: skip
+            if key.endswith("running_var") and key in state and (state[key] < 0).any():
+                raise ValueError(f"{file} has negative variances in {key}")
         model.load_state_dict(state, strict=False)
         if bad := non_finite(model.state_dict()):
             raise ValueError(f"{file} holds non-finite values in {bad[0]}")
@@ -209,7 +226,17 @@ class Store:
         """
         if self._ships(name):
             return self.shipped.load(name, device)
-        return self._open(name)[0].to(device)
+        model, _ = self._open(name)
+        info = self.info(name)
+        then, now = info.get("threads"), training_threads()
+        here = (info.get("device"), info.get("processor")) == ("cpu", device_name("cpu"))
+        if here and then not in (None, now) and info["recipe"].get("name") != "imported":
+            warnings.warn(
+                f"run {name} was trained with {then} threads, and REPAIRLIB_THREADS is {now} now, with which it would "
+                f"have other weights; set it to {then}, or remove the run with {self._deletion(name)}",
+                stacklevel=2,
+            )
+        return model.to(device)
 
     def save(self, name: str, model: nn.Module, metrics: Mapping[str, object]) -> None:
         """Store a network under a run name with the metrics that train.train returns.
@@ -276,14 +303,19 @@ class Store:
             hint = f"; the nearest that is: {nearest(name, stored)}" if stored else ""
             raise FileNotFoundError(f"run {name} is not stored in {self.root}{hint}")
         try:
-            info = json.loads(path.read_text())
-            missing = {"sha256", "recipe", "shape", "classes", "metrics"} - set(info)
+            info = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise self._corrupt(name, path, "is missing") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, OSError) as error:
             raise self._corrupt(name, path, f"is not valid JSON ({error})") from error
-        if missing:
-            raise self._corrupt(name, path, f"lacks {', '.join(sorted(missing))}")
+        if not isinstance(info, dict):
+            raise self._corrupt(name, path, "is not the sidecar of a run")
+        if wrong := [part for part, kind in SIDECAR_PARTS.items() if not isinstance(info.get(part), kind)]:
+            raise self._corrupt(name, path, f"lacks {', '.join(wrong)}, or has something else in its place")
+        if not all(isinstance(value, float | int) for value in info["metrics"].values()):
+            raise self._corrupt(name, path, "has a metric that is no number")
+        if info["run"] != (run := str(self._parse(name))):
+            raise self._corrupt(name, path, f"is of another run, {info['run']}, and not of {run}")
         return info
 
     def names(self) -> list[str]:
@@ -329,7 +361,10 @@ class Store:
 
     def _parse(self, name: str) -> RunName:
         """Parse a run name; what is stored needs no data set to be read."""
-        run = parse_run(name, check_data=False)
+        try:
+            run = parse_run(name, check_data=False)
+        except ValueError:
+            return parse_run(name, self.data_root)  # says more of what is wrong
         roots = [self.root, *([self.shipped.root] if self.shipped else ())]
         stored = any((root / str(run)).is_dir() for root in roots) and not name.startswith(".")
         return run if stored else parse_run(name, self.data_root)
@@ -337,6 +372,16 @@ class Store:
     def _holds(self, name: str) -> bool:
         """Whether a run is in the root."""
         return self.path(name).is_dir()
+
+    def _check_place(self, name: str) -> None:
+        """Raise FileExistsError if something else lies where a run's folder belongs, before it is trained for long."""
+        folder = self.path(name)
+        for place in [folder, *folder.parents]:
+            if place.is_relative_to(self.root) and os.path.lexists(place) and not place.is_dir():
+                raise FileExistsError(
+                    f"run {name} belongs into the folder {folder}, and {place} is a file, or a link to nothing: move "
+                    "it away"
+                )
 
     def _ships(self, name: str) -> bool:
         """Whether a run is not in the root but comes with the repository."""
@@ -412,10 +457,10 @@ class Store:
 
     def _lock(self, name: str, progress: bool = False) -> FileLock:
         """The lock of a run, of this run alone; the system releases it if its holder dies."""
-        run = str(self._parse(name))
+        run = self._parse(name)
         folder = self.root / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / (run.replace("/", "__") + ".lock"))
+        lock = FileLock(folder / f"{_file_name(run)}.lock")
         if progress:
             try:
                 lock.acquire(timeout=0)
@@ -468,6 +513,11 @@ class Store:
 def get(name: str, device: str | torch.device = "cpu", progress: bool = True) -> nn.Module:
     """Load a network by run name from the default store, trained first if need be; see Store.get."""
     return Store().get(name, device, progress=progress)
+
+
+def _file_name(run: RunName) -> str:
+    """A run's name as that of a file."""
+    return str(run).replace("/", "__")
 
 
 def _origin(info: Mapping) -> str:
@@ -534,4 +584,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # whoever stopped it need not be told where it was

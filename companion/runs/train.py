@@ -7,10 +7,11 @@ one each time, as cuDNN adds up in an order that varies. Started by torchrun, it
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from companion.runs import models
 from companion.runs.data import Dataset, iterate, load
-from companion.runs.devices import default_device, device_name, has_bfloat16, tensor_float32
+from companion.runs.devices import default_device, device_name, has_bfloat16, tensor_float32, training_threads
 from companion.runs.names import RunName, lineage, parse_run, recipe_of
 from companion.runs.recipes import RECIPES, Recipe, find_recipe
+from companion.runs.resume import SavedState, seconds_between_saves
 from companion.runs.steps import GraphStep, Step
 from repairlib.corrections import fold_batchnorms
 from repairlib.evaluation import evaluate
@@ -76,6 +78,7 @@ def train(
     device: str | torch.device | None = None,
     callback: Callable[[int, nn.Module, Tensor], bool | None] | None = None,
     progress: bool = True,
+    state: str | os.PathLike | None = None,
 ) -> tuple[nn.Module, dict]:
     """Train a run by name.
 
@@ -93,6 +96,9 @@ def train(
         device: default `default_device()`.
         callback: see `fit`; steps are counted from 1, and 0 is the network before the first.
         progress: a bar if somebody is looking, and one line at the end.
+        state: a file that keeps how far the training is, every $REPAIRLIB_SAVE_MINUTES (default 10). If it is there,
+            the training goes on from it, unless it is of another network, data set or number of threads. It may be
+            deleted once the network is stored.
 
     Returns:
         The network, on the CPU in evaluation mode, and its metrics: {train,test}_{loss,accuracy} (nats; 0 to 1),
@@ -127,7 +133,14 @@ def train(
         facts: dict[str, bool] = {}
         if callback is not None:
             callback(0, model.to(device), torch.tensor(math.nan, device=device))
-        fit(model, dataset, how, run.seed, callback=callback, name=str(run), progress=progress, facts=facts)
+        saved = None
+        if state is not None:
+            about = {"run": str(run), "recipe": asdict(how), "data": dataset.digest(), "threads": threads}
+            about |= {"device": device_name(device), "torch": torch.__version__, "processes": processes()[1]}
+            saved = SavedState(state, about, seconds_between_saves())
+        fit(
+            model, dataset, how, run.seed, callback=callback, name=str(run), progress=progress, facts=facts, state=saved
+        )
         if trained is not run.model:
             plain = models.build(run.model, dataset.shape, dataset.classes)
             plain.load_state_dict(fold_batchnorms(model, torch.zeros(2, *dataset.shape)).state_dict())
@@ -175,6 +188,7 @@ def fit(
     name: str = "model",
     progress: bool = False,
     facts: dict[str, bool] | None = None,
+    state: SavedState | None = None,
 ) -> Tensor:
     """Train `model` in place, on the device of the data.
 
@@ -199,6 +213,8 @@ def fit(
         name: for messages.
         progress: show a bar if somebody is looking, see repairlib.progress.
         facts: gets `graph`: True if steps were a CUDA graph.
+        state: kept in a file now and then; if it is there, the training goes on from it. Not with a callback, which
+            would miss the steps before.
 
     Returns:
         The loss of every step, float32 [steps].
@@ -222,12 +238,18 @@ def fit(
     graph = cuda and number == 1 and os.environ.get("REPAIRLIB_GRAPH") == "1"
     take_step = (GraphStep if graph else Step)(net, recipe, half)
     losses = torch.zeros(steps, device=device)
-    step, checked, stopped = 0, 0, False
+    if state is not None and callback is not None:
+        raise ValueError(f"{name}: a callback would miss the steps that a saved state has; give one of both")
+    step = state.restore(model, take_step.optimizer, losses) if state is not None else 0
+    if step and rank == 0:
+        print(f"{name}: goes on from step {step} of {steps}", flush=True)
+    checked, stopped = step, False
     with bar(steps, name, "step", progress and rank == 0) as steps_done, _fastest_convolutions():
         for epoch in range(recipe.start + recipe.trained_epochs):
             batches = iterate(
                 dataset, "train", batch_size, recipe.augment, generator,
                 shuffle=True, drop_last=True, part=(rank, number),
+                skip=min(max(step - (epoch - recipe.start) * per_epoch, 0), per_epoch),
             )  # fmt: skip
             if epoch < recipe.start:
                 continue  # its order is drawn, as if it were trained
@@ -246,9 +268,12 @@ def fit(
                     _check_losses(losses, checked, step, name)
                     steps_done.update(step - checked)
                     checked = step
+                if state is not None and rank == 0 and state.due():
+                    _save(state, name, model, take_step.optimizer, losses[:step], steps)
                 if stopped:
                     break
-            if recipe.until is not None and not stopped:
+            ended = step == (epoch - recipe.start + 1) * per_epoch  # now, and not before the training was interrupted
+            if recipe.until is not None and not stopped and ended:
                 stopped = broadcast(rank == 0 and evaluate(model, iterate(dataset, "train"))[1] >= recipe.until)
             if stopped:
                 break
@@ -262,16 +287,24 @@ def fit(
     return losses[:step].cpu()
 
 
+def _save(
+    state: SavedState, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor, steps: int
+) -> None:
+    """Keep the state, and say how far the training is. A full disk is no reason to stop it."""
+    try:
+        state.save(model, optimizer, losses)
+        print(f"{name}: step {len(losses)} of {steps}, loss {float(losses[-1]):.4g}; saved", flush=True)
+    except OSError as error:
+        print(f"{name}: step {len(losses)} of {steps}; its state is not saved: {error}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _fixed_threads() -> Iterator[int]:
-    """Compute with $REPAIRLIB_THREADS threads (default 1): sums over another number of parts would round otherwise."""
-    setting = os.environ.get("REPAIRLIB_THREADS") or "1"
-    if not setting.isdecimal() or int(setting) < 1:
-        raise ValueError(f"REPAIRLIB_THREADS is a number of threads, at least 1, not {setting!r}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(setting))
+    """Compute with as many threads as a training does."""
+    number, before = training_threads(), torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
-        yield int(setting)
+        yield number
     finally:
         torch.set_num_threads(before)
 

@@ -53,7 +53,7 @@ title = f"{grid.ResNet.split('/')[1].split('-')[0]} on {grid.ResNet.split('/')[0
 # %%
 def step_by_step(run):
     """Test loss and accuracy of a pair and its averages; what is left of the variance, layer by layer."""
-    pair = load_pair(section.example(run), calibration=grid.calibration)
+    pair = load_pair(section.example(run), section.calibration)
     aligned_b = repairlib.match_activations(pair.a, pair.b, pair.calibration).apply(pair.b)
     averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)
     repaired = repairlib.Repair(pair.a, aligned_b, pair.calibration)(0.5).model
@@ -82,7 +82,7 @@ pd.DataFrame({norm: ratios.set_index("layer")["ratio"] for norm, (_, ratios) in 
 # `fig.rows(bn="reset")`. What is measured once serves all figures.
 
 # %%
-HOW = {"alphas": equal_steps(grid.settings["points of a barrier"]), "calibration": grid.calibration}
+HOW = {"alphas": equal_steps(grid.settings["points of a barrier"])}
 
 if fig := section.item("repair/fig4-left"):
     table = fig.rows(**HOW)
@@ -146,7 +146,7 @@ if fig := section.item("repair/fig8-left"):
 # `both_after` is the lower of the two norms' accuracies after REPAIR; in the paper they are equal.
 
 # %%
-PATHS = {"alphas": equal_steps(grid.settings["points of a path"]), "calibration": grid.calibration}
+PATHS = {"alphas": equal_steps(grid.settings["points of a path"])}
 
 
 def midpoints(table, metric):

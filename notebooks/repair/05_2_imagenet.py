@@ -63,7 +63,7 @@ resnet50 = {"run": f"{grid.data}/{grid.models[1]}/{grid.recipe}"}  # a ResNet26 
 # the activations of all images: 16 GB at a node for 5,000 images of 224 x 224 pixels.
 
 # %%
-pair = load_pair(section.example(resnet50["run"]), grid.calibration)
+pair = load_pair(section.example(resnet50["run"]), section.calibration)
 matching = repairlib.match_activations(pair.a, pair.b, pair.calibration)
 aligned_b = matching.apply(pair.b)
 averaged = repairlib.interpolate_models(pair.a, aligned_b, 0.5)
@@ -89,7 +89,7 @@ repaired
 # and are measured once.
 
 # %%
-how = {"alphas": equal_steps(grid.points), "calibration": grid.calibration, "method": "simultaneous"}
+how = {"alphas": equal_steps(grid.points), "method": "simultaneous"}
 ALL = {"none": ["none"], "AM": ["none", "RESET", "REPAIR"]}
 
 

@@ -72,7 +72,7 @@ pair.compare(A=pair.a, B=pair.b, averaged=averaged, repaired=repaired)
 fig7, fig13 = section.item("repair/fig7"), section.item("repair/fig13")  # their clocks start here
 merged, baselines, alphas = [], [], equal_steps(grid.points)
 for names in pairs:
-    pair = load_pair(names["halves"], data=grid.data)
+    pair = load_pair(names["halves"], section.calibration, data=grid.data)
     columns = {"series": pair.title, "pair": names["pair"]}
     merged += [columns | row for row in path_rows(pair, alphas)]
     if fig13:

@@ -127,7 +127,7 @@ if fig:
 
 # %%
 if fig := section.item("repair/fig14"):
-    pair = load_pair(fig.runs[:2], grid.calibration)
+    pair = load_pair(fig.runs[:2], section.calibration)
     aligned_b = repairlib.match_activations(pair.a, pair.b, pair.calibration).apply(pair.b)
     options = {"targets": "conv", "bn": "reset"}  # as in the paper, see below
     midpoints = {
@@ -144,7 +144,7 @@ if fig := section.item("repair/fig14"):
 # corrects the outputs of blocks too. Streamed images do not fit into memory at once, so they are measured in one pass.
 
 # %%
-how = {"matchings": ["none", "AM"], "alphas": equal_steps(grid.points), "calibration": grid.calibration}
+how = {"matchings": ["none", "AM"], "alphas": equal_steps(grid.points)}
 if fig := section.item("repair/fig14"):
     tables = []
     for network in fig.networks:

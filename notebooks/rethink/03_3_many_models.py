@@ -75,7 +75,7 @@ def averages(run, seeds, basin, numbers):
         {"first": runs[start], **row}
         for start in range(grid.orders)
         for row in average_rows(
-            [*runs[start:], *runs[:start]], numbers, regimes, rounds=grid.rounds, calibration=grid.calibration
+            [*runs[start:], *runs[:start]], numbers, regimes, rounds=grid.rounds, calibration=section.calibration
         )
     ]
 

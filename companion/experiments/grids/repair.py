@@ -145,7 +145,6 @@ def normalization(scale: str) -> Grid:
             "points of a barrier": by_scale(scale, smoke=3, quick=3, fast=3, paper=11),
             "width of the paths": path_width,
             "points of a path": by_scale(scale, smoke=3, quick=7, fast=7, paper=21),
-            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
         },
     )
 
@@ -242,7 +241,6 @@ def imagenet(scale: str, data: str = "", recipe: str = "") -> Grid:
             "models": models,
             "recipe": recipe,
             "points": by_scale(scale, smoke=3, quick=5, fast=11, paper=51),  # of a path, ends included
-            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
         },
     )
 
@@ -326,7 +324,6 @@ def summary(scale: str) -> Grid:
         settings={
             "networks": networks,
             "points": by_scale(scale, smoke=3, quick=9, fast=11, paper=21),  # of a path, ends included
-            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
         },
         reads=reads,
     )

@@ -20,7 +20,7 @@ from companion.runs.recipes import CHANGES, Recipe, find_recipe
 VGG_CHANGES = {"plain": "~lr0.05~wd1e-4", "bn": "~wd1e-4"}
 
 PAPER_SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
-SPARSITIES = [0.3, 0.6, 0.8, 0.9, 0.95]
+SPARSITIES = [0.5, 0.8, 0.9, 0.95]
 
 
 def _seeds(scale: str) -> tuple[int, ...]:
@@ -221,7 +221,6 @@ def many_models(scale: str) -> Grid:
                                                     paper=range(2, 9))],
             "orders": by_scale(scale, smoke=1, quick=2, fast=1, paper=3),
             "rounds": by_scale(scale, smoke=2, quick=5, fast=30, paper=30),  # of iterative matching, at most
-            "calibration": by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000),  # images
         },
     )  # fmt: skip
 
@@ -354,7 +353,8 @@ def precision(scale: str) -> Grid:
         "resnet_ln": resnet(scale, "ln", width),
     }
     networks = [{"run": run, "series": name} for name, run in runs.items()]
-    return Grid(needs={"rethink/table2": networks}, seeds=_seeds(scale), settings=runs)
+    everything = {"calibration": by_scale(scale, smoke=500, quick=5000, fast=5000, paper=5000)}  # sums are the subject
+    return Grid(needs={"rethink/table2": networks}, seeds=_seeds(scale), settings=runs | everything)
 
 
 def changed(run: str, change: str, value: float) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -223,7 +223,14 @@ def _list_images(folder: Path) -> list[tuple[tuple[str, ...], Tensor]]:
     for half in halves:
         paths, labels = [], []
         for label, name in enumerate(classes[0]):
-            files = sorted(f.path for f in os.scandir(half / name) if f.is_file() and not f.name.startswith("."))
+            entries = [entry for entry in os.scandir(half / name) if not entry.name.startswith(".")]
+            for entry in entries:
+                if not entry.is_file():
+                    what = (
+                        "a folder: images lie in their class's folder itself" if entry.is_dir() else "a link to nothing"
+                    )
+                    raise DataMissing(f"{entry.path} is {what}")
+            files = sorted(entry.path for entry in entries)
             if not files:
                 raise DataMissing(f"{half / name} holds no images")
             paths += files
@@ -233,15 +240,24 @@ def _list_images(folder: Path) -> list[tuple[tuple[str, ...], Tensor]]:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _open(path: str) -> Image.Image:
-    """Decode an image, as grey values or RGB."""
+    """Decode an image upright, as grey values or RGB of 8 bits."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)  # as cameras note that they were held
+            if image.mode.startswith("I"):  # Pillow would clip grey values of 16 bits at 255
+                values = np.asarray(image).astype(np.int64)
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError("its values have more than 16 bits")
+                return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("its values are floating-point numbers, of no known range")
             return image.convert("L" if image.mode in ("1", "L") else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+    # What Pillow raises for damaged files, and for those that may be traps.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataMissing(f"{path} is not a readable image ({error}); replace or remove it") from error
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ class Loader:
     drop_last: bool
     seed: int
     part: tuple[int, int]
+    skip: int = 0
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return whole + (rest > 0 and not self.drop_last) - self.skip
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.split.device
@@ -38,16 +39,19 @@ class Loader:
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self.split), generator=generator).to(device) if self.shuffle else None
         # Each batch whole as (start, stop), and the part of it that is drawn.
-        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        starts = range(0, (self.skip + len(self)) * self.batch_size, self.batch_size)
         whole = [(start, min(start + self.batch_size, len(self.split))) for start in starts]
         parts = [slice(*(a + (b - a) * (self.part[0] + i) // self.part[1] for i in (0, 1))) for a, b in whole]
         drawn = self.split.draw(
-            parts if order is None else (order[part] for part in parts),
+            parts[self.skip :] if order is None else (order[part] for part in parts[self.skip :]),
             self.seed if set(self.augment) & set(self.split.decode_time_augmentations) else None,
         )
         names = [name for name in self.augment if name not in self.split.decode_time_augmentations]
         changes = self._changes(names, [stop - start for start, stop in whole], generator)
-        for (start, _), part, change, (images, labels) in zip(whole, parts, changes, drawn, strict=True):
+        some = slice(self.skip, None)  # the others' augmentation is drawn, too, so that these have the same as ever
+        for (start, _), part, change, (images, labels) in zip(
+            whole[some], parts[some], islice(changes, self.skip, None), drawn, strict=True
+        ):
             x = apply(images, names, [each[part.start - start : part.stop - start] for each in change])
             yield torch.addcmul(shift, x.float(), gain), labels
 
@@ -71,6 +75,7 @@ def iterate(
     limit: int | None = None,
     drop_last: bool = False,
     part: tuple[int, int] = (0, 1),
+    skip: int = 0,
 ) -> Loader:
     """Draw batches (x, y): x float32 [b, c, h, w] normalised per channel, y int64 [b].
 
@@ -87,6 +92,7 @@ def iterate(
             streamed folder stays in memory once it is decoded, up to 1 GiB of pixels.
         drop_last: leave out a last batch that is not full.
         part: (i, n) draws only the i-th of n equal parts of each batch, from 0, as one of n processes must.
+        skip: batches at the beginning that are left out; the others are as they would be after them.
 
     Raises:
         ValueError: unknown split or augmentation, or a size below 1.
@@ -108,4 +114,4 @@ def iterate(
         sample = torch.randperm(len(half), generator=torch.Generator().manual_seed(0))[:limit]
         half = half.take(sample)
     seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
-    return Loader(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed, part)
+    return Loader(half, dataset.mean, dataset.std, batch_size, tuple(augment), shuffle, drop_last, seed, part, skip)

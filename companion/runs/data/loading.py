@@ -43,6 +43,10 @@ def check_name(name: str, root: str | Path | None = None) -> str:
     base = base_name(name)
     streamed = base.rpartition("@")[0] in folders
     if not (streamed or {name, base} & set(known)) or not re.fullmatch(r"\w[\w.-]*(@[1-9]\d{0,3})?", base, re.ASCII):
+        folder = root / base.partition("@")[0]
+        if (folder / "train").is_dir() and not halves_of(folder):
+            raise ValueError(f"data set {name!r}: {folder} has train/ and neither test/ nor val/; it needs two halves, "
+                             "each with a folder for every class")  # fmt: skip
         known += [f"{folder}@224" for folder in folders]
         halves = [f"{each}-{which}80" for which in ("first", "last") for each in known]
         raise ValueError(
