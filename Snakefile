@@ -36,8 +36,8 @@ if "plan" not in config:
     raise SystemExit("the Snakefile needs a plan: start it with `make figures` or `python workflow/jobs.py`")
 PLAN = json.loads(Path(config["plan"]).read_text())
 STAMPS = Path(config["plan"]).parent.as_posix()
-
-
+MEMORY = 256_000  # MB
+DAY = 24 * 60  # minutes; what takes longer goes on in another job
 
 
 def of(kind, what):
@@ -55,14 +55,14 @@ def priority(kind):
     return of(kind, "priority") if sys.version_info >= (3, 11) else 1
 
 
-def more(kind, what):
-    """Each time that a job is tried again, it gets more."""
-    return lambda wildcards, attempt: attempt * of(kind, what)(wildcards)
+def more(kind, what, most):
+    """Each time that a job is tried again, it gets more, as far as there is more."""
+    return lambda wildcards, attempt: min(attempt * of(kind, what)(wildcards), most)
 
 
 # `started` and `failed` are for workflow/jobs.py, which shows how far the jobs are.
 RUN = (
-    "touch {params.stamp:q}.started; {sys.executable:q} {params.job:q} || {{ status=$?; touch {params.stamp:q}.failed; "
+    "touch {params.stamp:q}.started; rm -f {params.stamp:q}.failed; {sys.executable:q} {params.job:q} || {{ status=$?; touch {params.stamp:q}.failed; "
     "[ $status -ne 137 ] || echo {wildcards.name:q}': killed, perhaps because memory ran out' >&2; exit $status; }}"
 )
 
@@ -86,8 +86,8 @@ rule train:
     resources:
         gpu=of("train", "gpu"),
         cpus_per_task=of("train", "cpus"),
-        mem_mb=more("train", "mem_mb"),
-        runtime=more("train", "runtime"),
+        mem_mb=more("train", "mem_mb", MEMORY),
+        runtime=more("train", "runtime", DAY),
     shell:
         RUN
 
@@ -113,7 +113,7 @@ rule notebook:
     resources:
         gpu=of("notebook", "gpu"),
         cpus_per_task=of("notebook", "cpus"),
-        mem_mb=more("notebook", "mem_mb"),
-        runtime=more("notebook", "runtime"),
+        mem_mb=more("notebook", "mem_mb", MEMORY),
+        runtime=more("notebook", "runtime", DAY),
     shell:
         RUN

@@ -33,7 +33,9 @@ def main() -> int:
     root = Path(tempfile.mkdtemp(prefix="repairlib-cluster-"))
     here, there = Home(root / "here", args), Home(root / "cluster", args, "cluster")
     there.environment["PYTHONPATH"] += f":{args.plugin}" if args.plugin else ""
-    there.command += ["GPUS=1"]
+    # This machine need not have the four CPUs that a job asks for beside a GPU, nor a data base of past jobs.
+    there.command += ["GPUS=1", "SNAKEMAKE=--slurm-status-command squeue "
+                      "--set-resources train:cpus_per_task=1 notebook:cpus_per_task=1"]  # fmt: skip
     _, seconds = undisturbed(here)
 
     began = time.monotonic()

@@ -321,7 +321,7 @@ class Goals:
         goals = {}
         for name in self.statistics[0]:
             mean, std = (mix([s[name][i] for s in self.statistics]) for i in (0, 1))
-            if (std < 0).any():
+            if self.options.correct != "reshift" and (std < 0).any():
                 raise ValueError(f"so far outside the references, at weights {weights}, the goal standard deviation of "
                                  f"a channel at node {name!r} is negative: come closer")  # fmt: skip
             goals[name] = mean.double(), (std.mean().expand_as(std) if self.options.average else std).double()

@@ -4,7 +4,7 @@
 # container), after `make quickstart`. Takes some minutes. CI does not run this.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PLUGIN=2.7.1  # of snakemake-executor-plugin-slurm; docs/cluster.md names it, too
+PLUGIN=2.8.0  # of snakemake-executor-plugin-slurm; docs/cluster.md names it, too
 PYTHON=$PWD/.venv/bin/python
 work=$(mktemp -d /tmp/slurm.XXXX)
 chmod 755 "$work"

@@ -217,7 +217,7 @@ def binary_sidecar(path):
 
 def partial_sidecar(path):
     (path / storing.SIDECAR).write_text("{}")
-    return path / storing.SIDECAR, "lacks classes, metrics, recipe, run, sha256, shape, seconds, device, or has"
+    return path / storing.SIDECAR, "lacks classes, metrics, recipe, run, sha256, shape, or has"
 
 
 def altered_sidecar(words, **changes):

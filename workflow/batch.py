@@ -38,7 +38,9 @@ PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_NETWORKS", "REPAIRLIB_DATA")
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 # Errors whose message says what is wrong and the way out, so that nobody needs to see where they came from.
-SAYS_ALL = ("CorruptCheckpoint", "StaleRun", "DataMissing", "DivergedError", "FileExistsError", "OSError")
+SAYS_ALL = (
+    "CorruptCheckpoint", "StaleRun", "DataMissing", "DivergedError", "DamagedResult", "FileExistsError", "OSError",
+)  # fmt: skip
 
 
 class NotebookFailed(Exception):
@@ -353,7 +355,7 @@ def summarize(
         elif failed:
             notes.append(f"failed: see {relative(partial, Path.cwd())}")
         elif began:
-            notes.append("interrupted")
+            notes.append(f"stopped before its end: see {relative(partial, Path.cwd())}")
         if notes:
             lines.append(f"  {name:30} {duration(done['seconds']) if done else '':>12}  {'  '.join(notes)}".rstrip())
     head = f"{scale}: {len(made & {*asked})} of {len(asked)} items" if asked else scale

@@ -47,9 +47,11 @@ def _wait_for(file) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         print("Waiting for another installation", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
 
 
 def _run(command: list) -> None:

@@ -5,7 +5,7 @@
 
 This plans the jobs, lets Snakemake run them (see the Snakefile), and meanwhile says in one line what is being made, how
 much is done and about how long is left. The notebooks that are soonest there come first, each with its trainings, so
-that the first picture is there after a minute or two.
+that the first picture is there after a minute or two. (Snakemake 7, for Python 3.10, begins in an order of its own.)
 """
 
 from __future__ import annotations
@@ -236,6 +236,8 @@ class Progress:
         """Read the stamps; returns the keys of the jobs that are newly done."""
         new = []
         for key, stamps in self.stamps.items():
+            if "failed" in stamps and not (self.folder / f"{key}.failed").exists():
+                del stamps["failed"]  # it is tried again
             for kind in ("started", "failed", "done"):
                 if kind not in stamps and "done" not in stamps and (path := self.folder / f"{key}.{kind}").exists():
                     stamps[kind] = path.stat().st_mtime
@@ -341,11 +343,13 @@ def make(
     began = time.time()
     check(gpus, ("auto", "0", "1"), "value of GPUS")
     check(quiet, ("all", "progress", "rules"), "value of QUIET")
-    device = train.default_device()
-    workers = jobs_at_a_time(cores, gpu_jobs, device)
     if profile:
-        _check_profile(Path(profile))
+        profile = str(Path(profile).expanduser())
+        device, workers = "cpu", _read_profile(Path(profile)).get("jobs", 1)
         os.environ.setdefault("REPAIRLIB_TRAIN", "1")  # this machine may have no GPU, but the nodes do
+    else:
+        device = train.default_device()
+        workers = jobs_at_a_time(cores, gpu_jobs, device)
     wanted, need = needs.find_needs(scale, notebooks, items)
     errors = {name: each["error"] for name, each in need.items() if each["error"]}
     screen = Screen(sys.stdout)
@@ -370,7 +374,7 @@ def make(
             command += ["--config", f"plan={plan}", *shlex.split(options)]
             progress = Progress(jobs, Path(stamps), workers)
             screen.say(f"{scale}: {progress.line(began)}")
-            status = _follow(command, progress, screen, show=quiet != "all")
+            status = _follow(command, progress, screen, show=quiet != "all", remote=bool(profile))
     screen.end()
     gallery.write_gallery()
     print(batch.summarize(scale, began, need, wanted, errors))
@@ -381,7 +385,8 @@ def make(
     lacking = {*needs.find_items(items)} & {*gone}  # whoever names an item wants it
     failed = bool(status or errors or lacking or any(done and done.get("checks") for done in made))
     if status and not errors:
-        print("Not everything could be made; if nothing above says why, try: make figures QUIET=progress")
+        again = "look into build/logs, or try: make cluster" if profile else "try: make figures"
+        print(f"Not everything could be made; if nothing above says why, {again} QUIET=progress")
     return int(failed)
 
 
@@ -404,22 +409,36 @@ def jobs_at_a_time(cores: str, gpu_jobs: str, device: str) -> int:
     return min(number, int(gpu_jobs)) if device.startswith("cuda") else number
 
 
-def _check_profile(folder: Path) -> None:
-    """Raise ValueError, which says the way out, if Snakemake could not use a profile."""
+def _read_profile(folder: Path) -> dict[str, Any]:
+    """A Snakemake profile; ValueError, which says the way out, if Snakemake could not use it."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise ValueError(f"PROFILE is the folder of a Snakemake profile, and {file} is not there; see docs/cluster.md")
     if sys.version_info < (3, 11):
         raise ValueError("a cluster needs Python 3.11 or newer, as Snakemake 7 for Python 3.10 has no executor plugins")
-    executor = (yaml.safe_load(file.read_text()) or {}).get("executor", "")
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} has no settings, such as `executor: slurm`")
+    executor = str(settings.get("executor") or "")
     module = f"snakemake_executor_plugin_{executor.replace('-', '_')}"
     if executor not in ("", "local") and importlib.util.find_spec(module) is None:
         raise ValueError(f"{file} sends jobs to {executor}, and Snakemake's plugin for it is not installed: "
                          f"{sys.executable} -m pip install snakemake-executor-plugin-{executor}")  # fmt: skip
+    return settings
 
 
-def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) -> int:
-    """Run Snakemake, pass on what the jobs say, and show how far it is; returns its exit status."""
+def _follow(command: list[str], progress: Progress, screen: Screen, show: bool, remote: bool) -> int:
+    """Run Snakemake, pass on what the jobs say, and show how far it is; returns its exit status.
+
+    Args:
+        command: of Snakemake.
+        progress, screen: how far it is, and where that is shown.
+        show: also what is shown anyway.
+        remote: whether the jobs run on other machines.
+    """
     process = subprocess.Popen(
         command, cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
     )
@@ -452,7 +471,9 @@ def _follow(command: list[str], progress: Progress, screen: Screen, show: bool) 
         raise
     except SystemExit:  # SIGTERM, which has not
         screen.end()
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        if remote:  # its answer to SIGTERM would be to wait for the jobs; to SIGINT, it cancels them
+            process.send_signal(signal.SIGINT)
+        for each in [] if remote else [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.terminate()
         process.wait()

@@ -101,7 +101,7 @@ def _download(folder: Path) -> None:
     """Download the wheels, in the versions of requirements.txt."""
     from packaging.requirements import Requirement
 
-    lines = (line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    lines = (line.rstrip(" \\") for line in (ROOT / "requirements.txt").read_text().splitlines())
     pinned = [Requirement(line) for line in lines if re.match(r"[\w.-]+==", line)]
     place = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "sys_platform": "linux",
              "os_name": "posix", "platform_python_implementation": "CPython"}  # fmt: skip

@@ -64,7 +64,7 @@ class Section:
 
     @property
     def calibration(self) -> int:
-        """Training images for matching and statistics."""
+        """Training images for matching and statistics of what `rows` and `pairs` give; `load_pair` has its own."""
         return self.grid.settings.get("calibration", calibration_images(self.scale))
 
     @property
@@ -343,5 +343,5 @@ def _words(value: object) -> object:
 
 def _column(grid: Grid, scale: str) -> dict[str, object]:
     """A grid in words: one column of the overview."""
-    shared = {"calibration": calibration_images(scale)}
+    shared = {"calibration of rows": grid.settings.get("calibration", calibration_images(scale))}
     return {name: _words(value) for name, value in {**shared, **grid.settings, "seeds": grid.seeds}.items()}

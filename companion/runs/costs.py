@@ -28,7 +28,7 @@ from companion.runs.names import lineage, parse_run, recipe_of
 from companion.runs.recipes import Recipe
 from companion.runs.store import Store
 
-CALIBRATION = 5000  # images of the training set that notebooks match and measure statistics on
+CALIBRATION = (5000, 500)  # training images that notebooks match and measure on, and where there are fewer than that
 STEP = {"cpu": 4e9, "cuda": 5e12}  # FLOPs of a step that is timed: about 0.1 s or less
 Speed = Mapping[str, list[tuple[int, float]]]  # by kind of network: (FLOPs of one image's forward pass, FLOP/s)
 
@@ -62,7 +62,10 @@ class Run:
     @property
     def evaluation_flops(self) -> float:
         """FLOPs of one pass over what a notebook evaluates on: the test set and the calibration images."""
-        return self.forward * (self.facts.test + min(CALIBRATION, self.facts.train)) if self.facts else math.nan
+        if not self.facts:
+            return math.nan
+        most, few = CALIBRATION
+        return self.forward * (self.facts.test + (most if self.facts.train >= most else few))
 
 
 def find_facts(name: str, root: str | Path | None = None) -> Facts | None:
@@ -89,7 +92,7 @@ def _count(folder: Path) -> Facts:
     """Images and classes of an image folder, and the shape of its first image; DataMissing if a class is empty."""
     halves = stream_folder(folder, 1)
     with Image.open(halves[0].paths[0]) as image:  # only its head is read
-        shape = (1 if image.mode in ("1", "L") else 3, image.height, image.width)
+        shape = (1 if image.mode in ("1", "L") or image.mode.startswith("I") else 3, image.height, image.width)
     return Facts(*map(len, halves), shape, int(halves[0].labels.max()) + 1)
 
 

@@ -37,7 +37,7 @@ def parse_run(name: str, data_root: str | os.PathLike | None = None, *, check_da
     Args:
         name: see the head of this module.
         data_root: where image folders are looked for, see data.load.
-        check_data: False takes any name of a data set.
+        check_data: False takes any name that a data set may have.
 
     Raises:
         ValueError: some part is wrong; the message names the nearest that is right.

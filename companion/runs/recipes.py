@@ -153,6 +153,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "quick": {
         "mlp": Recipe("quick", 80, 200, 0.1, "linear", warmup_epochs=25, nesterov=True),  # 35 layers need it all
         "vgg": Recipe("quick", 20, 100, 0.1, "cosine", 5e-4, ("translate",)),
+        **dict.fromkeys(("vgg-bn", "vgg-fused"), Recipe("quick", 16, 100, 0.1, "cosine", 5e-4, ("translate",))),
         "resnet": Recipe("quick", 16, 100, 0.2, "cosine", 1e-4, ("translate",)),
         **dict.fromkeys(("vgg-ln", "vgg-plain-nobias", "resnet-ln", "resnet-fixup", "tiny"), _QUICK),
         "resnet-bn-bottleneck": replace(_QUICK, epochs=16),

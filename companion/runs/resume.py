@@ -49,7 +49,8 @@ class SavedState:
 
     def __init__(self, path: str | os.PathLike, facts: Mapping[str, object], seconds: float):
         self.path, self.facts, self.seconds = Path(path), dict(facts), seconds
-        self.saved_at = time.monotonic()
+        self.saved_at = self.began = time.monotonic()
+        self.earlier = 0.0  # seconds of the processes before this one
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor) -> int:
         """Go on from what is saved, if it is whole and of this training.
@@ -68,8 +69,13 @@ class SavedState:
                 about, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError):
             return 0  # not there, or damaged: the next save replaces it
-        if about.get("facts") != self._facts() or about.get("sha256") != _digest(tensors):
+        if about.get("sha256") != _digest(tensors):
             return 0
+        if about.get("facts") != self._facts():
+            others = {name for name, value in json.loads(about["facts"]).items() if self.facts.get(name) != value}
+            print(f"{self.path} is of another {', '.join(sorted(others))}: the training starts anew", flush=True)
+            return 0
+        self.earlier = float(about["seconds"])
         model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
         for i, parameter in enumerate(_parameters(optimizer)):
             if f"momentum.{i}" in tensors:
@@ -100,7 +106,8 @@ class SavedState:
             if (momentum := optimizer.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"momentum.{i}"] = momentum
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        about = {"facts": self._facts(), "sha256": _digest(tensors)}
+        taken = self.earlier + time.monotonic() - self.began
+        about = {"facts": self._facts(), "sha256": _digest(tensors), "seconds": str(taken)}
         atomic_write(self.path, safetensors.torch.save(tensors, about))
 
     def _facts(self) -> str:

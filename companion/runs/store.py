@@ -66,9 +66,9 @@ FACTS = ("shape", "classes", "device", "processor", "precision", "tf32", "graph"
          "source")  # fmt: skip
 
 
-# What every sidecar has, and what it is.
-SIDECAR_PARTS = {"classes": int, "metrics": dict, "recipe": dict, "run": str, "sha256": str, "shape": list,
-                 "seconds": float | int, "device": str}  # fmt: skip
+# What every sidecar has, what it may have, and what kind of thing that is.
+SIDECAR_PARTS = {"classes": int, "metrics": dict, "recipe": dict, "run": str, "sha256": str, "shape": list}
+OPTIONAL_PARTS = {"seconds": float | int, "device": str, "processor": str, "threads": int}
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -144,10 +144,14 @@ class Store:
             with self._lock(name, progress) if first else nullcontext():
                 if not broadcast(self.has(name)):  # another process may have trained it meanwhile
                     state = self.root / ".training" / f"{_file_name(self._parse(name))}.safetensors"
-                    model, metrics = train(
-                        name, parent=parent, data_root=self.data_root, device=train_device, progress=progress,
-                        state=state,
-                    )  # fmt: skip
+                    try:
+                        model, metrics = train(
+                            name, parent=parent, data_root=self.data_root, device=train_device, progress=progress,
+                            state=state,
+                        )  # fmt: skip
+                    except DivergedError:
+                        state.unlink(missing_ok=True)  # whatever led there
+                        raise
                     broadcast(self._save(name, model, metrics) if first else None)
                     state.unlink(missing_ok=True)
         return self.load(name, device)
@@ -310,7 +314,8 @@ class Store:
             raise self._corrupt(name, path, f"is not valid JSON ({error})") from error
         if not isinstance(info, dict):
             raise self._corrupt(name, path, "is not the sidecar of a run")
-        if wrong := [part for part, kind in SIDECAR_PARTS.items() if not isinstance(info.get(part), kind)]:
+        parts = SIDECAR_PARTS | {part: kind for part, kind in OPTIONAL_PARTS.items() if part in info}
+        if wrong := [part for part, kind in parts.items() if not isinstance(info.get(part), kind)]:
             raise self._corrupt(name, path, f"lacks {', '.join(wrong)}, or has something else in its place")
         if not all(isinstance(value, float | int) for value in info["metrics"].values()):
             raise self._corrupt(name, path, "has a metric that is no number")

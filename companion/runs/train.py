@@ -97,8 +97,8 @@ def train(
         callback: see `fit`; steps are counted from 1, and 0 is the network before the first.
         progress: a bar if somebody is looking, and one line at the end.
         state: a file that keeps how far the training is, every $REPAIRLIB_SAVE_MINUTES (default 10). If it is there,
-            the training goes on from it, unless it is of another network, data set or number of threads. It may be
-            deleted once the network is stored.
+            the training goes on from it, unless it is of another network, recipe or data set, number of threads or
+            processes, version of PyTorch, or CPU. It may be deleted once the network is stored.
 
     Returns:
         The network, on the CPU in evaluation mode, and its metrics: {train,test}_{loss,accuracy} (nats; 0 to 1),
@@ -136,7 +136,9 @@ def train(
         saved = None
         if state is not None:
             about = {"run": str(run), "recipe": asdict(how), "data": dataset.digest(), "threads": threads}
-            about |= {"device": device_name(device), "torch": torch.__version__, "processes": processes()[1]}
+            about |= {"torch": torch.__version__, "processes": processes()[1]}
+            # On a GPU bits differ from time to time anyway, so that any GPU may go on.
+            about |= {"processor": device_name(device) if device.type == "cpu" else device.type}
             saved = SavedState(state, about, seconds_between_saves())
         fit(
             model, dataset, how, run.seed, callback=callback, name=str(run), progress=progress, facts=facts, state=saved
@@ -147,7 +149,8 @@ def train(
             model = plain.to(device)
         model.eval()
         metrics = broadcast(measure(model, dataset, str(run)) if rank == 0 else None)
-    metrics |= {"seconds": time.perf_counter() - start, "threads": threads, "device": str(device)}
+    seconds = time.perf_counter() - start + (saved.earlier if saved is not None else 0.0)
+    metrics |= {"seconds": seconds, "threads": threads, "device": str(device)}
     metrics |= {"processor": device_name(device), "tf32": tensor_float32(device)}
     metrics |= {"precision": precision(how, device), "data_sha256": dataset.digest()}
     metrics |= {"shape": dataset.shape, "classes": dataset.classes, **facts}
@@ -220,7 +223,7 @@ def fit(
         The loss of every step, float32 [steps].
 
     Raises:
-        ValueError: the batch does not divide into equal parts for all processes.
+        ValueError: the batch does not divide into equal parts for all processes; or there are a callback and a state.
         DivergedError: names `name`, the step (from 1) and the last finite loss.
     """
     device, cuda = dataset.device, dataset.device.type == "cuda"
@@ -241,17 +244,21 @@ def fit(
     if state is not None and callback is not None:
         raise ValueError(f"{name}: a callback would miss the steps that a saved state has; give one of both")
     step = state.restore(model, take_step.optimizer, losses) if state is not None else 0
+    if step != broadcast(step):
+        raise RuntimeError(f"{name}: this process goes on from step {step} of {state.path}, and the first does not; "
+                           "all must see the same file")  # fmt: skip
     if step and rank == 0:
         print(f"{name}: goes on from step {step} of {steps}", flush=True)
     checked, stopped = step, False
     with bar(steps, name, "step", progress and rank == 0) as steps_done, _fastest_convolutions():
+        steps_done.update(step)
         for epoch in range(recipe.start + recipe.trained_epochs):
             batches = iterate(
                 dataset, "train", batch_size, recipe.augment, generator,
                 shuffle=True, drop_last=True, part=(rank, number),
                 skip=min(max(step - (epoch - recipe.start) * per_epoch, 0), per_epoch),
             )  # fmt: skip
-            if epoch < recipe.start:
+            if epoch < recipe.start or step > (epoch - recipe.start + 1) * per_epoch:
                 continue  # its order is drawn, as if it were trained
             for x, y in batches:
                 loss = take_step(x, y, recipe.lr_at(first + step, per_epoch))
@@ -268,7 +275,7 @@ def fit(
                     _check_losses(losses, checked, step, name)
                     steps_done.update(step - checked)
                     checked = step
-                if state is not None and rank == 0 and state.due():
+                if state is not None and rank == 0 and state.due() and bool(loss.isfinite()):
                     _save(state, name, model, take_step.optimizer, losses[:step], steps)
                 if stopped:
                     break

@@ -44,7 +44,7 @@ def combined(scale: str, width: float | None = None) -> Combined:
     )
     widths = by_scale(scale, smoke=(0.25, 0.25), quick=(2, 2), fast=(2, 2), paper=(32, 16))
     seeds = by_scale(scale, smoke=(1, 2), quick=(1, 2, 3), fast=(1, 2, 3), paper=(1, 2, 3))
-    restarts = by_scale(scale, smoke=2, quick=10, fast=5, paper=1)
+    restarts = by_scale(scale, smoke=2, quick=5, fast=5, paper=1)
     test_images = by_scale(scale, smoke=None, quick=None, fast=2000, paper=None)
     widths = widths if width is None else (width, width)
     return Combined(resnet.format(widths[0]), tiny.format(widths[1]), seeds, restarts, test_images)

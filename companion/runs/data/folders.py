@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -31,6 +31,11 @@ from companion.runs.files import atomic_write
 # Of ImageNet's pixels / 255. All streamed folders are normalised by them, so that torchvision's weights fit.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AHEAD = 2  # batches that are decoded while one is used
+# What makes an image upright, by EXIF's orientation; 1 is upright.
+TURNS = dict(enumerate([Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90], start=2))  # fmt: skip
+DECODER = "2"  # what decodes images; another one makes no use of what this one has decoded
 KEPT = 2**30  # bytes; a sample that takes no more than this stays in memory once it is decoded
 
 
@@ -42,10 +47,10 @@ class DataMissing(FileNotFoundError):
 class Stream:
     """One half of a streamed folder; images are uint8 [3, side, side], labels int64 [n].
 
-    Without a random crop, images are what torchvision's networks are evaluated on: the shorter side is resized to
-    256/224 of `side`, bilinearly with antialiasing, and the middle cut out. With it, a window of 8 to 100 % of the area
-    and a ratio of sides from 3/4 to 4/3 is resized likewise (Szegedy et al. 2015). The window depends on the seed and
-    on the image's index only, so that batches are the same for any number of threads.
+    Images are made upright first. Without a random crop, they are what torchvision's networks are evaluated on: the
+    shorter side is resized to 256/224 of `side`, bilinearly with antialiasing, and the middle cut out. With it, a
+    window of 8 to 100 % of the area and a ratio of sides from 3/4 to 4/3 is resized likewise (Szegedy et al. 2015). The
+    window depends on the seed and on the image's index only, so that batches are the same for any number of threads.
     """
 
     paths: tuple[str, ...] = field(repr=False)  # ImageNet has 1.3 million
@@ -176,7 +181,7 @@ def _state(folder: Path, paths: Iterable[str]) -> str:
     """A digest of the names, sizes and times of change of some files in a folder."""
     begin = len(str(folder))
     files = (f"{path[begin:]} {file.st_size} {file.st_mtime_ns}\n" for path in paths if (file := os.stat(path)))
-    return hashlib.sha256("".join(files).encode()).hexdigest()
+    return hashlib.sha256("".join([DECODER, *files]).encode()).hexdigest()
 
 
 def _read_copy(path: Path, state: str) -> dict[str, Tensor]:
@@ -247,7 +252,8 @@ def _open(path: str) -> Image.Image:
     """Decode an image upright, as grey values or RGB of 8 bits."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)  # as cameras note that they were held
+            turn = TURNS.get(file.getexif().get(0x0112))  # as cameras note that they were held
+            image = file.transpose(turn) if turn is not None else file
             if image.mode.startswith("I"):  # Pillow would clip grey values of 16 bits at 255
                 values = np.asarray(image).astype(np.int64)
                 if values.min() < 0 or values.max() > 65535:
