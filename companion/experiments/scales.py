@@ -18,7 +18,7 @@ def by_scale(scale: str, *, smoke: Any, quick: Any, fast: Any, paper: Any) -> An
 
 
 def calibration_images(scale: str) -> int:
-    """Training images for matching and statistics: 5,000 suffice (Jordan et al. 2022, Sec. 4.2), 500 of small digits."""
+    """Training images for matching and statistics: 5,000 suffice (Jordan et al. 2022, Sec. 4.2), 500 of digits."""
     return by_scale(scale, smoke=500, quick=500, fast=5000, paper=5000)
 
 
