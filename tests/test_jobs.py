@@ -55,6 +55,14 @@ def test_after_the_soonest_come_the_longest(project, monkeypatch):
     assert [job.name for job in plan(wanted) if not job.runs] == ["1", "2", "3", "4", "5"]
 
 
+def test_of_two_that_take_as_long_the_one_that_others_wait_for_comes_first(project):
+    wanted = {str(count): need(map(LARGE.format, range(10 * count, 11 * count))) for count in range(1, 4)}
+    wanted |= {name: need(map(LARGE.format, range(start, start + 6))) for name, start in (("a", 60), ("b", 70))}
+    assert [job.name for job in plan(wanted) if not job.runs] == ["1", "2", "3", "a", "b"]
+    wanted["reader"] = need(after=["b"])
+    assert [job.name for job in plan(wanted) if not job.runs] == ["1", "2", "3", "b", "a", "reader"]
+
+
 def test_a_run_that_is_continued_is_trained_first(project):
     child = f"{LARGE.format(1)}/retrain/s2"
     found = plan({"one": need([child])})

@@ -140,13 +140,22 @@ def plan_jobs(
         total = sum(executing[each] for each in new) + sum(missing[run] for run in trainings)
         return math.inf if math.isnan(total) else total
 
+    def waiting(name: str) -> float:
+        """Seconds that notebooks take which wait for this one: begun late, it would leave them alone at the end."""
+        readers = [other for other in todo if name in wanted[other]["after"]]
+        return max((executing[other] + waiting(other) for other in readers if executing[other] > 0), default=0.0)
+
     jobs: list[Job] = []
     job_of: dict[str, Job] = {}
     planned: list[str] = []
     while left := sorted(todo - {*planned}):
         # Pictures soon; after that the longest, so that no long notebook is left for a single core at the end.
         soon = len(planned) < SOON
-        following = min(left, key=lambda name: cost(chain(name))) if soon else max(left, key=lambda name: cost([name]))
+        following = (
+            min(left, key=lambda name: cost(chain(name)))
+            if soon
+            else max(left, key=lambda name: cost([name]) + waiting(name))
+        )
         for name in chain(following):
             if name in planned:
                 continue
