@@ -309,7 +309,7 @@ def test_layers_without_a_module_are_named_after_their_node():
 def test_stitching_refuses_what_does_not_fit():
     a = make("mlp3-plain-w8").state_dict()
     parts = combine.layers(make("mlp3-plain-w8"), inputs("mlp3-plain-w8", 2))
-    with pytest.raises(ValueError, match="layer must be from 0 to 4"):
+    with pytest.raises(ValueError, match="layer must be a whole number from 0 to 4"):
         combine.stitch(a, a, 5, parts)
     with pytest.raises(ValueError, match="no layer has 'head.weight'"):
         combine.stitch(a, a, 1, {k: v for k, v in parts.items() if k != "head"})

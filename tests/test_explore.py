@@ -128,7 +128,8 @@ def test_runs_that_were_trained_anew_are_computed_anew():
     with torch.no_grad():
         next(model.parameters()).mul_(0.5)
     stored.delete(MLP[0])
-    stored.save(MLP[0], model, {key: info[key] for key in info if key not in ("sha256", "recipe", "run")})
+    facts = {key: info[key] for key in info if key not in ("sha256", "recipe", "run", "metrics")}
+    stored.save(MLP[0], model, facts | info["metrics"])
     assert (choice, 0.0) in explorer.missing(choice, 0.5)
     assert explorer.step(choice, 0.0).startswith("loading the networks")
     assert explorer.point(choice, 0.0)["loss"] != before["loss"]

@@ -144,7 +144,7 @@ def test_sidecars_of_networks_in_the_repository_say_how_they_were_trained():
     assert "trained in" not in fidelity.why("repair/fig4-right", record)
     for run in runs:
         (shipped_root() / run).mkdir(parents=True)
-        info = dict.fromkeys(("sha256", "recipe", "shape", "classes", "metrics"), 0)
+        info = {"run": run, "sha256": "", "recipe": {}, "shape": [], "classes": 10, "metrics": {}}
         (shipped_root() / run / "run.json").write_text(
             json.dumps(info | {"precision": "bfloat16", "processor": "a GPU"})
         )

@@ -317,7 +317,10 @@ class Store:
         parts = SIDECAR_PARTS | {part: kind for part, kind in OPTIONAL_PARTS.items() if part in info}
         if wrong := [part for part, kind in parts.items() if not isinstance(info.get(part), kind)]:
             raise self._corrupt(name, path, f"lacks {', '.join(wrong)}, or has something else in its place")
-        if not all(isinstance(value, float | int) for value in info["metrics"].values()):
+        measured = [
+            info["metrics"].get(f"{half}_{what}", 0) for half in ("train", "test") for what in ("loss", "accuracy")
+        ]
+        if not all(isinstance(value, float | int) for value in measured):
             raise self._corrupt(name, path, "has a metric that is no number")
         if info["run"] != (run := str(self._parse(name))):
             raise self._corrupt(name, path, f"is of another run, {info['run']}, and not of {run}")

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from companion.runs.models.initial import initialise
@@ -170,7 +169,7 @@ def build(
     if not (family.own_init and init == "kaiming-normal"):
         initialise(model, init)
         family.adjust(model, name)
-    return model.to(memory_format=torch.channels_last)  # PyTorch's fastest layout for images, on CPUs and GPUs
+    return model
 
 
 def _problem(family: Family, name: ModelName) -> str:
