@@ -62,7 +62,8 @@ def more(kind, what, most):
 
 # `started` and `failed` are for workflow/jobs.py, which shows how far the jobs are.
 RUN = (
-    "touch {params.stamp:q}.started; rm -f {params.stamp:q}.failed; {sys.executable:q} {params.job:q} || {{ status=$?; touch {params.stamp:q}.failed; "
+    "touch {params.stamp:q}.started; rm -f {params.stamp:q}.failed; "
+    "{sys.executable:q} {params.job:q} || {{ status=$?; touch {params.stamp:q}.failed; "
     "[ $status -ne 137 ] || echo {wildcards.name:q}': killed, perhaps because memory ran out' >&2; exit $status; }}"
 )
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from common import save
-from interrupt import Home, compare, undisturbed
+from interrupt import Home, compare, conclude, undisturbed
 
 
 def slurm(*command: str) -> str:
@@ -71,11 +71,7 @@ def main() -> int:
     save(__file__, args, [*rows, {"problems": problems}])
     for row in (*rows, *problems):
         print(row)
-    if problems:
-        print(f"{len(problems)} problems; everything is kept in {root}", file=sys.stderr)
-        return 1
-    shutil.rmtree(root)
-    return 0
+    return conclude(root, problems)
 
 
 if __name__ == "__main__":

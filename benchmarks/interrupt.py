@@ -321,6 +321,15 @@ def faults(home: Home) -> list[dict]:
     return rows
 
 
+def conclude(root: Path, problems: list[str]) -> int:
+    """Keep everything if there are problems, else nothing; the exit code."""
+    if problems:
+        print(f"{len(problems)} problems; everything is kept in {root}", file=sys.stderr)
+        return 1
+    shutil.rmtree(root)
+    return 0
+
+
 def _read(path: Path) -> dict:
     """A JSON file, or nothing if it is not whole, which `Home.inspect` notes."""
     try:
@@ -366,11 +375,7 @@ def main() -> int:
     two.inspect("after the faults")
     problems = one.problems + two.problems
     save(__file__, args, [*rows, {"problems": problems}])
-    if problems:
-        print(f"{len(problems)} problems; everything is kept in {root}", file=sys.stderr)
-        return 1
-    shutil.rmtree(root)
-    return 0
+    return conclude(root, problems)
 
 
 if __name__ == "__main__":
