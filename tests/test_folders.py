@@ -404,6 +404,8 @@ def test_network_of_torchvision_learns_by_name(root, monkeypatch):
     model, info = runs.get(RUN, train_device="cpu", progress=False), runs.info(RUN)
     assert info["shape"] == [3, 32, 32] and info["classes"] == 3 and info["metrics"]["train_accuracy"] > 0.6
     loss, accuracy = training.evaluate(model, iterate(load("shapes@32", root), "test"))
-    assert (loss, accuracy) == (info["metrics"]["test_loss"], info["metrics"]["test_accuracy"])
+    # A training evaluates its network in the layout that it trained in, so that the loss is another to rounding.
+    assert accuracy == info["metrics"]["test_accuracy"]
+    assert loss == pytest.approx(info["metrics"]["test_loss"], rel=1e-4)
     again, metrics = training.train(RUN, data_root=root, device="cpu", progress=False, recipe=replace(how, epochs=1))
     assert not model.training and not torch.equal(again.fc.weight, model.fc.weight) and metrics["shape"] == (3, 32, 32)
