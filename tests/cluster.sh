@@ -44,7 +44,8 @@ ReturnToService=2
 NodeName=$host CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.95)}' /proc/meminfo) Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
 EOF
-echo "NodeName=$host Name=gpu Count=2" > /etc/slurm/gres.conf
+touch "$work/gpu0" "$work/gpu1"  # SLURM only looks whether there is a file
+echo "NodeName=$host Name=gpu File=$work/gpu[0-1]" > /etc/slurm/gres.conf
 printf 'CgroupAutomount=no\n' > /etc/slurm/cgroup.conf
 
 [ -s /etc/munge/munge.key ] || { dd if=/dev/urandom bs=1 count=1024 of=/etc/munge/munge.key 2> /dev/null; }
@@ -52,6 +53,6 @@ chown -R munge: /etc/munge /run/munge; chmod 400 /etc/munge/munge.key
 runuser -u munge -- munged
 slurmctld && slurmd
 for _ in $(seq 30); do sinfo --noheader --states idle | grep -q . && break; sleep 1; done
-sinfo
+sinfo --noheader --states idle | grep . || { sinfo --list-reasons; cat "$work/slurmd.log"; exit 1; }
 
 "$PYTHON" benchmarks/cluster.py --plugin "$work/plugin" "$@"
