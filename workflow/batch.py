@@ -34,6 +34,10 @@ from companion.figures.gallery import duration, relative
 from companion.runs.data import project_root
 from companion.runs.files import atomic_write
 
+# nbformat imports jsonschema, and that this, if it is there: a grammar of URIs that takes two seconds to build. No part
+# of a notebook is checked against it.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+
 PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_NETWORKS", "REPAIRLIB_DATA")
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -72,7 +76,7 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
         NotebookFailed: a cell failed; then the notebook so far is in build/<scale>/<name>.partial.ipynb.
         ValueError: the cell that says what the notebook needs fails.
     """
-    import jupytext  # these here, because importing them takes two seconds
+    import jupytext  # these here, because importing them takes a second
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
