@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -29,9 +30,14 @@ def start(root: Path, args: argparse.Namespace) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def listen(process: subprocess.Popen, began: float, said: list[tuple[float, int]]) -> None:
+    """Note when a training says that its state is in the file, and the step."""
+    said += [(time.monotonic() - began, int(match[1])) for line in process.stdout if (match := STEP.search(line))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="digits/resnet20-bn-w0.5/quick/s1")
+    parser.add_argument("--run", default="digits-hard/resnet8-ln-w1/quick-csiszarik/s1")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=1.0, help="from one save to the next")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -48,26 +54,28 @@ def main() -> int:
         begins = first - step / pace  # seconds until the first step
         for number in range(1, args.kills + 1):
             process, began = start(killed, args), time.monotonic()
+            said: list[tuple[float, int]] = []
+            reader = threading.Thread(target=listen, args=(process, began, said))
+            reader.start()
             wait = begins + chance.uniform(0, 2 * total / pace / args.kills)
             try:
                 process.wait(wait)
                 break  # it came to its end
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
-            out = process.stdout.read()
-            seen = [int(match[1]) for match in STEP.finditer(out)]
-            life = time.monotonic() - began - begins
-            rows.append({"kill": number, "after (s)": round(wait, 2), "began at": seen[0] if seen else 0,
-                         "saved": seen[-1] if seen else 0, "trained for (s)": round(max(life, 0.0), 2)})  # fmt: skip
+            ended = time.monotonic() - began
+            reader.join()
+            since = said[-1][0] if said else begins
+            row = {"kill": number, "after (s)": round(wait, 2), "lost (s)": round(max(ended - since, 0.0), 2)}
+            rows.append(row | {"began at": said[0][1] if said else 0, "saved": said[-1][1] if said else 0})
             print(rows[-1], flush=True)
         if process.poll() is None or process.returncode:
             process = start(killed, args)
             process.communicate()
         digests = [Store(root).info(args.run)["sha256"] for root in (whole, killed)]
-    lost = [row["trained for (s)"] - (row["saved"] - row["began at"]) / pace for row in rows]
     rows.append({
         "steps": total, "steps a second": round(pace, 1), "kills": len(rows), "same weights": digests[0] == digests[1],
-        "most lost by a kill (s)": round(max(lost), 2), "saved every (s)": args.seconds,
+        "most lost by a kill (s)": max(row["lost (s)"] for row in rows), "saved every (s)": args.seconds,
     })  # fmt: skip
     print(rows[-1])
     save(__file__, args, rows)

@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from repairlib.interpolate import State, check_compatible, clamp_variance
+from repairlib.interpolate import State, check_compatible, clamp_variance, non_finite
 from repairlib.names import check
 from repairlib.tracing import aliases, trace
 
+PIECE = 2**17  # numbers that are combined at a time on a CPU: four tensors of these fit into its cache
 # A distribution of coefficients, as the function that turns uniform numbers in [0, 1) into numbers that have it.
 Quantile = Callable[[Tensor], Tensor]
 
@@ -38,17 +39,39 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
     tensor([1., 0., 1., 1.])
     """
     check_compatible(state_a, state_b)
-    out = {name: a.clone() for name, a in state_a.items()}
-    sizes = {name: a.numel() for name, a in sorted(state_a.items()) if a.is_floating_point()}
-    # Drawn on the CPU, where a seed means the same everywhere, and moved at once: each copy waits for a GPU.
-    u = torch.rand(sum(sizes.values()), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    u = u.to(next(iter(state_a.values()), u).device, non_blocking=True)
-    for name, drawn in zip(sizes, u.split([*sizes.values()]), strict=True):
-        a, b = state_a[name], state_b[name]
-        c = quantile(drawn.view(a.shape)).to(a)
-        mixed = torch.where(c == 0, a, torch.where(c == 1, b, (1 - c) * a + c * b))
-        out[name] = clamp_variance(name, mixed)
-    return out
+    infinite = set(non_finite(state_a))  # the same in both, such as the buffer of a causal mask
+    drawn = [name for name, a in sorted(state_a.items()) if a.is_floating_point() and name not in infinite]
+    sizes = {name: state_a[name].numel() for name in drawn}
+    uniform = _uniform([*sizes.values()], seed, next(iter(state_a.values())).device if state_a else torch.device("cpu"))
+    out = {name: value.clone() for name, value in state_a.items() if name not in sizes}
+    for name in sizes:
+        a, b = (state[name].reshape(-1) for state in (state_a, state_b))
+        mixed = torch.empty_like(a)
+        for start, u in next(uniform):
+            piece = slice(start, start + len(u))
+            c = quantile(u).to(a.dtype)
+            torch.lerp(a[piece], b[piece], c, out=mixed[piece])
+            for end, part in ((0, a[piece]), (1, b[piece])):  # bit for bit, the sign of a zero included
+                torch.where(c == end, part, mixed[piece], out=mixed[piece])
+        out[name] = clamp_variance(name, mixed.view(state_a[name].shape))
+    return {name: out[name] for name in state_a}
+
+
+def _uniform(sizes: Sequence[int], seed: int, device: torch.device) -> Iterator[Iterator[tuple[int, Tensor]]]:
+    """Uniform numbers for tensors of some sizes: of each, the pieces and where they begin.
+
+    They are drawn on the CPU, where a seed means the same everywhere. There a piece fits into the cache. For a GPU all
+    are drawn and moved at once, as each copy waits for it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if device.type == "cpu":
+        for size in sizes:
+            starts = range(0, size, PIECE)
+            yield ((start, torch.rand(min(PIECE, size - start), generator=generator)) for start in starts)
+        return
+    numbers = torch.rand(sum(sizes), generator=generator).to(device, non_blocking=True)
+    for part in numbers.split([*sizes]):
+        yield iter([(0, part)])
 
 
 def box(s: float, center: float = 0.5) -> Quantile:

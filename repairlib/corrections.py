@@ -222,8 +222,12 @@ def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
 
 def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffine], example: Inputs) -> fx.GraphModule:
     """Copy of a model with every correction, by node name, as a visible `ChannelAffine` after its node."""
-    out = copy.deepcopy(model)
-    net = trace(out, example)
+    return attach_to(trace(copy.deepcopy(model), example), corrections)
+
+
+def attach_to(net: TracedNet, corrections: Mapping[str, Correction | ChannelAffine]) -> fx.GraphModule:
+    """The same in place: the traced model gets the modules, and its graph the nodes."""
+    out = net.model
     like = next(out.parameters())
     for name, fix in corrections.items():
         node = net.node(name)
@@ -236,8 +240,8 @@ def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffin
         after.args = (node,)
     for name, value in net.constants.items():
         out.register_buffer(name, value, persistent=False)
-    graph_module = fx.GraphModule(out, net.graph, class_name=type(model).__name__)
-    graph_module.training = model.training  # submodules keep the flags that they have
+    graph_module = fx.GraphModule(out, net.graph, class_name=type(out).__name__)
+    graph_module.training = out.training  # submodules keep the flags that they have
     return graph_module
 
 
@@ -277,8 +281,12 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Inputs) 
     layer, where that layer is called twice, and where its weight is shared or computed (pruning, weight norm). A node's
     mean may be right only behind a BatchNorm that took the shift.
     """
-    out = copy.deepcopy(model)
-    net = trace(out, example)
+    return fold_into(trace(copy.deepcopy(model), example), corrections)
+
+
+def fold_into(net: TracedNet, corrections: dict[str, Correction]) -> Repaired:
+    """The same in place: the traced model gets the weights."""
+    out = net.model
     calls = [node.target for node in net.nodes if node.op == "call_module"]
     norms, ready = batchnorms(net), foldable(net, corrections)
 
@@ -303,7 +311,7 @@ def fold(model: nn.Module, corrections: dict[str, Correction], example: Inputs) 
                 shift = None
         _scale(layer, fix.gain.to(layer.weight.device), shift)
     if visible:
-        out = attach(out, visible, example)
+        out = attach_to(net, visible)
     return Repaired(out, corrections, tuple(visible), tuple(new_biases))
 
 

@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from repairlib.groups import Permutation, PermutationSpec, UnsupportedNode, permutation_spec
+from repairlib.groups import Group, Permutation, PermutationSpec, UnsupportedNode, permutation_spec
 from repairlib.inputs import Batches
 from repairlib.interpolate import check_models
 from repairlib.moments import Moments, gather
@@ -71,10 +71,8 @@ def solve_assignment(similarity: Float[Tensor, "units units"]) -> Int[Tensor, " 
 SIMILARITIES = ("correlation", "inner")
 
 
-def gather_groups(
-    model_a: nn.Module, model_b: nn.Module, batches: Batches, spec: PermutationSpec, tap: str
-) -> dict[str, Moments]:
-    """Moments of both networks at the groups' taps, by node, with ``cross="full"``, from one pass.
+def gather_groups(models: Sequence[nn.Module], batches: Batches, spec: PermutationSpec, tap: str) -> dict[str, Moments]:
+    """Moments of networks at the groups' taps, by node, of the first with each other (``cross="full"``); one pass.
 
     Groups that no node shows are left out.
     """
@@ -85,7 +83,7 @@ def gather_groups(
                 f"group {group.name!r}: no node {tap}-activation holds its units; use tap={next(iter(group.taps))!r}"
             )
     example = batches.example()
-    nets = [trace(model, example) for model in (model_a, model_b)]
+    nets = [trace(model, example) for model in models]
     check_graphs(*nets)
     return gather(nets, batches, [group.taps[tap] for group in spec.groups if group.taps], "full")
 
@@ -122,38 +120,68 @@ def match_activations(
     >>> match_activations(a, a, [torch.randn(64, 2)]).permutation["0"].tolist()
     [0, 1, 2]
     """
+    how = {"spec": spec, "tap": tap, "similarity": similarity, "eps": eps}
+    return match_activations_of_many(model_a, [model_b], data, **how)[0]
+
+
+def match_activations_of_many(
+    model_a: nn.Module,
+    others: Sequence[nn.Module],
+    data: Iterable,
+    *,
+    spec: PermutationSpec | None = None,
+    tap: str = "post",
+    similarity: str = "correlation",
+    eps: float = 0.0,
+) -> list[Matching]:
+    """Match several networks to one by activations, from one pass of each over the data.
+
+    Args:
+        model_a: the network that the others are matched to. Untouched.
+        others: networks of its architecture. Untouched.
+        data, spec, tap, similarity, eps: see `match_activations`, also for errors.
+
+    Returns:
+        The matching of each.
+    """
     check(similarity, SIMILARITIES, "similarity")
-    check_models(model_a, model_b)
+    check_models(model_a, *others)
     batches = Batches(data, model_a)
     if not 0 <= eps < math.inf:  # so written, NaN is refused
         raise ValueError(f"eps is added to a product of standard deviations: at least 0, not {eps}")
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
     spec.check_state(model_a.state_dict())
-    moments = gather_groups(model_a, model_b, batches, spec, tap)
-    matching = Matching(spec, {})
+    moments = gather_groups([model_a, *others], batches, spec, tap)
+    matchings = [Matching(spec, {}) for _ in others]
     for group in spec.groups:
-        if not group.taps:
-            continue
-        moment = moments[group.taps[tap]]
-        full = (moment.inner() if similarity == "inner" else moment.corr(eps=eps)).cpu()
-        if not full.isfinite().all():
-            raise ValueError(
-                f"group {group.name!r}: the activations at node {group.taps[tap]!r} are not finite, or too large for "
-                "their squares; look at the data, or convert the networks to a wider type"
-            )
-        # A unit of several channels (a group of a grouped convolution) is as similar as its channels are, in order.
-        blocks = group.channels[tap].T
-        similar = functools.reduce(torch.add, (full[channels][:, channels] for channels in blocks))
-        # Among equals, such as dead units, a unit stays where it is: matching an aligned network moves nothing.
-        stay = 1e-9 * float(similar.abs().max()) * torch.eye(group.size, dtype=similar.dtype)
-        perm = solve_assignment(similar + stay)
-        matched = similar[torch.arange(group.size), perm]
-        matching.permutation[group.name] = perm
-        matching.correlation[group.name] = matched / len(blocks)
-        matching.objective[group.name] = float(matched.sum())
-        dead = [moment.dead(k).cpu()[group.channels[tap]].all(1) for k in (0, 1)]
-        matching.dead[group.name] = (int(dead[0].sum()), int(dead[1].sum()))
-    return match_hidden(matching, model_a, model_b)
+        if group.taps:
+            for k, matching in enumerate(matchings, start=1):
+                _match_group(matching, group, moments[group.taps[tap]], k, tap, similarity, eps)
+    return [match_hidden(matching, model_a, other) for matching, other in zip(matchings, others, strict=True)]
+
+
+def _match_group(
+    matching: Matching, group: Group, moment: Moments, k: int, tap: str, similarity: str, eps: float
+) -> None:
+    """Match a group of network k to that of network 0, by their moments at its tap."""
+    full = (moment.inner(k) if similarity == "inner" else moment.corr(k, eps=eps)).cpu()
+    if not full.isfinite().all():
+        raise ValueError(
+            f"group {group.name!r}: the activations at node {group.taps[tap]!r} are not finite, or too large for "
+            "their squares; look at the data, or convert the networks to a wider type"
+        )
+    # A unit of several channels (a group of a grouped convolution) is as similar as its channels are, in order.
+    blocks = group.channels[tap].T
+    similar = functools.reduce(torch.add, (full[channels][:, channels] for channels in blocks))
+    # Among equals, such as dead units, a unit stays where it is: matching an aligned network moves nothing.
+    stay = 1e-9 * float(similar.abs().max()) * torch.eye(group.size, dtype=similar.dtype)
+    perm = solve_assignment(similar + stay)
+    matched = similar[torch.arange(group.size), perm]
+    matching.permutation[group.name] = perm
+    matching.correlation[group.name] = matched / len(blocks)
+    matching.objective[group.name] = float(matched.sum())
+    dead = [moment.dead(i).cpu()[group.channels[tap]].all(1) for i in (0, k)]
+    matching.dead[group.name] = (int(dead[0].sum()), int(dead[1].sum()))
 
 
 def match_hidden(matching: Matching, model_a: nn.Module, model_b: nn.Module) -> Matching:

@@ -1,5 +1,6 @@
 """Streaming statistics of activations: one pass gives all that matching, renormalisation and diagnostics read."""
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -78,6 +79,13 @@ class Moments:
     def var(self, k: int = 0) -> Tensor:
         """Variance ``M2 / count`` of network k's units (units,), as BatchNorm normalises with."""
         return self._m2[k].clamp_min(0) / self.count
+
+    def unbiased(self) -> "Moments":
+        """The same with variances and covariances of ``M2 / (count - 1)``."""
+        out = copy.copy(self)
+        factor = self.count / max(self.count - 1, 1)
+        out._m2, out._cross = [x * factor for x in self._m2], [x * factor for x in self._cross]
+        return out
 
     def std(self, k: int = 0) -> Tensor:
         """Standard deviation of network k's units (units,)."""

@@ -134,7 +134,7 @@ def match_transport(
     check_models(model_a, model_b)
     batches = Batches(data, model_a)
     spec = permutation_spec(model_a, batches.example()) if spec is None else spec
-    moments = gather_groups(model_a, model_b, batches, spec, tap)
+    moments = gather_groups([model_a, model_b], batches, spec, tap)
     matching = Matching(spec, {})
     for group in spec.groups:
         if not group.taps:

@@ -24,11 +24,11 @@ from repairlib.corrections import (
     Repaired,
     Statistics,
     Units,
-    attach,
+    attach_to,
     batchnorms,
     correct_moments,
     correction,
-    fold,
+    fold_into,
     foldable,
     target_nodes,
 )
@@ -100,16 +100,21 @@ def _set_statistics(module: Any, moments: Moments) -> None:
 
 
 def _sequential(
-    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool, reference: TracedNet | None = None
+    net: TracedNet,
+    batches: Batches,
+    goals: Mapping[str, Rule],
+    reset: bool,
+    reference: TracedNet | None = None,
+    watch: Mapping[str, Moments] | None = None,
 ) -> tuple[dict[str, Correction], Constant]:
     """Corrections from exact statistics, in one pass: every node is computed for the whole set before the next one.
 
     A target is measured with all corrections before it in place, as if the network were repaired layer by layer with
     one pass each. All activations of the set are held at the nodes in flight. A reference runs along, so that rules
-    have the moments of both.
+    have the moments of both. `watch` gets the moments of further nodes.
     """
-    norms = _norms_to_reset(net) if reset else {}
-    left = len(goals) + len(norms)
+    norms, watch = _norms_to_reset(net) if reset else {}, watch or {}
+    left = len(goals) + len(norms) + len(watch)
     values: list[dict] = [{} for _ in batches]
     others = [reference.walk(x, list(goals)) for x in batches] if reference else []
     corrections, constant = {}, {}
@@ -129,6 +134,11 @@ def _sequential(
             for chunk, x in zip(values, inputs, strict=True):
                 chunk[node] = net.compute(node, chunk, None if x is None else net.feed(x))
                 net.forget(node, chunk)
+            if node.name in watch:
+                for chunk in values:
+                    watch[node.name].update(chunk[node].movedim(net.axis(node.name), 1))
+                left -= 1
+                progress.update()
             if node.name in goals:
                 moments, axis = Moments("paired" if reference else "none"), net.axis(node.name)
                 for chunk, other in itertools.zip_longest(values, others):
@@ -144,7 +154,7 @@ def _sequential(
 
 
 def _simultaneous(
-    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool
+    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool, unbiased: bool = False
 ) -> tuple[dict[str, Correction], Constant]:
     """Corrections by the paper's procedure: targets normalise each batch by its own statistics while recording them."""
     norms = _norms_to_reset(net) if reset else {}
@@ -155,7 +165,8 @@ def _simultaneous(
     def correct(name: str, x: Tensor) -> Tensor:
         axis = net.axis(name)
         seen[name].update(x.movedim(axis, 1))
-        return goals[name](moments_of([x], axis)).apply(x, axis)
+        batch = moments_of([x], axis)
+        return goals[name](batch.unbiased() if unbiased else batch).apply(x, axis)
 
     def normalize(name: str, module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """BatchNorm in train mode: by this batch's statistics, which we pool ourselves."""
@@ -202,6 +213,8 @@ class Options:
             * "simultaneous": Jordan et al.'s procedure, one pass with batch statistics;
             * "closed-form": Eq. 5, without a pass; for weighted averages of two references only;
             * "batch": every evaluated batch is normalised by its own statistics, see `BatchNormTo`.
+        unbiased: whether "simultaneous" divides a batch by its unbiased variance while it records, as Qu & Horvath's
+            released RESCALE does. Their released REPAIR does not.
         targets: see `target_nodes`. Recorded references bring their own.
         visible: whether targets are corrected whose correction no weight can take up, so that the result is a
             torch.fx.GraphModule; without them it stays of its own class.
@@ -218,6 +231,7 @@ class Options:
     eps: float = 0.0
     shrink: bool = False
     method: str = "sequential"
+    unbiased: bool = False
     targets: str | Sequence[str] = TARGETS
     visible: bool = True
     bn: str = "frozen"
@@ -241,6 +255,8 @@ class Options:
         if self.shrink and (self.method != "sequential" or self.correct == "reshift"):
             raise ValueError("shrink=True shrinks gains from exact statistics: it needs method='sequential', and "
                              "correct='repair' or 'rescale'")  # fmt: skip
+        if self.unbiased and self.method != "simultaneous":
+            raise ValueError("unbiased=True is of method='simultaneous', which normalises batch by batch")
         if self.correct == "reshift" and self.average:
             raise ValueError("average=True averages the goal std, which correct='reshift' does not use")
 
@@ -287,10 +303,9 @@ class Goals:
         check_models(*self.references)
         self.batches = Batches(self.data, self.references[0], self.options.limit)
         self.example = self.batches.example()
-        if self.options.bn == "reset":
-            self.references = [
-                reset(model, self.batches, method=self.options.method).model for model in self.references
-            ]
+        resets, method = self.options.bn == "reset", self.options.method
+        if resets:
+            self.references = [copy.deepcopy(model) for model in self.references]
         nets = [trace(model, self.example) for model in self.references]
         check_graphs(*nets)
         self.targets = target_nodes(nets[0], self.options.targets)
@@ -300,10 +315,16 @@ class Goals:
             wanted = [self.options.targets] if isinstance(self.options.targets, str) else self.options.targets
             kind = "" if self.options.visible else " whose weights can take a correction up"
             raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node{kind}")
-        self.ends = gather(
-            nets, self.batches, self.targets, "paired" if self.options.method == "closed-form" else "none"
-        )
-        self.statistics = [{name: (m.mean(k), m.std(k)) for name, m in self.ends.items()} for k in range(len(nets))]
+        if resets and method == "sequential":  # goals are read in the pass that resets
+            seen = [{name: Moments() for name in self.targets} for _ in nets]
+            for net, watch in zip(nets, seen, strict=True):
+                _reset(net, self.batches, method, watch={net.corrected(name): m for name, m in watch.items()})
+            self.statistics = [{name: (m.mean(), m.std()) for name, m in watch.items()} for watch in seen]
+        else:
+            for net in nets if resets else ():
+                _reset(net, self.batches, method)
+            self.ends = gather(nets, self.batches, self.targets, "paired" if method == "closed-form" else "none")
+            self.statistics = [{name: (m.mean(k), m.std(k)) for name, m in self.ends.items()} for k in range(len(nets))]
         for statistics in self.statistics:
             _refuse_nan(statistics)
 
@@ -348,16 +369,16 @@ class Goals:
                 if value.is_floating_point() and not torch.allclose(value, average[name].to(value), 1e-2, 1e-4):
                     raise ValueError(f"method='closed-form' is for the weighted average of the references; {name!r} is "
                                      "something else: measure with method='sequential'")  # fmt: skip
-        return self._renormalize(model, weights)
+        return self._renormalize(copy.deepcopy(model), weights)
 
     def _average(self, weights: float | Sequence[float] | None) -> dict[str, Tensor]:
         states = [model.state_dict() for model in self.references]
         return mix_states(states, _weights(weights, len(states)))
 
     def _renormalize(self, model: nn.Module, weights: float | Sequence[float] | None) -> Repaired:
+        """Renormalise a network in place."""
         batches = Batches(self.data, model, self.options.limit)
         example = batches.example()
-        model = copy.deepcopy(model) if self.options.bn == "reset" else model
         net = trace(model, example)
         goals: dict[str, dict] = {}
         for name, (mean, std) in self.at(weights).items():
@@ -371,7 +392,7 @@ class Goals:
             }  # fmt: skip
         if self.options.method == "batch":
             modules = {name: BatchNormTo(**goal, axis=net.axis(name)) for name, goal in goals.items()}
-            return Repaired(attach(model, modules, example), {}, tuple(modules))
+            return Repaired(attach_to(net, modules), {}, tuple(modules))
         if self.options.method == "closed-form":
             _, alpha = _weights(weights, 2)
             corrections = {}
@@ -381,13 +402,12 @@ class Goals:
         else:
             shrink = self.options.shrink
             rules = {name: functools.partial(correct_moments, **goal, shrink=shrink) for name, goal in goals.items()}
-            beside = {"reference": trace(self.references[0], example)} if shrink else {}
-            corrections, constant = MEASURE[self.options.method](
-                net, batches, rules, self.options.bn == "reset", **beside
-            )
+            how: dict[str, Any] = {"reference": trace(self.references[0], example)} if shrink else {}
+            how |= {"unbiased": True} if self.options.unbiased else {}
+            corrections, constant = MEASURE[self.options.method](net, batches, rules, self.options.bn == "reset", **how)
             _refuse_nan({name: (fix.gain, fix.shift) for name, fix in corrections.items()})
-            return _report(fold(model, corrections, example), constant)
-        return fold(model, corrections, example)
+            return _report(fold_into(net, corrections), constant)
+        return fold_into(net, corrections)
 
 
 class Repair(Goals):
@@ -476,13 +496,18 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential") -> Re
     check(method, MEASURE, "method")
     out = copy.deepcopy(model)
     batches = Batches(as_batches(data), out)
-    net = trace(out, batches.example())
+    constant = _reset(trace(out, batches.example()), batches, method)
+    return _report(Repaired(out, {}), constant)
+
+
+def _reset(net: TracedNet, batches: Batches, method: str, **how: Any) -> Constant:
+    """Measure the BatchNorms of a network anew, in place; how: see `_sequential`. Returns constant channels by node."""
     if not (norms := batchnorms(net)):
-        raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to reset; use Repair instead")
-    _, constant = MEASURE[method](net, batches, {}, True)
+        raise ValueError(f"{type(net.model).__name__} has no BatchNorm statistics to reset; use Repair instead")
+    _, constant = MEASURE[method](net, batches, {}, True, **how)
     modules = {name: net.modules[node.target] for name, node in norms.items()}
     _refuse_nan({name: (module.running_mean, module.running_var) for name, module in modules.items()})
-    return _report(Repaired(out, {}), constant)
+    return constant
 
 
 def _report(repaired: Repaired, constant: Constant) -> Repaired:

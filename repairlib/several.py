@@ -1,6 +1,7 @@
 """Bring more than two networks into one order of units."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from repairlib.groups import Permutation
 from repairlib.interpolate import interpolate_models, mix_states, with_state
-from repairlib.matching import Matching
+from repairlib.matching import Matching, match_activations, match_activations_of_many
 from repairlib.names import check
 from repairlib.permutations import compose
 
@@ -56,7 +57,8 @@ def match_several(
     Args:
         models: networks of one architecture. Untouched.
         match: function that matches a second network to a first, for instance
-            ``lambda a, b: match_weights(a, b, spec=spec)``.
+            ``lambda a, b: match_weights(a, b, spec=spec)``. With ``functools.partial(match_activations, data=data)``
+            the reference regime runs every network once.
         regime: one of the three.
         rounds: largest number of rounds of the iterative regime; the paper stops after 30.
         seed: seed of the order in the iterative regime.
@@ -75,8 +77,9 @@ def match_several(
     aligned = [copy.deepcopy(models[0]), *models[1:]]
     if regime != "iterative":
         permutations: list[Permutation] = []
+        together = _match_together(match, models) if regime == "reference" else None
         for i in range(1, len(models)):
-            matching = match(aligned[0 if regime == "reference" else i - 1], models[i])
+            matching = together[i - 1] if together else match(aligned[0 if regime == "reference" else i - 1], models[i])
             aligned[i] = matching.apply(models[i])
             permutations.append(matching.permutation)
         own = {name: torch.arange(len(perm)) for name, perm in permutations[0].items()}
@@ -95,6 +98,13 @@ def match_several(
         if not moved:
             return AlignedNetworks(tuple(aligned), tuple(total), number, True)
     return AlignedNetworks(tuple(aligned), tuple(total), rounds, False)
+
+
+def _match_together(match: Callable, models: Sequence[nn.Module]) -> list[Matching] | None:
+    """All matchings to the first model from one pass of each, if it is activations that are matched."""
+    if isinstance(match, functools.partial) and match.func is match_activations and not match.args:
+        return match_activations_of_many(models[0], models[1:], **match.keywords)
+    return None
 
 
 def running_means(

@@ -149,6 +149,21 @@ def test_combination_against_a_float64_reference():
             assert torch.equal(out[name], a[name])
 
 
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_pieces_of_any_size_give_the_same_combination(piece, monkeypatch):
+    a, b = (make("resnet8-bn-w0.5", s).state_dict() for s in (0, 1))
+    whole = combine.elementwise(a, b, combine.hyperplane(0.3), 5)
+    monkeypatch.setattr(combine, "PIECE", piece)
+    assert same_bits(combine.elementwise(a, b, combine.hyperplane(0.3), 5), whole)
+
+
+def test_infinities_that_both_have_stay():
+    mask = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
+    a, b = {"mask": mask, "w": torch.zeros(9)}, {"mask": mask.clone(), "w": torch.ones(9)}
+    out = combine.elementwise(a, b, combine.box(0.5), 0)
+    assert torch.equal(out["mask"], mask) and out["w"].isfinite().all()
+
+
 def test_a_seed_is_a_sample_whatever_the_order_the_precision_and_the_global_generator():
     a, b = (make("mlp3-plain-w8", s).state_dict() for s in (0, 1))
     before = {k: v.clone() for k, v in a.items()}, torch.random.get_rng_state()

@@ -1,6 +1,7 @@
 """docs/released.py: the ways of the released code that the library itself does not offer."""
 
 import copy
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -101,3 +102,44 @@ def test_batch_means_pool_the_endpoints_too():
     n = len(one[0])
     for node, moments in exact.ends.items():
         torch.testing.assert_close(pooled.ends[node].var(1), moments.var(1) * n / (n - 1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("correct", ["rescale", "repair", "reshift"])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_what_is_recorded_batch_by_batch_against_a_layer_that_wraps_convolutions(correct, unbiased):
+    """Qu & Horvath's code: a convolution's output is normalised by its batch while pooled statistics are recorded."""
+    name = "vgg11-plain-w0.125"
+    a, b, data = make(name, 0, torch.float64), make(name, 1, torch.float64), batches(name, dtype=torch.float64)
+    options = {"method": "simultaneous", "correct": correct, "targets": "conv"}
+    found = Repair(a, b, data, unbiased=unbiased, **options)(0.5).model
+    model = interpolate_models(a, b, 0.5)
+    goals = Repair(a, b, data, **options).at(0.5)
+    convs = {f"{key}": module for key, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    seen: dict = {key: [] for key in convs}
+
+    def corrected(x, mean, var, key):
+        goal_mean, goal_std = (each.view(1, -1, 1, 1) for each in goals[key])
+        gain = (goal_std / var.sqrt()).where(var > 0, torch.zeros(())) if correct != "reshift" else torch.ones(())
+        if correct == "rescale":
+            return x * gain
+        return (x - mean) * gain + goal_mean
+
+    def record(module, inputs, x, key):
+        seen[key].append(x)
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=int(unbiased))
+        return corrected(x, mean, var, key)
+
+    def apply(module, inputs, x, key):
+        whole = torch.cat(seen[key])
+        return corrected(x, whole.mean((0, 2, 3), keepdim=True), whole.var((0, 2, 3), keepdim=True, correction=0), key)
+
+    with torch.no_grad():
+        hooks = [m.register_forward_hook(functools.partial(record, key=key)) for key, m in convs.items()]
+        for x in data:
+            model(x)
+        for hook in hooks:
+            hook.remove()
+        for key, module in convs.items():
+            module.register_forward_hook(functools.partial(apply, key=key))
+        expected, ours = model(data[0]), found(data[0])
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -10,6 +10,7 @@ from torch import nn
 from companion.experiments.theory import first_layer_theory
 from companion.runs import models
 from repairlib import corrections, data_independent, diagnostics, recording, renorm, tracing
+from repairlib.corrections import attach
 from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.moments import gather
 
@@ -53,7 +54,7 @@ def test_sequential_repair_hits_its_goals_exactly(name):
     # Dead channels of these random nets cannot be given a variance; they are left out by comparing living ones only.
     result = repair(alpha)
     # Before folding: a convolution without bias hands its shift on to the BatchNorm behind it.
-    unfolded = renorm.attach(interpolate_models(a, b, alpha), result.corrections, repair.example)
+    unfolded = attach(interpolate_models(a, b, alpha), result.corrections, repair.example)
     nets = [tracing.trace(m, data[0][:2]) for m in (a, b, unfolded)]
     for node, m in gather(nets, data, repair.targets).items():
         alive = ~m.dead(2) & ~m.dead(0) & ~m.dead(1)
@@ -110,7 +111,7 @@ def test_closed_form_is_exact_in_the_first_layer():
         a, b, data = pair(name)
         for alpha in (0.2, 0.5):
             repair = renorm.Repair(a, b, data, method="closed-form")
-            unfolded = renorm.attach(interpolate_models(a, b, alpha), repair(alpha).corrections, repair.example)
+            unfolded = attach(interpolate_models(a, b, alpha), repair(alpha).corrections, repair.example)
             assert goal_errors((a, b), unfolded, data, repair.targets[:1], alpha) < 1e-8
 
 
@@ -148,7 +149,7 @@ def test_folding_changes_nothing(name):
     x = inputs(name)
     repair = renorm.Repair(a, b, data)
     result = repair(0.5)
-    unfolded = renorm.attach(interpolate_models(a, b, 0.5), result.corrections, repair.example)
+    unfolded = attach(interpolate_models(a, b, 0.5), result.corrections, repair.example)
     assert relative(output(result.model, x), output(unfolded, x)) < 1e-5
     net = tracing.trace(a, x)
     layers = {net.node(node).target: net.kinds[node] for node in repair.targets}
@@ -208,6 +209,21 @@ def test_reset_gives_every_batchnorm_the_statistics_of_its_input():
         module, m = net.modules[node.target], moments[node.args[0].name]
         torch.testing.assert_close(module.running_mean, m.mean(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(module.running_var, m.var(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BN_CASES)
+def test_goals_of_reset_networks_are_read_in_the_pass_that_resets(name, monkeypatch):
+    a, b, data = pair(name)
+    monkeypatch.setattr(renorm, "gather", lambda *_: pytest.fail("one more pass"))
+    repair = renorm.Repair(a, b, data, bn="reset")
+    for k, model in enumerate((a, b)):
+        whole = renorm.reset(model, data).model
+        for key, value in whole.state_dict().items():
+            assert torch.equal(repair.references[k].state_dict()[key], value)
+        moments = gather([tracing.trace(whole, data[0][:2])], data, repair.targets)
+        for node, (mean, std) in repair.statistics[k].items():
+            torch.testing.assert_close(mean, moments[node].mean())
+            torch.testing.assert_close(std, moments[node].std())
 
 
 def test_block_targets_are_the_ends_of_blocks():
@@ -310,7 +326,7 @@ def test_weights_that_are_shared_or_computed_are_not_folded_into(build):
     data = [torch.randn(50, 4, dtype=torch.float64)]
     repair = renorm.Repair(a, b, data)
     result = repair(0.5)
-    unfolded = renorm.attach(interpolate_models(a, b, 0.5), result.corrections, repair.example)
+    unfolded = attach(interpolate_models(a, b, 0.5), result.corrections, repair.example)
     assert result.visible
     assert relative(output(result.model, data[0]), output(unfolded, data[0])) < 1e-9
 

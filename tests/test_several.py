@@ -1,11 +1,13 @@
 import copy
+import functools
 import weakref
 
 import pytest
 import torch
-from cases import inputs, make
+from cases import batches, inputs, make
 
 from repairlib import groups, permutations, several
+from repairlib.matching import match_activations
 from repairlib.weight_matching import match_weights
 
 NAME = "mlp3-plain-w8"
@@ -125,3 +127,25 @@ def test_bad_arguments():
         several.match_several([make(NAME)], match_weights)
     with pytest.raises(ValueError, match="two networks or more and a round, not 2 and 0"):
         several.match_several([make(NAME)] * 2, match_weights, rounds=0)
+
+
+def test_activations_of_all_are_matched_to_the_first_in_one_pass_of_each():
+    models, data = [make("resnet8-bn-w0.5", seed) for seed in range(4)], batches("resnet8-bn-w0.5")
+    calls = [0] * len(models)
+
+    def count(k):
+        def hook(*_):
+            calls[k] += 1
+
+        return hook
+
+    expected = several.match_several(models, lambda a, b: match_activations(a, b, data))
+    layers = [next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d)) for model in models]
+    for k, layer in enumerate(layers):
+        layer.register_forward_hook(count(k))
+    spec = groups.permutation_spec(models[0], data[0][:2], verify=False)
+    calls[:] = [0] * len(models)
+    found = several.match_several(models, functools.partial(match_activations, data=data, spec=spec))
+    assert calls[0] <= len(data) + 1 and len(set(calls)) == 1  # one more to trace
+    for one, other in zip(found.permutation, expected.permutation, strict=True):
+        assert all(torch.equal(one[group], perm) for group, perm in other.items())

@@ -99,7 +99,7 @@ def edge_rows(pair: Pair, matching: str = "WM", bins: Sequence[float] = tuple(i 
 def group_correlations(pair: Pair) -> dict[str, Tensor]:
     """Correlation of matched units behind each group's non-linearity (units,), in A's order."""
     spec = pair.matching.spec
-    moments = gather_groups(pair.a, pair.aligned, Batches(pair.calibration, pair.a), spec, "post")
+    moments = gather_groups([pair.a, pair.aligned], Batches(pair.calibration, pair.a), spec, "post")
     return {group.name: moments[group.taps["post"]].corr().diagonal() for group in spec.groups}
 
 

@@ -1,0 +1,199 @@
+"""What we take beside the least that could do it: matching, REPAIR, sampling, many networks, paths, layouts.
+
+Both are timed in turns, in one process with one thread, and the least of some repetitions counts.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import images, network, save
+from torch import nn
+
+from repairlib import combine
+from repairlib.evaluation import evaluate
+from repairlib.groups import permutation_spec
+from repairlib.interpolate import interpolate_models
+from repairlib.matching import match_activations, solve_assignment
+from repairlib.recording import eval_mode
+from repairlib.renorm import Repair
+from repairlib.several import match_several
+from repairlib.tracing import trace
+
+
+def least(functions: dict[str, Callable], times: int = 5) -> dict[str, float]:
+    """Seconds of CPU time of each, the least of some repetitions in turns, after one to warm up."""
+    found = {name: float("inf") for name in functions}
+    for number in range(times + 1):
+        for name, function in functions.items():
+            gc.collect()
+            start = time.process_time()
+            function()
+            taken = time.process_time() - start
+            if number:
+                found[name] = min(found[name], taken)
+    return found
+
+
+def forward(models: list[nn.Module], batches: list) -> None:
+    with eval_mode(*models):
+        for x in batches:
+            for model in models:
+                model(x)
+
+
+def match_by_rethink(a: nn.Module, b: nn.Module, batches: list, taps: list[str]) -> list[torch.Tensor]:
+    """Activation matching as Qu and Horvath's code does it: one pass, float64 sums of outer products and squares."""
+    nets = [trace(model, batches[0][:2]) for model in (a, b)]
+    sums: dict = {}
+    with eval_mode(a, b):
+        for x in batches:
+            for (tap, u), (_, v) in zip(*(net.walk(x, taps) for net in nets), strict=True):
+                u, v = (each.transpose(0, 1).flatten(1).double() for each in (u, v))
+                n = u.shape[1]
+                parts = (u.mean(1), v.mean(1), u.var(1), v.var(1), u @ v.T / n)
+                old = sums.get(tap)
+                sums[tap] = parts if old is None else tuple(p + q for p, q in zip(old, parts, strict=True))
+    perms = []
+    for mean_u, mean_v, var_u, var_v, outer in sums.values():
+        k = len(batches)
+        corr = outer / k - torch.outer(mean_u / k, mean_v / k)
+        corr /= torch.outer((var_u / k).sqrt(), (var_v / k).sqrt()) + 1e-4
+        perms.append(solve_assignment(torch.nan_to_num(corr)))
+    return perms
+
+
+def matching(args: argparse.Namespace) -> list[dict]:
+    rows, batches = [], images(args.images)
+    for name in ("resnet20-bn-w1", "vgg16-bn-w1", "resnet20-bn-w4"):
+        a, b = (network(name, seed) for seed in (0, 1))
+        some = batches if name != "resnet20-bn-w4" else batches[: max(1, len(batches) // 4)]
+        spec = permutation_spec(a, batches[0][:2], verify=False)
+        taps = [group.taps["post"] for group in spec.groups]
+        found = least({
+            "ours": lambda a=a, b=b, some=some, spec=spec: match_activations(a, b, some, spec=spec),
+            "floor": lambda a=a, b=b, some=some: forward([a, b], some),
+            "theirs": lambda a=a, b=b, some=some, taps=taps: match_by_rethink(a, b, some, taps),
+        }, args.times)  # fmt: skip
+        rows.append(row(f"activation matching, {name}", "two forward passes", found))
+    return rows
+
+
+def repair(args: argparse.Namespace) -> list[dict]:
+    rows, batches = [], images(args.images)
+    for name, bn in (("vgg11-fused-w1", "frozen"), ("resnet20-bn-w1", "reset")):
+        a, b = (network(name, seed) for seed in (0, 1))
+        middle = interpolate_models(a, b)
+        found = least({
+            "ours": lambda a=a, b=b, bn=bn: Repair(a, b, batches, bn=bn, limit=None)(0.5),
+            "floor": lambda a=a, b=b, middle=middle: forward([a, b, middle], batches),
+        }, args.times)  # fmt: skip
+        rows.append(row(f"REPAIR of a midpoint, sequential, BatchNorms {bn}, {name}", "three forward passes", found))
+    return rows
+
+
+def sampling(args: argparse.Namespace) -> list[dict]:
+    size, piece = args.weights // 8, 2**17
+    states = [{f"layer{i}.weight": torch.randn(size) for i in range(8)} for _ in range(2)]
+
+    def plain() -> dict:
+        generator, out = torch.Generator().manual_seed(0), {}
+        for name, a in states[0].items():
+            b, mixed = states[1][name], torch.empty_like(a)
+            for start in range(0, size, piece):
+                part = slice(start, start + piece)
+                u = torch.rand(len(a[part]), generator=generator)
+                torch.lerp(a[part], b[part], u, out=mixed[part])
+            out[name] = mixed
+        return out
+
+    found = least({
+        "ours": lambda: combine.elementwise(*states, combine.box(0.5), 0),
+        "floor": plain,
+    }, max(1, args.times // 2))  # fmt: skip
+    return [row(f"element-wise sampling, {8 * size * 4 / 1e9:.2g} GB of weights", "drawing and torch.lerp", found)]
+
+
+def several(args: argparse.Namespace) -> list[dict]:
+    batches = images(args.images // 2)
+    models = [network("resnet20-bn-w1", seed) for seed in range(8)]
+    spec = permutation_spec(models[0], batches[0][:2], verify=False)
+    match = functools.partial(match_activations, data=batches, spec=spec)
+    found = least({
+        "ours": lambda: match_several(models, match),
+        "floor": lambda: forward(models, batches),
+    }, max(1, args.times // 2))  # fmt: skip
+    return [row("8 networks by activations, to the first, resnet20-bn-w1", "eight forward passes", found)]
+
+
+def path(args: argparse.Namespace) -> list[dict]:
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in "ab")
+    batches = [(torch.randn(100, 64), torch.arange(100) % 10)]
+    alphas = [i / 100 for i in range(101)]
+
+    def plain() -> list:
+        net, ends, out = copy.deepcopy(a), [dict(m.named_parameters()) for m in (a, b)], []
+        with torch.no_grad():
+            for alpha in alphas:
+                for name, p in net.named_parameters():
+                    p.copy_(torch.lerp(ends[0][name], ends[1][name], alpha))
+                logits = net(batches[0][0])
+                out.append((float(F.cross_entropy(logits, batches[0][1])),
+                            float((logits.argmax(1) == batches[0][1]).double().mean())))  # fmt: skip
+        return out
+
+    def ours() -> list:
+        return [evaluate(interpolate_models(a, b, alpha), batches) for alpha in alphas]
+
+    return [row("path of 101 points through an MLP of 32 units", "a plain loop", least({"ours": ours, "floor": plain}))]
+
+
+def layouts(args: argparse.Namespace) -> list[dict]:
+    """Evaluation of whole sets by layout and batch: microseconds an image."""
+    rows = []
+    for name in ("resnet20-bn-w1", "vgg11-bn-w1", "resnet20-ln-w1"):
+        x = torch.cat(images(1000))
+        functions = {}
+        for layout in (torch.contiguous_format, torch.channels_last):
+            model = network(name, 0).to(memory_format=layout)
+            for batch in (25, 50, 100, 250, 500):
+                parts = list(x.split(batch))
+                key = f"{'NHWC' if layout is torch.channels_last else 'NCHW'} {batch}"
+                functions[key] = functools.partial(forward, [model], parts)
+        found = least(functions, 2)
+        rows.append({"what": f"evaluation, {name}, CIFAR's size",
+                     **{f"{key} (us)": 1e3 * value for key, value in found.items()}})  # fmt: skip
+    return rows
+
+
+def row(what: str, floor: str, found: dict[str, float]) -> dict:
+    out = {"what": what, "ours (s)": found["ours"], "floor": floor, "floor (s)": found["floor"],
+           "ours / floor": found["ours"] / found["floor"]}  # fmt: skip
+    if "theirs" in found:
+        out |= {"Rethink's method (s)": found["theirs"], "ours / theirs": found["ours"] / found["theirs"]}
+    return out
+
+
+PARTS = {f.__name__: f for f in (matching, repair, sampling, several, path, layouts)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--times", type=int, default=4, help="repetitions, of which the least counts")
+    parser.add_argument("--weights", type=int, default=300_000_000)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which to measure")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [each for part in args.parts.split(",") for each in PARTS[part](args)]
+    save(__file__, args, rows)
+
+
+if __name__ == "__main__":
+    main()
