@@ -106,6 +106,8 @@ rule notebook:
             "workflow/batch.py",
             f"notebooks/{wildcards.name}.py",
             "--if-needed",
+            "--plan",
+            config["plan"],
             "--scale",
             PLAN["scale"],
             f"--items={','.join(PLAN['items'])}",

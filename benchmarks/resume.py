@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="from one save to the next")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    chance, rows = random.Random(args.seed), []
+    chance, rows, saved = random.Random(args.seed), [], 0
     with tempfile.TemporaryDirectory(prefix="repairlib-resume-") as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         process, began = start(whole, args), time.monotonic()
@@ -65,9 +65,11 @@ def main() -> int:
                 process.send_signal(signal.SIGKILL)
             ended = time.monotonic() - began
             reader.join()
-            since = said[-1][0] if said else begins
-            row = {"kill": number, "after (s)": round(wait, 2), "lost (s)": round(max(ended - since, 0.0), 2)}
-            rows.append(row | {"began at": said[0][1] if said else 0, "saved": said[-1][1] if said else 0})
+            # One that has a state says so before its first step; killed before that, it has lost nothing.
+            since = said[-1][0] if said else ended if saved else begins
+            saved = said[-1][1] if said else saved
+            rows.append({"kill": number, "after (s)": round(wait, 2), "saved until step": saved,
+                         "lost (s)": round(max(ended - since, 0.0), 2)})  # fmt: skip
             print(rows[-1], flush=True)
         if process.poll() is None or process.returncode:
             process = start(killed, args)

@@ -120,8 +120,7 @@ def match_activations(
     >>> match_activations(a, a, [torch.randn(64, 2)]).permutation["0"].tolist()
     [0, 1, 2]
     """
-    how = {"spec": spec, "tap": tap, "similarity": similarity, "eps": eps}
-    return match_activations_of_many(model_a, [model_b], data, **how)[0]
+    return match_activations_of_many(model_a, [model_b], data, spec=spec, tap=tap, similarity=similarity, eps=eps)[0]
 
 
 def match_activations_of_many(

@@ -191,7 +191,7 @@ def _simultaneous(
     return corrections, {name: moments.dead() for name, moments in seen.items()}
 
 
-MEASURE = {"sequential": _sequential, "simultaneous": _simultaneous}
+MEASURE: dict[str, Callable] = {"sequential": _sequential, "simultaneous": _simultaneous}
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def name_of(path: str | Path) -> str:
 # ------------------------------------------------------------------------------------------------- execute a notebook
 
 
-def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
+def execute(path: str | Path, scale: str, items: str = "", need: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Execute a jupytext notebook with papermill and publish the items it saves; returns what this run made, and where.
 
     The executed notebook goes to build/<scale>/<name>.ipynb, and as HTML to figures/<scale>/<name>.html.
@@ -71,6 +71,7 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
         path: of the notebook's .py.
         scale: smoke, quick, fast or paper.
         items: comma-separated IDs of the items to make, empty for all.
+        need: what the notebook needs for them, if that is known, see needs.find_needs.
 
     Raises:
         NotebookFailed: a cell failed; then the notebook so far is in build/<scale>/<name>.partial.ipynb.
@@ -87,7 +88,8 @@ def execute(path: str | Path, scale: str, items: str = "") -> dict[str, Any]:
     output = project_root() / "build" / scales.check_scale(scale) / f"{name}.ipynb"
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
-    need, saw = needs.notebook_needs(path, scale, items), {"code": needs.code_digest(path)}
+    need = needs.notebook_needs(path, scale, items) if need is None else need
+    saw: dict[str, Any] = {"code": needs.code_digest(path)}
     # Two processes making the same notebook would share its staging folder: the second waits.
     with contextlib.ExitStack() as stack:
         stack.enter_context(filelock.FileLock(output.with_suffix(".lock")))
@@ -381,6 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", default="quick", help="smoke, quick (default), fast or paper")
     parser.add_argument("--items", default="", help="comma-separated items to make, by default all of the notebook's")
     parser.add_argument("--if-needed", action="store_true", help="do nothing if the notebook is up to date")
+    parser.add_argument("--plan", type=Path, help="the plan of workflow/jobs.py, which says what the notebook needs")
     parser.add_argument("--to", type=Path, help="the folder that `copy` writes every notebook's .ipynb into")
     options = parser.parse_args(arguments)
     try:
@@ -394,11 +397,13 @@ def main(arguments: list[str] | None = None) -> int:
             copy(options.to)
         else:
             items = needs.find_items(options.items)
-            if options.if_needed:
-                need = needs.notebook_needs(options.what, options.scale, ",".join(items))
-                if needs.is_up_to_date(name_of(options.what), options.scale, items, need):
-                    return 0
-            print(describe(execute(options.what, options.scale, ",".join(items))), flush=True)
+            name, joined = name_of(options.what), ",".join(items)
+            if options.plan:  # to find it out takes a second
+                need = json.loads(options.plan.read_text(encoding="utf-8"))["needs"][name]
+            else:
+                need = needs.notebook_needs(options.what, options.scale, joined)
+            if not (options.if_needed and needs.is_up_to_date(name, options.scale, items, need)):
+                print(describe(execute(options.what, options.scale, joined, need)), flush=True)
     except NotebookFailed as error:
         print(error, file=sys.stderr, flush=True)
         return 1

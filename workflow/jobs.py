@@ -375,7 +375,7 @@ def make(
             gpu = scale in ("fast", "paper") if profile else shutil.which("nvidia-smi") is not None
             gpu = gpu if gpus == "auto" else gpus == "1"
             described = {job.key: job.described(scale, gpu) for job in jobs}
-            plan.write_text(json.dumps({"scale": scale, "items": wanted, "jobs": described}))
+            plan.write_text(json.dumps({"scale": scale, "items": wanted, "jobs": described, "needs": need}))
             command = [sys.executable, "-m", "snakemake"]
             command += ["--profile", profile] if profile else ["--cores", cores, "--resources", f"gpu={gpu_jobs}"]
             command += ["--keep-going", "--nolock", "--drop-metadata", "--rerun-incomplete"]
