@@ -9,6 +9,7 @@ take about 12 GB.
 """
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -34,8 +35,8 @@ every group of a copy with random weights is permuted at random, on two random i
 with this check.
 
 Two networks of random weights are then aligned by the activations of four random images, and merged by
-`repairlib.merge`. Aligned: the largest change of B's outputs by that, relative to the largest output, in float32; it
-is not defined where a model's last layer begins with zeros. Merged: whether the result is finite and of the model's own
+`repairlib.merge`. Aligned: the largest change of B's outputs by that, relative to the largest output, in float32; "-"
+where a model's last layer begins with zeros. Merged: whether the result is finite and of the model's own
 class. Seconds: both together. The auxiliary classifiers of GoogLeNet and Inception, used in training only, are left
 out.
 
@@ -88,8 +89,9 @@ def row(name: str) -> str:
     except (UntraceableModel, UnsupportedNode, SpecError) as error:
         return f"| {name} | {size} | {type(error).__name__}: {error} | | | | | | |"
     units = sum(group.size for group in spec.groups)
+    shown = "-" if math.isnan(change) else f"{change:.0e}"
     return (
-        f"| {name} | {size} | {len(spec.groups)} | {units:,} | {error:.0e} | {derived:.1f} | {change:.0e} | "
+        f"| {name} | {size} | {len(spec.groups)} | {units:,} | {error:.0e} | {derived:.1f} | {shown} | "
         f"{'yes' if fine else 'no'} | {seconds:.1f} |"
     )
 

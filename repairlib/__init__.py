@@ -23,7 +23,7 @@ from repairlib.data_independent import Recorder, batch_statistics
 from repairlib.evaluation import Score, evaluate, evaluate_many, mean_score
 from repairlib.groups import permutation_spec
 from repairlib.inputs import Limited, as_batches
-from repairlib.interpolate import barrier_of, interpolate_models
+from repairlib.interpolate import LinearPath, barrier_of, interpolate_models
 from repairlib.matching import Matching, match_activations
 from repairlib.names import check
 from repairlib.other_matchings import match_straight_through, match_transport
@@ -154,9 +154,10 @@ def barrier(
     check(metric, ("loss", "accuracy"), "metric")
     if repaired is not None:
         repaired.check_ends(model_a, model_b)
+    path = LinearPath(model_a, model_b).at if repaired is None else lambda alpha: repaired(alpha).model
     alphas, costs = [i / (points - 1) for i in range(points)], []
     for alpha in alphas:
-        model = repaired(alpha).model if repaired else interpolate_models(model_a, model_b, alpha)
+        model = path(alpha)
         if score is not None:
             costs.append(mean_score(model, test, score))
             continue

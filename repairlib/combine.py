@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,8 +30,8 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
 
     Args:
         state_a, state_b: state dicts of one architecture.
-        quantile: distribution of the coefficients: `box`, `subcube`, `hyperplane`, `bernoulli`, or any function of a
-            float32 tensor of uniform numbers.
+        quantile: distribution of the coefficients: `box`, `subcube`, `hyperplane`, `bernoulli`, or any function that
+            turns a float32 tensor of uniform numbers into coefficients number by number.
         seed: gives the same uniform numbers for every distribution, precision, device and order of entries.
 
     >>> a, b = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
@@ -40,16 +40,18 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
     """
     check_compatible(state_a, state_b)
     infinite = set(non_finite(state_a))  # the same in both, such as the buffer of a causal mask
-    drawn = [name for name, a in sorted(state_a.items()) if a.is_floating_point() and name not in infinite]
-    sizes = {name: state_a[name].numel() for name in drawn}
+    sizes = {name: a.numel() for name, a in sorted(state_a.items()) if a.is_floating_point()}
     uniform = _uniform([*sizes.values()], seed, next(iter(state_a.values())).device if state_a else torch.device("cpu"))
     out = {name: value.clone() for name, value in state_a.items() if name not in sizes}
     for name in sizes:
-        a, b = (state[name].reshape(-1) for state in (state_a, state_b))
+        a, b = (state[name].detach().reshape(-1) for state in (state_a, state_b))
         mixed = torch.empty_like(a)
         for start, u in next(uniform):
             piece = slice(start, start + len(u))
-            c = quantile(u).to(a.dtype)
+            if name in infinite:
+                mixed[piece] = a[piece]
+                continue
+            c = quantile(u).to(a)
             torch.lerp(a[piece], b[piece], c, out=mixed[piece])
             for end, part in ((0, a[piece]), (1, b[piece])):  # bit for bit, the sign of a zero included
                 torch.where(c == end, part, mixed[piece], out=mixed[piece])
@@ -63,13 +65,13 @@ def _uniform(sizes: Sequence[int], seed: int, device: torch.device) -> Iterator[
     They are drawn on the CPU, where a seed means the same everywhere. There a piece fits into the cache. For a GPU all
     are drawn and moved at once, as each copy waits for it.
     """
-    generator = torch.Generator().manual_seed(seed)
+    how: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float32}
     if device.type == "cpu":
         for size in sizes:
             starts = range(0, size, PIECE)
-            yield ((start, torch.rand(min(PIECE, size - start), generator=generator)) for start in starts)
+            yield ((start, torch.rand(min(PIECE, size - start), **how)) for start in starts)
         return
-    numbers = torch.rand(sum(sizes), generator=generator).to(device, non_blocking=True)
+    numbers = torch.rand(sum(sizes), **how).to(device, non_blocking=True)
     for part in numbers.split([*sizes]):
         yield iter([(0, part)])
 

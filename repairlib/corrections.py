@@ -220,13 +220,8 @@ def batchnorms(net: TracedNet) -> dict[str, fx.Node]:
     }
 
 
-def attach(model: nn.Module, corrections: Mapping[str, Correction | ChannelAffine], example: Inputs) -> fx.GraphModule:
-    """Copy of a model with every correction, by node name, as a visible `ChannelAffine` after its node."""
-    return attach_to(trace(copy.deepcopy(model), example), corrections)
-
-
-def attach_to(net: TracedNet, corrections: Mapping[str, Correction | ChannelAffine]) -> fx.GraphModule:
-    """The same in place: the traced model gets the modules, and its graph the nodes."""
+def attach(net: TracedNet, corrections: Mapping[str, Correction | ChannelAffine]) -> fx.GraphModule:
+    """Put every correction, by node name, into a traced model as a visible `ChannelAffine` after its node."""
     out = net.model
     like = next(out.parameters())
     for name, fix in corrections.items():
@@ -272,20 +267,15 @@ def foldable(net: TracedNet, names: Iterable[str]) -> list[str]:
     return [name for name in names if folds(name)]
 
 
-def fold(model: nn.Module, corrections: dict[str, Correction], example: Inputs) -> Repaired:
-    """Copy of a model with the corrections in its ordinary weights (Jordan et al. 2022, Sec. 4.2; Markus 2018).
+def fold(net: TracedNet, corrections: dict[str, Correction]) -> Repaired:
+    """Put corrections into a traced model's ordinary weights (Jordan et al. 2022, Sec. 4.2; Markus 2018).
 
     ``W' = gain W``, ``b' = gain b + shift``. Without a bias, a BatchNorm that follows takes the shift,
     ``running_mean' = running_mean - shift``; otherwise a shift other than 0 becomes a new bias. A correction stays
     visible, as a `ChannelAffine`, where it is not `foldable`: where its node is no convolution, linear or normalisation
     layer, where that layer is called twice, and where its weight is shared or computed (pruning, weight norm). A node's
-    mean may be right only behind a BatchNorm that took the shift.
+    mean may be right only behind a BatchNorm that took the shift. The model itself changes.
     """
-    return fold_into(trace(copy.deepcopy(model), example), corrections)
-
-
-def fold_into(net: TracedNet, corrections: dict[str, Correction]) -> Repaired:
-    """The same in place: the traced model gets the weights."""
     out = net.model
     calls = [node.target for node in net.nodes if node.op == "call_module"]
     norms, ready = batchnorms(net), foldable(net, corrections)
@@ -311,7 +301,7 @@ def fold_into(net: TracedNet, corrections: dict[str, Correction]) -> Repaired:
                 shift = None
         _scale(layer, fix.gain.to(layer.weight.device), shift)
     if visible:
-        out = attach_to(net, visible)
+        out = attach(net, visible)
     return Repaired(out, corrections, tuple(visible), tuple(new_biases))
 
 

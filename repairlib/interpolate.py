@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, TypeGuard
 
@@ -113,13 +113,21 @@ def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, A
     """
     if len(states) != len(weights):
         raise ValueError(f"{len(states)} models have {len(weights)} weights; each needs one")
+    _check_sum(weights)
+    check_compatible(*states)
+    return _mix(states, weights, set(non_finite(states[0])))
+
+
+def _check_sum(weights: Sequence[float]) -> None:
     total = math.fsum(weights)
     if not abs(total - 1) <= 1e-6:  # so written, NaN is refused
         raise ValueError(f"weights must sum to 1, not {total:g}: divide them by their sum")
-    check_compatible(*states)
+
+
+def _mix(states: Sequence[State], weights: Sequence[float], infinite: Container[str]) -> dict[str, Any]:
+    """The weighted mean of states that are known to fit; `infinite` names what is infinite in all of them."""
     used = [(weight, state) for weight, state in zip(weights, states, strict=True) if weight != 0]
     first = used[0][1]
-    infinite = set(non_finite(first))
 
     def mix(name: str, value: object) -> Any:
         if not averaged(value):
@@ -149,10 +157,16 @@ def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str
     return mix_states((state_a, state_b), (1 - alpha, alpha))
 
 
-def load_state(model: nn.Module, state: State) -> None:
-    """Load parameters and buffers, with the versions of the module's own state dict, which some modules look at."""
+def load_state(model: nn.Module, state: State, versions: Any = None) -> None:
+    """Load parameters and buffers.
+
+    Args:
+        model: changed in place.
+        state: its parameters and buffers.
+        versions: `_metadata` of its own state dict, which some modules look at; found out if it is not given.
+    """
     versioned = OrderedDict(state)
-    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    versioned._metadata = versions or getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(versioned)
     forget_caches(model)
 
@@ -160,6 +174,8 @@ def load_state(model: nn.Module, state: State) -> None:
 def forget_caches(model: nn.Module) -> None:
     """Let modules drop what they have computed from their weights and keep for evaluation: train mode says so."""
     flags = [(module, module.training) for module in model.modules()]
+    if all(type(module).train is nn.Module.train and "train" not in vars(module) for module, _ in flags):
+        return  # nobody would notice
     model.train()
     for module, training in flags:
         module.training = training
@@ -174,9 +190,43 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
 
 def interpolate_models(model_a: nn.Module, model_b: nn.Module, alpha: float = 0.5) -> nn.Module:
     """Network with the weights ``(1 - alpha) theta_a + alpha theta_b``; see `interpolate_states`."""
-    for model in (model_a, model_b):
-        check_model(model)
-    return with_state(model_a, interpolate_states(model_a.state_dict(), model_b.state_dict(), alpha))
+    return LinearPath(model_a, model_b).at(alpha)
+
+
+class LinearPath:
+    """The networks ``(1 - alpha) theta_a + alpha theta_b``, one after the other in one module.
+
+    The endpoints are checked and copied once, so that a path of many points costs little more than evaluating them.
+
+    Args:
+        model_a, model_b: endpoints. Untouched.
+
+    Raises:
+        ValueError: their weights do not fit, see `check_compatible`.
+
+    >>> path = LinearPath(nn.Linear(2, 1), nn.Linear(2, 1))
+    >>> path.at(0.25) is path.at(0.5)
+    True
+    """
+
+    def __init__(self, model_a: nn.Module, model_b: nn.Module):
+        check_models(model_a, model_b)
+        self.states = (model_a.state_dict(), model_b.state_dict())
+        self.infinite = set(non_finite(self.states[0]))
+        self.model = copy.deepcopy(model_a)
+
+    def at(self, alpha: float) -> nn.Module:
+        """The network at a point, in the module that held the one before.
+
+        Args:
+            alpha: 0 gives A and 1 gives B, bit for bit; values outside [0, 1] extrapolate, see `mix_states`.
+        """
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a number, not {alpha}")
+        _check_sum((1 - alpha, alpha))  # not so for one like 1e17
+        mixed = _mix(self.states, (1 - alpha, alpha), self.infinite)
+        load_state(self.model, mixed, getattr(self.states[0], "_metadata", None))
+        return self.model
 
 
 _SCALABLE = ("conv", "linear", "pool", "reshape", "mean", "concat", "permute", "split", "getitem", "identity")

@@ -72,7 +72,7 @@ SIMILARITIES = ("correlation", "inner")
 
 
 def gather_groups(models: Sequence[nn.Module], batches: Batches, spec: PermutationSpec, tap: str) -> dict[str, Moments]:
-    """Moments of networks at the groups' taps, by node, of the first with each other (``cross="full"``); one pass.
+    """Moments of networks at the groups' taps, by node, the first with each of the others (``cross="full"``).
 
     Groups that no node shows are left out.
     """

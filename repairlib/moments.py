@@ -81,10 +81,9 @@ class Moments:
         return self._m2[k].clamp_min(0) / self.count
 
     def unbiased(self) -> "Moments":
-        """The same with variances and covariances of ``M2 / (count - 1)``."""
+        """The same means, with variances ``M2 / (count - 1)``."""
         out = copy.copy(self)
-        factor = self.count / max(self.count - 1, 1)
-        out._m2, out._cross = [x * factor for x in self._m2], [x * factor for x in self._cross]
+        out._m2 = [x * (self.count / max(self.count - 1, 1)) for x in self._m2]
         return out
 
     def std(self, k: int = 0) -> Tensor:

@@ -24,11 +24,11 @@ from repairlib.corrections import (
     Repaired,
     Statistics,
     Units,
-    attach_to,
+    attach,
     batchnorms,
     correct_moments,
     correction,
-    fold_into,
+    fold,
     foldable,
     target_nodes,
 )
@@ -392,7 +392,7 @@ class Goals:
             }  # fmt: skip
         if self.options.method == "batch":
             modules = {name: BatchNormTo(**goal, axis=net.axis(name)) for name, goal in goals.items()}
-            return Repaired(attach_to(net, modules), {}, tuple(modules))
+            return Repaired(attach(net, modules), {}, tuple(modules))
         if self.options.method == "closed-form":
             _, alpha = _weights(weights, 2)
             corrections = {}
@@ -406,8 +406,8 @@ class Goals:
             how |= {"unbiased": True} if self.options.unbiased else {}
             corrections, constant = MEASURE[self.options.method](net, batches, rules, self.options.bn == "reset", **how)
             _refuse_nan({name: (fix.gain, fix.shift) for name, fix in corrections.items()})
-            return _report(fold_into(net, corrections), constant)
-        return fold_into(net, corrections)
+            return _report(fold(net, corrections), constant)
+        return fold(net, corrections)
 
 
 class Repair(Goals):

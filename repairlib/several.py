@@ -58,7 +58,8 @@ def match_several(
         models: networks of one architecture. Untouched.
         match: function that matches a second network to a first, for instance
             ``lambda a, b: match_weights(a, b, spec=spec)``. With ``functools.partial(match_activations, data=data)``
-            the reference regime runs every network once.
+            the reference regime runs every network once, side by side: all fit into memory, with a matrix (units,
+            units) of each group and network.
         regime: one of the three.
         rounds: largest number of rounds of the iterative regime; the paper stops after 30.
         seed: seed of the order in the iterative regime.

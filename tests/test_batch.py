@@ -79,7 +79,9 @@ def test_files_that_are_not_as_they_were_made_are_made_again(project, capsys):
 
     (root / "environment.json").write_text("{")
     table.write_text("{")
-    assert batch.main([path, "--scale", "smoke", "--if-needed"]) == 0
+    plan = project / "plan.json"  # what a job of the batch is given, instead of finding it out
+    plan.write_text(json.dumps({"needs": {NAME: needs.notebook_needs(path, "smoke")}}))
+    assert batch.main([path, "--scale", "smoke", "--if-needed", "--plan", str(plan)]) == 0
     assert f"{root / 'environment.json'} is damaged" in capsys.readouterr().err
     assert needs.read_done(NAME, "smoke") and NAME in json.loads((root / "environment.json").read_text())
 

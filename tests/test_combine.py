@@ -330,3 +330,18 @@ def test_stitching_refuses_what_does_not_fit():
         combine.stitch(a, a, 1, {k: v for k, v in parts.items() if k != "head"})
     with pytest.raises(ValueError, match="no weight layer"):
         combine.layers(nn.ReLU(), torch.zeros(1, 2))
+
+
+def test_draws_depend_neither_on_the_default_precision_nor_on_infinities():
+    a = {"a": torch.randn(5), "b": torch.tensor([-math.inf, 0.0]), "c": torch.randn(9, requires_grad=True)}
+    b = {"a": torch.randn(5), "b": a["b"].clone(), "c": torch.randn(9)}
+    found = combine.elementwise(a, b, combine.box(0.5), 0)
+    assert torch.equal(found["b"], a["b"]) and not found["c"].requires_grad
+    finite = {"a": a["a"], "b": torch.zeros(2), "c": a["c"]}, {"a": b["a"], "b": torch.ones(2), "c": b["c"]}
+    assert torch.equal(combine.elementwise(*finite, combine.box(0.5), 0)["c"], found["c"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = combine.elementwise(a, b, combine.box(0.5), 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again["c"], found["c"])

@@ -265,3 +265,35 @@ def test_versions_of_a_state_dict_survive():
 
     net = mnasnet0_5(num_classes=5)  # refuses a state dict that does not say its version
     assert type(ip.interpolate_models(net, net)) is type(net)
+
+
+@pytest.mark.parametrize("name", ["resnet26-bn-w0.0625", "mlp2-plain-w8-nobias"])
+def test_points_of_a_path_are_those_that_are_made_one_by_one(name):
+    a, b = make(name, 0), make(name, 1)
+    path = ip.LinearPath(a, b)
+    for alpha in (0.3, 1, 1.2, 0, 0.5):
+        found, expected = path.at(alpha).state_dict(), ip.interpolate_states(a.state_dict(), b.state_dict(), alpha)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    for alpha in (math.nan, 1e17):
+        with pytest.raises(ValueError, match="alpha must be a number|sum to 1"):
+            path.at(alpha)
+
+
+def test_a_path_tells_modules_that_keep_what_they_computed():
+    class Keeps(nn.Linear):
+        kept = None
+
+        def train(self, mode=True):
+            self.kept = None if mode else self.weight.detach() * 2
+            return super().train(mode)
+
+        def forward(self, x):
+            return x @ (self.weight * 2 if self.kept is None else self.kept).T
+
+    a, b = Keeps(4, 3).eval(), Keeps(4, 3).eval()
+    test = [(torch.randn(20, 4), torch.arange(20) % 3)]
+    path = ip.LinearPath(a, b)
+    for alpha in (0.5, 0, 1):
+        expected = Keeps(4, 3)
+        expected.load_state_dict(ip.interpolate_states(a.state_dict(), b.state_dict(), alpha))
+        assert repairlib.evaluate(path.at(alpha), test) == repairlib.evaluate(expected, test)

@@ -114,7 +114,7 @@ def test_what_is_recorded_batch_by_batch_against_a_layer_that_wraps_convolutions
     found = Repair(a, b, data, unbiased=unbiased, **options)(0.5).model
     model = interpolate_models(a, b, 0.5)
     goals = Repair(a, b, data, **options).at(0.5)
-    convs = {f"{key}": module for key, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = {key: module for key, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     seen: dict = {key: [] for key in convs}
 
     def corrected(x, mean, var, key):

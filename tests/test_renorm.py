@@ -10,7 +10,6 @@ from torch import nn
 from companion.experiments.theory import first_layer_theory
 from companion.runs import models
 from repairlib import corrections, data_independent, diagnostics, recording, renorm, tracing
-from repairlib.corrections import attach
 from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.moments import gather
 
@@ -24,6 +23,11 @@ def pair(name, dtype=torch.float64):
 def output(model, x):
     with recording.eval_mode(model):
         return model(x)
+
+
+def attach(model, fixes, example):
+    """Copy of a model with visible corrections."""
+    return corrections.attach(tracing.trace(copy.deepcopy(model), example), fixes)
 
 
 def relative(a, b):

@@ -34,8 +34,8 @@ from companion.figures.gallery import duration, relative
 from companion.runs.data import project_root
 from companion.runs.files import atomic_write
 
-# nbformat imports jsonschema, and that this, if it is there: a grammar of URIs that takes two seconds to build. No part
-# of a notebook is checked against it.
+# nbformat imports jsonschema, which imports this package if it is installed, to check URIs. Building its grammar takes
+# two seconds, and notebooks have no URIs to check.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 PATHS = ("REPAIRLIB_RUNS", "REPAIRLIB_NETWORKS", "REPAIRLIB_DATA")

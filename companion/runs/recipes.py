@@ -85,7 +85,7 @@ _WARPS = ("resize", "flip", "rotate")
 _STEP = Recipe("qu", 160, 128, 0.1, "step", 1e-4, ("flip", "translate"), milestones=(320 / 624, 480 / 624))
 _COSINE = replace(_STEP, schedule="cosine", milestones=(), warmup_epochs=1)
 
-# Without BatchNorm, networks diverge at the rates that suit it, and some seeds do without a long warm-up.
+# Without BatchNorm, networks diverge at the rates that suit it, and some seeds diverge without a long warm-up.
 _FAST = Recipe("fast", 30, 128, 0.1, "cosine", 1e-4, ("flip", "translate"), warmup_epochs=1)
 _QUICK = Recipe("quick", 20, 50, 0.02, "cosine", 1e-4, ("translate",), warmup_epochs=4)
 
