@@ -21,7 +21,7 @@ from companion.runs.data import iterate, load
 
 SEEDS = (1, 2, 3)
 ZOO = (
-    "digits/mlp4-fused-w128/quick", "digits-hard/vgg11-plain-w0.25/quick~lr0.05~wd1e-4",
+    "digits/mlp4-fused-w128/quick", "digits-hard/vgg11-plain-w0.25/quick~lr0.03~wd1e-4",
     "digits-hard/vgg11-bn-w0.25/quick~wd1e-4", "digits-hard/resnet8-plain-w0.5/quick",
     "digits-hard/resnet8-ln-w1/quick", "digits-hard/tiny10-ln-w1/quick-csiszarik", "digits-hard/resnet20-bn-w0.5/quick",
     "digits-hard/resnet20-bn-w0.75/quick", "digits-hard/resnet26-bn-w0.25/quick",
