@@ -12,7 +12,7 @@ from repairlib.inputs import Limited, as_batches
 from repairlib.interpolate import interpolate_models
 
 FAR_BELOW = 0.9  # share of the ends' accuracy below which something should be tried
-WEAK = 0.46  # mean correlation; networks of docs/merging.md below it lose 12 to 26 points, those above it 1 to 9
+WEAK = 0.46  # mean correlation; networks of docs/merging.md below it lose 13 to 33 points, those above it 1 to 9
 
 
 @dataclass(frozen=True)
