@@ -16,6 +16,7 @@ from common import images, network, save
 from torch import nn
 
 import repairlib
+from companion.runs import models
 from repairlib import combine
 from repairlib.groups import permutation_spec
 from repairlib.interpolate import interpolate_models
@@ -161,7 +162,7 @@ def layouts(args: argparse.Namespace) -> list[dict]:
         x = torch.cat(images(1000))
         functions = {}
         for layout in (torch.contiguous_format, torch.channels_last):
-            model = network(name, 0).to(memory_format=layout)
+            model = models.build(name, shape=(3, 32, 32), classes=10).eval().to(memory_format=layout)
             for batch in (25, 50, 100, 250, 500):
                 parts = list(x.split(batch))
                 key = f"{'NHWC' if layout is torch.channels_last else 'NCHW'} {batch}"

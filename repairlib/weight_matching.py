@@ -13,6 +13,7 @@ from repairlib.groups import Axis, Permutation, PermutationSpec, spec_of
 from repairlib.inputs import Batches
 from repairlib.interpolate import State, check_models
 from repairlib.matching import Matching, solve_assignment
+from repairlib.names import check
 from repairlib.permutations import fill_identity, random_permutation
 from repairlib.tracing import check_graphs, trace
 
@@ -127,6 +128,25 @@ class WeightCost:
         after, self.permutation[group] = self.objective(), old
         return after - before
 
+    def forward(self, only: Collection[str]) -> None:
+        """Solve some groups once, from the inputs on, each by the weights that it shares with solved ones only.
+
+        Weights that it shares with groups in no order yet are left out, as their inner products are noise. What is not
+        in `only` counts as solved.
+        """
+        solved = self.products.keys() - {*only}
+        for group in (name for name in self.products if name in only):
+            self.update(group)
+            known = [
+                product.value
+                for tensor, product in self.products[group]
+                if solved >= {name for axis in product.others for name, _ in self.on[tensor][axis]}
+            ]
+            self.permutation[group] = solve_assignment(
+                functools.reduce(torch.add, known) if known else self.similarity(group)
+            )
+            solved |= {group}
+
     def descend(self, sweeps: int, generator: torch.Generator, only: Collection[str] | None = None) -> list[float]:
         """Solve group after group, in a new random order every sweep, until a sweep gains nothing.
 
@@ -164,7 +184,7 @@ def match_weights(
     data: Iterable | None = None,
     *,
     spec: PermutationSpec | None = None,
-    start: Permutation | None = None,
+    start: Permutation | str | None = None,
     seed: int = 0,
     restarts: int = 1,
     sweeps: int = 100,
@@ -179,7 +199,8 @@ def match_weights(
         model_a, model_b: networks of one architecture. Untouched.
         data: any iterable of batches; only the shape of the first is used, to derive `spec`.
         spec: their permutation groups; derived from `model_a` when left out.
-        start: permutations to start at instead of the identity.
+        start: permutations to start at instead of the identity. "forward" matches every group once before, from the
+            inputs on, by the weights from groups that are matched already: higher optima in fewer sweeps.
         seed: seed of the order of the groups. The r-th restart has seed ``seed + r``.
         restarts: number of descents, the first from `start`, the others from random permutations; the best counts.
         sweeps: largest number of sweeps over all groups in a descent.
@@ -203,13 +224,17 @@ def match_weights(
     for name in only:
         spec[name]  # a KeyError lists the groups
     states = [float_weights(model, buffers) for model in (model_a, model_b)]
-    cost = WeightCost(states[0], states[1], spec, start)
+    given = None if isinstance(start, str) else start
+    cost = WeightCost(states[0], states[1], spec, given)
+    if isinstance(start, str):
+        check(start, ("forward",), "start")
+        cost.forward(only)
     best: Permutation = {}
     history = [-math.inf]
     for restart in range(restarts):
         if restart:
             drawn = random_permutation(spec, seed + restart)
-            cost.permutation = fill_identity(spec, start) | {name: drawn[name] for name in only}
+            cost.permutation = fill_identity(spec, given) | {name: drawn[name] for name in only}
         objectives = cost.descend(sweeps, torch.Generator().manual_seed(seed + restart), only)
         if objectives[-1] > history[-1]:
             best, history = dict(cost.permutation), objectives

@@ -177,3 +177,18 @@ def test_bad_arguments():
         match_weights(a, b, inputs("mlp1-plain-w6", 2), start={"zz": torch.arange(6)})
     with pytest.raises(ValueError, match="group 'fc1': not a permutation"):
         match_weights(a, b, inputs("mlp1-plain-w6", 2), start={"fc1": torch.zeros(6, dtype=torch.int64)})
+
+
+def test_a_forward_start_finds_more_between_wide_random_networks():
+    sizes, name = (20, 96, 96, 96, 5), "mlp2-plain-w8-nobias"
+    torch.manual_seed(0)
+    layers = [[(nn.Linear(n, m), nn.ReLU()) for n, m in itertools.pairwise(sizes)] for _ in "ab"]
+    a, b = (nn.Sequential(*itertools.chain(*each)) for each in layers)
+    x = torch.zeros(2, 20)
+    usual, forward = (match_weights(a, b, x, start=start).history for start in (None, "forward"))
+    assert forward[0] > 0.9 * usual[-1] and forward[-1] > 1.02 * usual[-1]
+    assert len(forward) < len(usual) and list(forward) == sorted(forward)
+    only = match_weights(a, b, x, start="forward", only=["2"]).permutation
+    assert only["0"].tolist() == only["4"].tolist() == list(range(96)) != only["2"].tolist()
+    with pytest.raises(ValueError, match="unknown start 'backward'"):
+        match_weights(make(name, 0), make(name, 1), inputs(name, 2), start="backward")
