@@ -223,7 +223,7 @@ class LinearPath:
         """
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a number, not {alpha}")
-        _check_sum((1 - alpha, alpha))  # not so for one like 1e17
+        _check_sum((1 - alpha, alpha))  # refuses one so large that the 1 is lost to rounding, such as 1e17
         mixed = _mix(self.states, (1 - alpha, alpha), self.infinite)
         load_state(self.model, mixed, getattr(self.states[0], "_metadata", None))
         return self.model

@@ -129,10 +129,10 @@ class WeightCost:
         return after - before
 
     def forward(self, only: Collection[str]) -> None:
-        """Solve some groups once, from the inputs on, each by the weights that it shares with solved ones only.
+        """Solve some groups once, in the order from inputs to outputs.
 
-        Weights that it shares with groups in no order yet are left out, as their inner products are noise. What is not
-        in `only` counts as solved.
+        A group is solved by those weights whose other axes are in order already. Weights that lead to groups not solved
+        yet are left out: their inner products are noise. Groups that are not in `only` count as solved.
         """
         solved = self.products.keys() - {*only}
         for group in (name for name in self.products if name in only):
