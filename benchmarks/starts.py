@@ -17,7 +17,11 @@ from companion.runs import models
 from repairlib.groups import permutation_spec
 from repairlib.weight_matching import match_weights
 
-STARTS: dict[str, dict] = {"identity": {}, "identity, 5 descents": {"restarts": 5}, "forward": {"start": "forward"}}
+STARTS: dict[str, dict] = {
+    "identity": {"start": "identity"},
+    "identity, 5 descents": {"start": "identity", "restarts": 5},
+    "forward": {"start": "forward"},
+}
 RANDOM = {"mlp10-plain-w512": (1, 28, 28), "vgg11-plain-w1": (3, 32, 32), "vgg16-plain-w1": (3, 32, 32)}
 TRAINED = (
     "digits/mlp10-fused-w128/quick", "digits-hard/mlp10-fused-w128/quick", "digits/vgg11-fused-w0.25/quick",

@@ -60,7 +60,9 @@ def main() -> None:
         spec = permutation_spec(a, torch.zeros(2, 3, 32, 32))
         states = [{n: p.detach() for n, p in model.named_parameters()} for model in (a, b)]
         for seed in range(3):
-            found, ours = timed(lambda a=a, b=b, spec=spec, seed=seed: match_weights(a, b, spec=spec, seed=seed))
+            found, ours = timed(
+                lambda a=a, b=b, spec=spec, seed=seed: match_weights(a, b, spec=spec, start="identity", seed=seed)
+            )
             (_, objective, sweeps), theirs = timed(
                 lambda states=states, spec=spec, seed=seed: transcription(*states, spec, seed)
             )

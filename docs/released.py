@@ -159,7 +159,7 @@ def activations(pair: Pair, **options) -> str:
 
 def weights(pair: Pair, **options) -> str:
     """Accuracy if matched by weights."""
-    return matched(pair, match_weights(pair.a, pair.b, spec=pair.matching.spec, **options))
+    return matched(pair, match_weights(pair.a, pair.b, spec=pair.matching.spec, start="identity", **options))
 
 
 def pooled(measure: Callable[..., str]) -> Callable[..., str]:

@@ -96,6 +96,11 @@ class WeightCost:
                     product = _Product(axis, state_a[tensor], state_b[tensor], others)
                     self.products.setdefault(name, []).append((tensor, product))
 
+    @functools.cached_property
+    def least_gain(self) -> float:
+        """What is more than rounding: 1e-12 of the largest value that the objective could have."""
+        return 1e-12 * float(sum((self.a[n].norm() * self.b[n].norm()).double() for n in self.on))
+
     def places(self, tensor: str, axis: int) -> Tensor:
         """Index of the permuted B's entries along one axis of one tensor of B."""
         index = torch.arange(self.b[tensor].shape[axis])
@@ -129,11 +134,12 @@ class WeightCost:
         return after - before
 
     def forward(self, only: Collection[str]) -> None:
-        """Solve some groups once, in the order from inputs to outputs.
+        """Solve some groups once, in the order from inputs to outputs, if that is better than leaving them in place.
 
         A group is solved by those weights whose other axes are in order already. Weights that lead to groups not solved
         yet are left out: their inner products are noise. Groups that are not in `only` count as solved.
         """
+        before, in_place = self.objective(), dict(self.permutation)
         solved = self.products.keys() - {*only}
         for group in (name for name in self.products if name in only):
             self.update(group)
@@ -146,6 +152,8 @@ class WeightCost:
                 functools.reduce(torch.add, known) if known else self.similarity(group)
             )
             solved |= {group}
+        if not self.objective() - before > self.least_gain:
+            self.permutation = in_place
 
     def descend(self, sweeps: int, generator: torch.Generator, only: Collection[str] | None = None) -> list[float]:
         """Solve group after group, in a new random order every sweep, until a sweep gains nothing.
@@ -159,7 +167,6 @@ class WeightCost:
             Objective at the start and after every sweep; it never decreases.
         """
         history = [self.objective()]
-        scale = float(sum((self.a[n].norm() * self.b[n].norm()).double() for n in self.on))  # its largest value
         names, solved = [name for name in self.products if only is None or name in only], set()
         for _ in range(sweeps):
             gained = 0.0
@@ -169,7 +176,7 @@ class WeightCost:
                 solved.add(group)
                 perm = solve_assignment(self.similarity(group))
                 gain = 0.0 if torch.equal(perm, self.permutation[group]) else self.gain(group, perm)
-                if gain > 1e-12 * scale:
+                if gain > self.least_gain:
                     self.permutation[group] = perm
                     gained += gain
             history.append(history[-1] + gained)
@@ -184,7 +191,7 @@ def match_weights(
     data: Iterable | None = None,
     *,
     spec: PermutationSpec | None = None,
-    start: Permutation | str | None = None,
+    start: Permutation | str = "forward",
     seed: int = 0,
     restarts: int = 1,
     sweeps: int = 100,
@@ -199,8 +206,12 @@ def match_weights(
         model_a, model_b: networks of one architecture. Untouched.
         data: any iterable of batches; only the shape of the first is used, to derive `spec`.
         spec: their permutation groups; derived from `model_a` when left out.
-        start: permutations to start at instead of the identity. "forward" matches every group once before, from the
-            inputs on, by the weights from groups that are matched already: higher optima in fewer sweeps.
+        start: where the first descent starts:
+
+            * "forward": every group is matched once, from the inputs on, by the weights from groups that are matched
+              already. Higher optima in fewer sweeps than from the identity, above all between wide networks;
+            * "identity": B's units as they are, as the algorithm is published. Also where "forward" begins lower;
+            * permutations of yours.
         seed: seed of the order of the groups. The r-th restart has seed ``seed + r``.
         restarts: number of descents, the first from `start`, the others from random permutations; the best counts.
         sweeps: largest number of sweeps over all groups in a descent.
@@ -208,7 +219,8 @@ def match_weights(
         buffers: whether BatchNorm's running statistics count as weights, as in the code of Qu & Horvath 2024.
 
     Raises:
-        ValueError: different architectures, non-finite weights, neither data nor spec, restarts or sweeps below 1.
+        ValueError: different architectures, non-finite weights, neither data nor spec, restarts or sweeps below 1, or
+            an unknown start.
 
     >>> a = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> match_weights(a, a, torch.zeros(1, 2)).permutation["0"].tolist()
@@ -216,6 +228,8 @@ def match_weights(
     """
     if restarts < 1 or sweeps < 1:
         raise ValueError(f"restarts and sweeps are at least 1, not {restarts} and {sweeps}")
+    if isinstance(start, str):
+        check(start, ("forward", "identity"), "start")
     check_models(model_a, model_b)
     if spec is None:
         spec = derive_spec(model_a, model_b, data)
@@ -224,10 +238,9 @@ def match_weights(
     for name in only:
         spec[name]  # a KeyError lists the groups
     states = [float_weights(model, buffers) for model in (model_a, model_b)]
-    given = None if isinstance(start, str) else start
+    given = {} if isinstance(start, str) else start
     cost = WeightCost(states[0], states[1], spec, given)
-    if isinstance(start, str):
-        check(start, ("forward",), "start")
+    if start == "forward":
         cost.forward(only)
     best: Permutation = {}
     history = [-math.inf]

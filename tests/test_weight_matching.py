@@ -103,7 +103,8 @@ def test_seeds_fix_the_result_and_restarts_do_not_lose():
     assert once.history == again.history
     many = match_weights(a, b, spec=spec, seed=1, restarts=6)
     assert many.history[-1] >= once.history[-1]
-    starts = {match_weights(a, b, spec=spec, seed=1, restarts=r, sweeps=1).history[0] for r in range(1, 8)}
+    once = {"spec": spec, "seed": 1, "sweeps": 1, "start": "identity"}
+    starts = {match_weights(a, b, restarts=r, **once).history[0] for r in range(1, 8)}
     assert len(starts) > 1  # the best of 7 single sweeps is not always the one from the identity
     started = match_weights(a, b, spec=spec, seed=7, start=many.permutation)
     assert started.history[0] == pytest.approx(many.history[-1])
@@ -185,10 +186,20 @@ def test_a_forward_start_finds_more_between_wide_random_networks():
     layers = [[(nn.Linear(n, m), nn.ReLU()) for n, m in itertools.pairwise(sizes)] for _ in "ab"]
     a, b = (nn.Sequential(*itertools.chain(*each)) for each in layers)
     x = torch.zeros(2, 20)
-    usual, forward = (match_weights(a, b, x, start=start).history for start in (None, "forward"))
+    usual, forward = (match_weights(a, b, x, start=start).history for start in ("identity", "forward"))
     assert forward[0] > 0.9 * usual[-1] and forward[-1] > 1.02 * usual[-1]
     assert len(forward) < len(usual) and list(forward) == sorted(forward)
-    only = match_weights(a, b, x, start="forward", only=["2"]).permutation
+    only = match_weights(a, b, x, only=["2"]).permutation
     assert only["0"].tolist() == only["4"].tolist() == list(range(96)) != only["2"].tolist()
     with pytest.raises(ValueError, match="unknown start 'backward'"):
         match_weights(make(name, 0), make(name, 1), inputs(name, 2), start="backward")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matching_an_aligned_network_moves_nothing(name):
+    """A descent begins in place where a forward start is no higher: so matching to means converges."""
+    a, b = make(name, 0), make(name, 1)
+    found = match_weights(a, b, inputs(name, 2))
+    again = match_weights(a, found.apply(b), spec=found.spec, seed=5)
+    assert all(torch.equal(perm, torch.arange(len(perm))) for perm in again.permutation.values())
+    assert again.history[0] == pytest.approx(found.history[-1], rel=1e-6)

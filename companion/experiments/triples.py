@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from companion.experiments.methods import MATCHINGS
 from companion.experiments.mixtures import Lazy, evaluate_rows
 from companion.experiments.pairs import Pair, load_pair
 from companion.runs import store
@@ -15,7 +16,6 @@ from repairlib.evaluation import evaluate_many
 from repairlib.interpolate import interpolate_states, mix_states
 from repairlib.permutations import agreement, chain
 from repairlib.several import AlignedNetworks, match_several
-from repairlib.weight_matching import match_weights
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ def load_triple(run: str, seeds: Sequence[int | str], restarts: int = 1, test_im
     Args:
         run: a run name without its seed, such as "digits/resnet20-ln-w1/quick".
         seeds: of A, B and C.
-        restarts: of weight matching, see `match_weights`.
+        restarts: of weight matching, see `repairlib.match_weights`.
         test_images: evaluate on so many, see `load_pair`.
     """
     name_a, *others = (seeded(run, seed) for seed in seeds)
     pair = load_pair(others, test_images=test_images, matching="WM", restarts=restarts)
     a = store.get(name_a, pair.dataset.device)
-    match = partial(match_weights, data=pair.calibration, restarts=restarts)
+    match = partial(MATCHINGS["WM"].match, data=pair.calibration, restarts=restarts)
     return Triple(a, pair, match_several([a, pair.a, pair.b], match))
 
 

@@ -115,15 +115,16 @@ def match_by_hand(a: list[nn.Linear], b: list[nn.Linear], seed: int = 0) -> list
 
 
 # %% [markdown]
-# `repairlib.match_weights` does the same for any network whose units it can trace. In double precision, rounding does
-# not decide between two orders, so both find the same one.
+# `repairlib.match_weights` does the same for any network whose units it can trace, if it starts at the identity, the
+# order of B's units as trained. (By default it starts higher, and ends higher in wide networks. The papers do not.) In
+# double precision, rounding does not decide between two orders, so both find the same one.
 
 # %%
 mlp = load_pair([f"{grid.mlp}/s1", f"{grid.mlp}/s2"], device="cpu")
 a, b = ([layer for layer in model.double().modules() if isinstance(layer, nn.Linear)] for model in (mlp.a, mlp.b))
 with torch.no_grad():
     order = match_by_hand(a, b)
-matching = repairlib.match_weights(mlp.a, mlp.b, mlp.calibration)
+matching = repairlib.match_weights(mlp.a, mlp.b, mlp.calibration, start="identity")
 assert all(map(torch.equal, order[1:-1], matching.permutation.values()))
 print(matching)
 
@@ -157,7 +158,7 @@ if fig := section.item("combine/algorithm1"):
 
 # %%
 pair = load_pair(section.example(grid.resnet, grid.tiny, "digits-hard/tiny10-ln-w0.5/quick-csiszarik"))
-matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, start="identity", restarts=grid.restarts)
 theta_a, theta_b = pair.a.state_dict(), matching.apply(pair.b).state_dict()
 alpha, theta, generator = 0.5, {}, torch.Generator().manual_seed(0)
 for name in sorted(theta_a):  # the library draws in this order, too

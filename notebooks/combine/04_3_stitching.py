@@ -63,7 +63,7 @@ plots_combine.schematic(weight_rows(cuts, a, b), columns=4)
 
 # %%
 pair = load_pair(section.example(grid.resnet, grid.tiny))
-matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, start="identity", restarts=grid.restarts)
 parts = combine.layers(pair.a, next(iter(pair.calibration))[0])
 theta_a, theta_b, aligned_b = (model.state_dict() for model in (pair.a, pair.b, matching.apply(pair.b)))
 half = len(parts) // 2

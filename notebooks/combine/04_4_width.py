@@ -75,7 +75,7 @@ DRAWN = {"hypercube": combine.subcube(0.5), "vertex": combine.bernoulli(0.5)}
 found = {}
 for network in grid.networks(["combine/figB21"]):
     pair = load_pair(section.example(network["run"]))
-    matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+    matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, start="identity", restarts=grid.restarts)
     ends = pair.a.state_dict(), matching.apply(pair.b).state_dict()
     networks = {name: with_state(pair.a, combine.elementwise(*ends, how, seed=0)) for name, how in DRAWN.items()}
     found[network["width"]] = pair.compare(A=pair.a, B=pair.b, **networks)["accuracy (%)"]

@@ -51,7 +51,7 @@ grid = section.grid
 
 # %%
 pair = load_pair(section.example(grid.resnet, grid.tiny))
-matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, start="identity", restarts=grid.restarts)
 ends = pair.a.state_dict(), matching.apply(pair.b).state_dict()
 largest, smallest = combine.extreme(ends, "max"), combine.extreme(ends, "min")
 midpoint = interpolate_states(largest, smallest, 0.5)

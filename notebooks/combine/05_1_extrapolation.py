@@ -71,7 +71,7 @@ plots_combine.plane({f"$s$ = {s:g}": box(s, center=0)(uniform).tolist() for s in
 
 # %%
 pair = load_pair(section.example(grid.resnet, grid.tiny))
-matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, start="identity", restarts=grid.restarts)
 aligned_b = matching.apply(pair.b)
 halfway_beyond = repairlib.interpolate_models(pair.a, aligned_b, 1.5)
 drawn = elementwise(pair.a.state_dict(), aligned_b.state_dict(), box(0.25, center=0), seed=0)

@@ -64,7 +64,7 @@ grid = section.grid
 first, *others = section.example(grid.resnet, grid.tiny, networks=3)
 pair = load_pair(others)
 a, b, c = store.get(first, pair.dataset.device), pair.a, pair.b
-match = functools.partial(repairlib.match_weights, data=pair.calibration, restarts=grid.restarts)
+match = functools.partial(repairlib.match_weights, data=pair.calibration, start="identity", restarts=grid.restarts)
 through_a = repairlib.match_several([a, b, c], match)
 directly = match(b, c)
 _, b_in_order_of_a, c_in_order_of_a = through_a.models

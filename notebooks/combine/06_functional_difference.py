@@ -76,7 +76,7 @@ plots_combine.coefficients(coefficient_samples(RANDOM))
 
 # %%
 pair = load_pair(section.example(grid.resnet, grid.tiny))
-matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, restarts=grid.restarts)
+matching = repairlib.match_weights(pair.a, pair.b, pair.calibration, start="identity", restarts=grid.restarts)
 a, b, trained_b = (model.state_dict() for model in (pair.a, matching.apply(pair.b), pair.b))
 networks = {
     "A": a,

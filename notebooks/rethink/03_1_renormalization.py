@@ -41,11 +41,12 @@ AXIS = {"xlabel": "width multiplier", "log_x": 2}
 #
 # $$\pi^* = \arg\min_\pi \lVert \theta_A - \pi(\theta_B) \rVert.$$
 #
-# Activation matching does the same for activations, layer by layer. The permuted network computes what B computes.
+# The search starts at the identity, B's units as trained, as the paper's does. Activation matching does the same for
+# activations, layer by layer. The permuted network computes what B computes.
 
 # %%
 pair = load_pair(section.example(grid.VGG, grid.ResNet))
-by_weights = repairlib.match_weights(pair.a, pair.b, pair.calibration).apply(pair.b)
+by_weights = repairlib.match_weights(pair.a, pair.b, pair.calibration, start="identity").apply(pair.b)
 by_activations = repairlib.match_activations(pair.a, pair.b, pair.calibration).apply(pair.b)
 for name, model in {"B": pair.b, "matched by weights": by_weights, "by activations": by_activations}.items():
     print(f"distance of A from {name}: {distance(pair.a, model):.2f}")

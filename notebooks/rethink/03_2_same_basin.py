@@ -68,7 +68,7 @@ if "rethink/fig2d" in section.items:  # the copy is there, or may be trained
 if "rethink/fig2d" in section.items:
     spec = pair.matching.spec
     shuffled = permute(pair.a, spec, random_permutation(spec, seed=1))
-    recovered = repairlib.match_weights(pair.b, shuffled, pair.calibration).apply(shuffled)
+    recovered = repairlib.match_weights(pair.b, shuffled, pair.calibration, start="identity").apply(shuffled)
     print(f"distance of the recovered network from the original: {distance(pair.a, recovered):.2f}")
     halfway = {f"halfway_from_the_{name}": repairlib.interpolate_models(start, pair.b)
                for name, start in {"shuffled": shuffled, "recovered": recovered}.items()}  # fmt: skip
