@@ -53,10 +53,19 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
                 continue
             c = quantile(u).to(a)
             torch.lerp(a[piece], b[piece], c, out=mixed[piece])
-            for end, part in ((0, a[piece]), (1, b[piece])):  # bit for bit, the sign of a zero included
-                torch.where(c == end, part, mixed[piece], out=mixed[piece])
+            if not _inside(c):
+                for end, part in ((0, a[piece]), (1, b[piece])):  # bit for bit, the sign of a zero included
+                    torch.where(c == end, part, mixed[piece], out=mixed[piece])
         out[name] = clamp_variance(name, mixed.view(state_a[name].shape))
     return {name: out[name] for name in state_a}
+
+
+def _inside(c: Tensor) -> bool:
+    """Whether all coefficients are known to lie between 0 and 1; to look, a GPU would have to wait."""
+    if c.device.type != "cpu":
+        return False
+    least, largest = c.aminmax()
+    return bool(least > 0) and bool(largest < 1)
 
 
 def _uniform(sizes: Sequence[int], seed: int, device: torch.device) -> Iterator[Iterator[tuple[int, Tensor]]]:
@@ -86,7 +95,7 @@ def box(s: float, center: float = 0.5) -> Quantile:
     """
     if not 0 <= s < math.inf:
         raise ValueError(f"s is half the edge of a box, at least 0, not {s}")
-    return lambda u: center - s + 2 * s * u
+    return lambda u: (2 * s * u).add_(center - s)
 
 
 def subcube(alpha: float) -> Quantile:

@@ -204,9 +204,11 @@ def _imports(text: str, package: str) -> list[str]:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING`, which nothing executes."""
+    """All statements but those under `if TYPE_CHECKING`, which nothing executes."""
     yield node
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue  # an expression imports nothing
         if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
             yield from _walk(child)
 

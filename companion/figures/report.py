@@ -46,7 +46,7 @@ def read_index() -> dict[str, dict]:
 @functools.lru_cache(maxsize=4)
 def _parse_index(text: str) -> dict[str, dict]:
     """Reading YAML takes long, and every item of a scorecard looks its file up."""
-    return yaml.safe_load(text) or {}
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # in C, where PyYAML was built so
 
 
 def save_item(
