@@ -1,6 +1,7 @@
 """Loss and accuracy of one network, or of one architecture under many state dicts; or any other score."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, overload
 
@@ -29,7 +30,7 @@ def evaluate(model: nn.Module, batches: Iterable) -> tuple[float, float]:
     Raises:
         ValueError: there are no batches, or labels are no class indices of the outputs; `mean_score` is for others.
     """
-    total, correct, n, wrong = torch.tensor(0.0), torch.tensor(0), torch.tensor(0), torch.tensor(0)
+    parts = []
     with eval_mode(model):
         for batch in batches:
             logits, rest = _outputs(model, batch)
@@ -38,17 +39,19 @@ def evaluate(model: nn.Module, batches: Iterable) -> tuple[float, float]:
             y = rest[0]
             _check_labels(logits, y)
             logits, y = logits.double(), y.to(logits.device, torch.int64)
-            judged = (y >= 0) & (y < logits.shape[1])
-            wrong = wrong + (~judged & (y != IGNORED)).sum()  # said at the end: to look now, a GPU would have to wait
+            judged = y.clamp(0, logits.shape[1] - 1) == y
             known = y.where(judged, IGNORED)
-            total = total + F.cross_entropy(logits, known, reduction="sum", ignore_index=IGNORED)
-            correct = correct + (logits.argmax(1) == known).sum()
-            n = n + judged.sum()
-    if int(wrong):
-        raise ValueError(f"{int(wrong)} labels are no class indices: they must be 0 to the number of classes less one")
-    if not int(n):
+            loss = F.cross_entropy(logits, known, reduction="sum", ignore_index=IGNORED)
+            # Numbers are read at the end, as a GPU would have to wait for each.
+            counts = (logits.argmax(1) == y, judged, known != y)
+            parts.append((loss, *(count.count_nonzero() for count in counts)))
+    sums = [functools.reduce(torch.add, each) for each in zip(*parts, strict=True)] or [0] * 4
+    loss, correct, n, wrong = map(float, sums)
+    if wrong:
+        raise ValueError(f"{wrong:.0f} labels are no class indices: they must be 0 to the number of classes less one")
+    if not n:
         raise ValueError("no batches to evaluate on, or none with a label")
-    return float(total) / int(n), int(correct) / int(n)
+    return loss / n, correct / n
 
 
 def mean_score(model: nn.Module, batches: Iterable, score: Score) -> float:

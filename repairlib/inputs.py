@@ -83,16 +83,20 @@ def inputs_of(batch: Any) -> Inputs:
 
 def map_inputs(function: Callable[[Tensor], Tensor], x: Inputs) -> Inputs:
     """The same inputs with a function applied to each tensor."""
+    if isinstance(x, Tensor):
+        return function(x)
     if isinstance(x, Mapping):
         return {name: map_inputs(function, part) for name, part in x.items()}
     if isinstance(x, (tuple, list)):
         return tuple(map_inputs(function, part) for part in x)
-    return function(x) if isinstance(x, Tensor) else x
+    return x
 
 
 def arguments(x: Inputs) -> tuple[tuple, dict[str, Any]]:
     """Positional and named arguments that a network is called with."""
-    return ((), dict(x)) if isinstance(x, Mapping) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
+    if isinstance(x, (tuple, list)):
+        return tuple(x), {}
+    return ((), dict(x)) if not isinstance(x, Tensor) and isinstance(x, Mapping) else ((x,), {})
 
 
 def call(model: Callable, x: Inputs) -> Any:
@@ -120,7 +124,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 def cast_input(x: Inputs, model: nn.Module) -> Inputs:
     """Inputs on a model's device; floating ones in its precision, integers (tokens) as they are."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    like = torch.zeros(()) if like is None else like
     return map_inputs(lambda part: part.to(like.device, like.dtype if part.is_floating_point() else None), x)
 
 

@@ -1,7 +1,6 @@
 """Straight and homogeneous paths between networks, weighted means of several, and the barrier along a path."""
 
 import copy
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from repairlib.inputs import Inputs
 from repairlib.names import check
@@ -115,7 +115,7 @@ def mix_states(states: Sequence[State], weights: Sequence[float]) -> dict[str, A
         raise ValueError(f"{len(states)} models have {len(weights)} weights; each needs one")
     _check_sum(weights)
     check_compatible(*states)
-    return _mix(states, weights, set(non_finite(states[0])))
+    return _mix(states, weights, _mixed(states[0]))
 
 
 def _check_sum(weights: Sequence[float]) -> None:
@@ -124,21 +124,32 @@ def _check_sum(weights: Sequence[float]) -> None:
         raise ValueError(f"weights must sum to 1, not {total:g}: divide them by their sum")
 
 
-def _mix(states: Sequence[State], weights: Sequence[float], infinite: Container[str]) -> dict[str, Any]:
-    """The weighted mean of states that are known to fit; `infinite` names what is infinite in all of them."""
+def _mixed(state: State) -> set[str]:
+    """Names of the entries that are averaged; infinite ones, the same in all networks, are copied like integers."""
+    return {name for name, value in state.items() if averaged(value)} - set(non_finite(state))
+
+
+def _mix(
+    states: Sequence[State], weights: Sequence[float], mixed: Container[str], out: State | None = None
+) -> dict[str, Any]:
+    """The weighted mean of states that are known to fit, in tensors of its own or in those of `out`."""
     used = [(weight, state) for weight, state in zip(weights, states, strict=True) if weight != 0]
-    first = used[0][1]
 
-    def mix(name: str, value: object) -> Any:
-        if not averaged(value):
-            return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        if name in infinite or len(used) == 1:
-            return clamp_variance(name, value.clone())
+    def mix(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        into = torch.empty_like(value) if out is None else out[name]
+        if len(used) == 1 or name not in mixed:
+            return into.copy_(value)
         wide = torch.promote_types(value.dtype, torch.float32)
-        mean = functools.reduce(torch.add, (weight * state[name].to(wide) for weight, state in used))
-        return clamp_variance(name, mean.to(value.dtype))
+        fits = into.dtype == wide and into.device == value.device
+        mean = into if fits else torch.empty_like(value, dtype=wide)
+        mean.fill_(-0.0)  # to which zeros are added with their sign
+        for weight, state in used:
+            mean.add_(state[name], alpha=weight)
+        return into.copy_(clamp_variance(name, mean))
 
-    return {name: mix(name, value) for name, value in first.items()}
+    return {name: mix(name, value) for name, value in used[0][1].items()}
 
 
 def interpolate_states(state_a: State, state_b: State, alpha: float) -> dict[str, Any]:
@@ -174,11 +185,34 @@ def load_state(model: nn.Module, state: State, versions: Any = None) -> None:
 def forget_caches(model: nn.Module) -> None:
     """Let modules drop what they have computed from their weights and keep for evaluation: train mode says so."""
     flags = [(module, module.training) for module in model.modules()]
-    if all(type(module).train is nn.Module.train and "train" not in vars(module) for module, _ in flags):
-        return  # nobody would notice
-    model.train()
-    for module, training in flags:
-        module.training = training
+    if any(heeds_mode(module) for module, _ in flags):
+        model.train()
+        for module, training in flags:
+            module.training = training
+
+
+def heeds_mode(module: nn.Module) -> bool:
+    """Whether a module does more than to note it when it is put into training or evaluation mode."""
+    return type(module).train is not nn.Module.train or "train" in vars(module)
+
+
+# How modules make and take state dicts. BatchNorm's own way only adds what those of old versions lack.
+_LOADING = {
+    method: (getattr(nn.Module, method), getattr(_NormBase, method))
+    for method in ("state_dict", "_save_to_state_dict", "get_extra_state", "load_state_dict", "_load_from_state_dict")
+}
+_LOADING_HOOKS = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks",
+                  "_load_state_dict_post_hooks")  # fmt: skip
+
+
+def loads_by_copy(model: nn.Module) -> bool:
+    """Whether to load a state dict is to copy tensors: no module has hooks for it, a way of its own, or caches."""
+    return not any(
+        heeds_mode(module)
+        or any(getattr(module, hooks) for hooks in _LOADING_HOOKS)
+        or any(getattr(type(module), name) not in known or name in vars(module) for name, known in _LOADING.items())
+        for module in model.modules()
+    )
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
@@ -212,8 +246,9 @@ class LinearPath:
     def __init__(self, model_a: nn.Module, model_b: nn.Module):
         check_models(model_a, model_b)
         self.states = (model_a.state_dict(), model_b.state_dict())
-        self.infinite = set(non_finite(self.states[0]))
+        self.mixed = _mixed(self.states[0])
         self.model = copy.deepcopy(model_a)
+        self.in_place = loads_by_copy(self.model)
 
     def at(self, alpha: float) -> nn.Module:
         """The network at a point, in the module that held the one before.
@@ -223,9 +258,13 @@ class LinearPath:
         """
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a number, not {alpha}")
-        _check_sum((1 - alpha, alpha))  # refuses one so large that the 1 is lost to rounding, such as 1e17
-        mixed = _mix(self.states, (1 - alpha, alpha), self.infinite)
-        load_state(self.model, mixed, getattr(self.states[0], "_metadata", None))
+        weights = (1 - alpha, alpha)
+        _check_sum(weights)  # refuses an alpha so large that the 1 is lost to rounding, such as 1e17
+        if self.in_place:
+            _mix(self.states, weights, self.mixed, self.model.state_dict())
+        else:
+            mean = _mix(self.states, weights, self.mixed)
+            load_state(self.model, mean, getattr(self.states[0], "_metadata", None))
         return self.model
 
 
