@@ -30,7 +30,7 @@ def evaluate(model: nn.Module, batches: Iterable) -> tuple[float, float]:
     Raises:
         ValueError: there are no batches, or labels are no class indices of the outputs; `mean_score` is for others.
     """
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     with eval_mode(model):
         for batch in batches:
             logits, rest = _outputs(model, batch)
@@ -46,12 +46,12 @@ def evaluate(model: nn.Module, batches: Iterable) -> tuple[float, float]:
             counts = (logits.argmax(1) == y, judged, known != y)
             parts.append((loss, *(count.count_nonzero() for count in counts)))
     sums = [functools.reduce(torch.add, each) for each in zip(*parts, strict=True)] or [0] * 4
-    loss, correct, n, wrong = map(float, sums)
+    total, correct, n, wrong = map(float, sums)
     if wrong:
         raise ValueError(f"{wrong:.0f} labels are no class indices: they must be 0 to the number of classes less one")
     if not n:
         raise ValueError("no batches to evaluate on, or none with a label")
-    return loss / n, correct / n
+    return total / n, correct / n
 
 
 def mean_score(model: nn.Module, batches: Iterable, score: Score) -> float:

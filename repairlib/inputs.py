@@ -94,9 +94,7 @@ def map_inputs(function: Callable[[Tensor], Tensor], x: Inputs) -> Inputs:
 
 def arguments(x: Inputs) -> tuple[tuple, dict[str, Any]]:
     """Positional and named arguments that a network is called with."""
-    if isinstance(x, (tuple, list)):
-        return tuple(x), {}
-    return ((), dict(x)) if not isinstance(x, Tensor) and isinstance(x, Mapping) else ((x,), {})
+    return ((), dict(x)) if isinstance(x, Mapping) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
 
 
 def call(model: Callable, x: Inputs) -> Any:
@@ -124,7 +122,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def cast_input(x: Inputs, model: nn.Module) -> Inputs:
     """Inputs on a model's device; floating ones in its precision, integers (tokens) as they are."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    like: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
     like = torch.zeros(()) if like is None else like
     return map_inputs(lambda part: part.to(like.device, like.dtype if part.is_floating_point() else None), x)
 

@@ -4,6 +4,8 @@ import weakref
 import pytest
 import torch
 from cases import CASES, CLASSES, inputs, make
+from hypothesis import given
+from hypothesis import strategies as st
 from test_combine import same_bits
 from torch import nn
 
@@ -179,3 +181,24 @@ def test_a_barrier_in_any_unit():
         repairlib.barrier(a, b, data)
     with pytest.raises(ValueError, match="no batches"):
         evaluation.mean_score(a, [], squared_error)
+
+
+@given(st.integers(0, 99), st.integers(1, 4), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_loss_and_accuracy_are_those_of_float64_whatever_the_batches(seed, classes, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(23, classes, 2, generator=generator).to(dtype)
+    y = torch.randint(classes, (23, 2), generator=generator)
+    y[torch.rand(23, 2, generator=generator) < 0.3] = evaluation.IGNORED
+    y[0] = 0  # one label at least
+    exact, known = logits.double(), y != evaluation.IGNORED
+    expected = [-exact.log_softmax(1).gather(1, y.clamp_min(0)[:, None])[:, 0][known].mean(),
+                (exact.argmax(1) == y)[known].double().mean()]  # fmt: skip
+    for size in (23, 7, 1):
+        found = evaluation.evaluate(nn.Identity(), zip(logits.float().split(size), y.split(size), strict=True))
+        assert found == pytest.approx([float(each) for each in expected], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_labels_may_be_integers_of_any_kind(kind):
+    x, y = torch.randn(6, 3), torch.tensor([0, 2, 1, 0, 1, 2])
+    assert evaluation.evaluate(nn.Identity(), [(x, y.to(kind))]) == evaluation.evaluate(nn.Identity(), [(x, y)])

@@ -267,16 +267,88 @@ def test_versions_of_a_state_dict_survive():
     assert type(ip.interpolate_models(net, net)) is type(net)
 
 
-@pytest.mark.parametrize("name", ["resnet26-bn-w0.0625", "mlp2-plain-w8-nobias"])
-def test_points_of_a_path_are_those_that_are_made_one_by_one(name):
-    a, b = make(name, 0), make(name, 1)
-    path = ip.LinearPath(a, b)
-    for alpha in (0.3, 1, 1.2, 0, 0.5):
+def same(found, expected):
+    """Whether all tensors are the same bit for bit."""
+    return list(found) == list(expected) and all(
+        torch.equal(found[k], v) and torch.equal(found[k].signbit(), v.signbit()) for k, v in expected.items()
+    )
+
+
+def in_turn(path, a, b, alphas=(0.3, 1, 1.2, 0, 0.5)):
+    """Points of one path beside those that are made one by one."""
+    for alpha in alphas:
         found, expected = path.at(alpha).state_dict(), ip.interpolate_states(a.state_dict(), b.state_dict(), alpha)
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        assert same(found, expected)
+        assert alpha not in (0, 1) or same(found, (b if alpha else a).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["resnet26-bn-w0.0625", "mlp2-plain-w8-nobias"])
+def test_points_of_a_path_are_those_that_are_made_one_by_one(name, dtype):
+    a, b = make(name, 0, dtype), make(name, 1, dtype)
+    for net in (a, b):
+        next(net.parameters()).data.view(-1)[:2] = -0.0  # the path keeps the sign of zeros
+        net.register_buffer("mask", torch.full((3,), -torch.inf))
+        net.register_buffer("steps", torch.tensor(3))
+    path = ip.LinearPath(a, b)
+    assert path.in_place
+    in_turn(path, a, b)
     for alpha in (math.nan, 1e17):
         with pytest.raises(ValueError, match="alpha must be a number|sum to 1"):
             path.at(alpha)
+
+
+@given(st.floats(-2, 3), st.integers(0, 99))
+def test_weighted_means_agree_with_float64(alpha, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(17, generator=generator) for _ in "ab")
+    found = ip.interpolate_states({"w": a}, {"w": b}, alpha)["w"]
+    exact = (1 - alpha) * a.double() + alpha * b.double()
+    scale = abs(1 - alpha) * a.abs() + abs(alpha) * b.abs()  # of what is added, which may cancel
+    assert (found - exact).abs().le(3 * 2**-24 * scale).all()
+
+
+def test_a_path_keeps_weights_tied_and_writes_into_what_became_of_its_network():
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in "ab")
+    a[2].weight = a[0].weight
+    path, other = ip.LinearPath(a, b), ip.LinearPath(b, a)
+    at, back = path.at(0.25), other.at(0.75)
+    assert at[2].weight is at[0].weight  # A's network: the last name counts, as in load_state_dict
+    assert torch.equal(at[2].weight, ip.interpolate_states(a.state_dict(), b.state_dict(), 0.25)["2.weight"])
+    assert torch.equal(back[0].weight, ip.interpolate_states(b.state_dict(), a.state_dict(), 0.75)["0.weight"])
+    back.double()
+    expected = ip.interpolate_states(b.state_dict(), a.state_dict(), 0.3)
+    assert same(other.at(0.3).state_dict(), {name: value.double() for name, value in expected.items()})
+
+
+class Loads(nn.Linear):
+    """Keeps twice its weight in the state dict."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "double"] = 2 * self.weight.detach()
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        self.weight.data.copy_(state[prefix + "double"] / 2)
+
+
+def hooked():
+    layer = nn.Linear(4, 3)
+    layer.register_state_dict_post_hook(lambda module, state, *rest: state.update(weight=2 * module.weight.detach()))
+    layer.register_load_state_dict_pre_hook(lambda module, state, *rest: state.update(weight=state["weight"] / 2))
+    return layer
+
+
+@pytest.mark.parametrize("build", [lambda: Loads(4, 3, bias=False), hooked, lambda: Extra(nn.Linear(4, 3))])
+def test_a_path_loads_as_its_modules_ask_for(build):
+    torch.manual_seed(0)
+    a, b = build(), build()
+    path = ip.LinearPath(a, b)
+    assert not path.in_place
+    for alpha in (0.25, 1, 0):
+        net = path.at(alpha)
+        for p, q, r in zip(net.parameters(), a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, torch.lerp(q, r, alpha))
 
 
 def test_a_path_tells_modules_that_keep_what_they_computed():
