@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from common import images, network, save
 from torch import nn
 
@@ -161,20 +162,25 @@ def path(args: argparse.Namespace) -> list[dict]:
 
 
 def layouts(args: argparse.Namespace) -> list[dict]:
-    """Evaluation of whole sets by layout and batch: microseconds an image."""
-    rows = []
-    for name in ("resnet20-bn-w1", "vgg11-bn-w1", "resnet20-ln-w1"):
-        x = torch.cat(images(1000))
-        functions = {}
-        for layout in (torch.contiguous_format, torch.channels_last):
-            model = models.build(name, shape=(3, 32, 32), classes=10).eval().to(memory_format=layout)
-            for batch in (25, 50, 100, 250, 500):
-                parts = list(x.split(batch))
-                key = f"{'NHWC' if layout is torch.channels_last else 'NCHW'} {batch}"
-                functions[key] = functools.partial(forward, [model], parts)
-        found = least(functions, 2)
-        rows.append({"what": f"evaluation, {name}, CIFAR's size",
-                     **{f"{key} (us)": 1e3 * value for key, value in found.items()}})  # fmt: skip
+    """Evaluation by size of the images, layout of inputs and weights, and batch: microseconds an image."""
+    rows, last = [], torch.channels_last
+    for name in ("resnet20-bn-w0.25", "resnet20-bn-w1", "resnet20-ln-w1", "resnet18-bn-w0.25", "vgg11-bn-w0.25",
+                 "vgg11-bn-w1", "mobilenet_v2"):  # fmt: skip
+        for size in (8, 32, 64):
+            if name == "mobilenet_v2":
+                model = torchvision.models.get_model(name, num_classes=10).eval()
+            else:
+                model = models.build(name, shape=(3, size, size), classes=10).eval()
+            x, converted = torch.randn(200, 3, size, size), copy.deepcopy(model).to(memory_format=last)
+            functions = {}
+            for batch in (25, 50, 100, 200):
+                plain, parts = x.split(batch), x.contiguous(memory_format=last).split(batch)
+                functions[f"NCHW {batch}"] = functools.partial(forward, [model], plain)
+                functions[f"NHWC inputs {batch}"] = functools.partial(forward, [model], parts)
+                functions[f"NHWC {batch}"] = functools.partial(forward, [converted], parts)
+            found = least(functions, args.times)
+            rows.append({"what": f"evaluation, {name}", "pixels": size,
+                         **{f"{key} (us)": 1e6 * value / len(x) for key, value in found.items()}})  # fmt: skip
     return rows
 
 
@@ -219,7 +225,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [each for part in args.parts.split(",") for each in PARTS[part](args)]
-    save(__file__, args, rows)
+    save(__file__ if args.parts == parser.get_default("parts") else f"floors-{args.parts}", args, rows)
 
 
 if __name__ == "__main__":
