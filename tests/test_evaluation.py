@@ -10,6 +10,7 @@ from test_combine import same_bits
 from torch import nn
 
 import repairlib
+from companion.runs.data import Dataset, Split, iterate
 from companion.runs.train import evaluate
 from repairlib import evaluation, interpolate
 from repairlib.evaluation import evaluate_many
@@ -202,3 +203,10 @@ def test_loss_and_accuracy_are_those_of_float64_whatever_the_batches(seed, class
 def test_labels_may_be_integers_of_any_kind(kind):
     x, y = torch.randn(6, 3), torch.tensor([0, 2, 1, 0, 1, 2])
     assert evaluation.evaluate(nn.Identity(), [(x, y.to(kind))]) == evaluation.evaluate(nn.Identity(), [(x, y)])
+
+
+@pytest.mark.parametrize("pixels,expected", [(8, 200), (28, 130), (32, 100), (64, 25), (224, 10)])
+def test_the_companion_evaluates_larger_images_in_smaller_batches(pixels, expected):
+    half = Split(torch.zeros(1, 1, pixels, pixels, dtype=torch.uint8).expand(250, -1, -1, -1), torch.zeros(250).long())
+    first = next(iter(iterate(Dataset("grey", half, half, 2, (0.5,), (0.5,)), "test")))
+    assert len(first[1]) == expected
