@@ -9,10 +9,12 @@ from torch import Tensor
 from repairlib.inputs import Inputs
 from repairlib.names import check
 from repairlib.progress import bar
-from repairlib.recording import eval_mode
+from repairlib.recording import along, eval_mode
 from repairlib.tracing import TracedNet
 
 CROSS = ("none", "paired", "full")
+CACHED = 2**17  # values centred at once by each thread of a CPU: half a megabyte
+LAUNCHED = 2**26  # and on other devices, where every operation costs a launch
 
 
 class Moments:
@@ -41,36 +43,57 @@ class Moments:
 
     def update(self, *activations: Tensor) -> None:
         """Add one batch: for each network, values (n, units, ...) of the same inputs."""
+        values = [x.detach().transpose(0, 1) for x in activations]
+        if values[0].numel() == 0:
+            raise ValueError("an empty batch has no statistics")
         if not self._mean:
-            units = [x.shape[1] for x in activations]
-            zeros = [
-                torch.zeros(c, dtype=torch.float64, device=x.device) for c, x in zip(units, activations, strict=True)
-            ]
-            self._mean, self._m2 = zeros, [z.clone() for z in zeros]
+            self._mean = [x.new_zeros(len(x), dtype=torch.float64) for x in values]
+            self._m2 = [mean.clone() for mean in self._mean]
             if self.cross != "none":
-                self._cross = [z.new_zeros((units[0], len(z)) if self.cross == "full" else len(z)) for z in zeros[1:]]
-        self.examples += len(activations[0])
-        with torch.autocast(activations[0].device.type, enabled=False):  # a caller's would halve the precision
-            self._add(*zip(*map(_centre, activations), strict=True))
+                shapes = [(len(values[0]),) * (self.cross == "full") + (len(x),) for x in values[1:]]
+                self._cross = [self._mean[0].new_zeros(shape) for shape in shapes]
+        n, size, start = len(activations[0]), self._examples_at_once(values[0]), 0
+        with torch.autocast(values[0].device.type, enabled=False):  # a caller's would halve the precision
+            while start < n:  # in parts no longer than all before them, so that the mean so far can centre them
+                stop = start + max(size, self.examples)
+                self._add([x[:, start:stop] for x in values], size)
+                start = stop
 
-    def _add(self, centred: tuple[Tensor, ...], means: tuple[Tensor, ...]) -> None:
-        m = centred[0].shape[1]
+    def _examples_at_once(self, x: Tensor) -> int:
+        """How many examples are centred at once, so that what is made of them stays in the cache."""
+        elements = CACHED * torch.get_num_threads() if x.device.type == "cpu" else LAUNCHED
+        if self.cross == "full":
+            elements = max(elements, 4 * len(x) ** 2)  # else adding products up would cost more than making them
+        return max(1, elements // x[:, 0].numel())
+
+    def _add(self, values: list[Tensor], size: int) -> None:
+        """Add values (units, n, ...) of n examples, some at a time."""
+        m = values[0][0].numel()
         total = self.count + m
-        offsets = [r.sum(1).double() / m for r in centred]  # what rounding left of the batch mean
-        steps = [mean + offset - old for mean, offset, old in zip(means, offsets, self._mean, strict=True)]
-        weight = self.count * m / total
-        for k, (r, offset, step) in enumerate(zip(centred, offsets, steps, strict=True)):
-            self._m2[k] += _dot(r, r) - m * offset**2 + weight * step**2
-            if k and self.cross == "full":
-                self._cross[k - 1] += (
-                    (centred[0] @ r.T).double()
-                    - m * torch.outer(offsets[0], offset)
-                    + weight * torch.outer(steps[0], step)
-                )
-            elif k and self.cross == "paired":
-                self._cross[k - 1] += _dot(centred[0], r) - m * offsets[0] * offset + weight * steps[0] * step
-            self._mean[k] += step * (m / total)
-        self.count = total
+        kinds = [torch.promote_types(x.dtype, torch.float32) for x in values]
+        if self.count >= m:
+            centres = [mean.to(kind) for mean, kind in zip(self._mean, kinds, strict=True)]
+        else:
+            centres = [x.flatten(1).mean(1, dtype=kind) for x, kind in zip(values, kinds, strict=True)]
+        sums, squares = ([torch.zeros_like(mean) for mean in self._mean] for _ in range(2))
+        products = [torch.zeros_like(cross, dtype=kinds[0]) for cross in self._cross]
+        for parts in zip(*(x.split(size, 1) for x in values), strict=True):
+            rows = [_centred(x, centre) for x, centre in zip(parts, centres, strict=True)]
+            for r, each, square in zip(rows, sums, squares, strict=True):
+                each += r.sum(1)
+                square += (r * r).sum(1)
+            for r, product in zip(rows[1:], products, strict=False):
+                product.addmm_(rows[0], r.T) if self.cross == "full" else product.add_((rows[0] * r).sum(1))
+        offsets = [each / m for each in sums]
+        steps = [c.double() + offset - old for c, offset, old in zip(centres, offsets, self._mean, strict=True)]
+        weight, full = self.count * m / total, self.cross == "full"
+        for square, offset, step, mean, m2 in zip(squares, offsets, steps, self._mean, self._m2, strict=True):
+            m2 += square - m * offset**2 + weight * step**2
+            mean += step * (m / total)
+        for k, (product, cross) in enumerate(zip(products, self._cross, strict=True), 1):
+            cross += product.double() - m * _product(offsets[0], offsets[k], full)
+            cross += weight * _product(steps[0], steps[k], full)
+        self.count, self.examples = total, self.examples + values[0].shape[1]
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
@@ -119,23 +142,9 @@ def _product(a: Tensor, b: Tensor, full: bool) -> Tensor:
     return torch.outer(a, b) if full else a * b
 
 
-def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values less their batch mean as (units, count), and the mean in float64."""
-    x = x.detach()
-    if x.dtype not in (torch.float32, torch.float64):
-        x = x.float()
-    rows = x.transpose(0, 1).flatten(1)
-    if rows.shape[1] == 0:
-        raise ValueError("an empty batch has no statistics")
-    mean = rows.mean(1)
-    return rows - mean[:, None], mean.double()
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise inner products, as float64; the norm needs no temporary of the operands' size."""
-    if a is b:
-        return torch.linalg.vector_norm(a, dim=1).double() ** 2
-    return (a * b).sum(1).double()
+def _centred(x: Tensor, centre: Tensor) -> Tensor:
+    """Values (units, ...) less a centre of each unit, as contiguous rows."""
+    return torch.sub(x, along(centre, x.ndim, 0), out=centre.new_empty(x.shape)).flatten(1)
 
 
 def moments_of(chunks: Iterable[Tensor], axis: int = 1) -> Moments:

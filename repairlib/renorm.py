@@ -44,7 +44,7 @@ from repairlib.tracing import TracedNet, check_graphs, trace
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
 
-Rule = Callable[[Moments], Correction]  # a target's present statistics -> its correction
+Rule = Callable[[Moments], Correction | None]  # a target's present statistics -> its correction, or none to apply
 Constant = dict[str, Tensor]  # by node, which channels are constant, bool (units,)
 
 
@@ -93,40 +93,38 @@ def _refuse_nan(values: Mapping[str, Sequence[Tensor]]) -> None:
                              "convert the network to a wider type")  # fmt: skip
 
 
-def _set_statistics(module: Any, moments: Moments) -> None:
+def _set_statistics(module: Any, mean: Tensor, var: Tensor) -> None:
     with torch.no_grad():
-        module.running_mean.copy_(moments.mean())
-        module.running_var.copy_(moments.var())
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(var)
 
 
 def _sequential(
-    net: TracedNet,
-    batches: Batches,
-    goals: Mapping[str, Rule],
-    reset: bool,
-    reference: TracedNet | None = None,
-    watch: Mapping[str, Moments] | None = None,
+    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool, reference: TracedNet | None = None
 ) -> tuple[dict[str, Correction], Constant]:
     """Corrections from exact statistics, in one pass: every node is computed for the whole set before the next one.
 
     A target is measured with all corrections before it in place, as if the network were repaired layer by layer with
     one pass each. All activations of the set are held at the nodes in flight. A reference runs along, so that rules
-    have the moments of both. `watch` gets the moments of further nodes.
+    have the moments of both.
     """
-    norms, watch = _norms_to_reset(net) if reset else {}, watch or {}
-    left = len(goals) + len(norms) + len(watch)
+    norms = _norms_to_reset(net) if reset else {}
+    left = len(goals) + len(norms)
     values: list[dict] = [{} for _ in batches]
     others = [reference.walk(x, list(goals)) for x in batches] if reference else []
     corrections, constant = {}, {}
+    known: dict[fx.Node, tuple[Tensor, Tensor, Tensor]] = {}  # mean, var, dead of the node before, if it is a target
     models = [net.model, *([reference.model] if reference else [])]
     with eval_mode(*models), bar(left, "statistics", "layer") as progress:
         for node in net.nodes:
             if not left:
                 break
             if node.name in norms:
-                moments = moments_of(chunk[node.args[0]] for chunk in values)
-                _set_statistics(net.modules[node.target], moments)
-                constant[node.name] = moments.dead()
+                if (source := node.args[0]) not in known:
+                    moments = moments_of(chunk[source] for chunk in values)
+                    known = {source: (moments.mean(), moments.var(), moments.dead())}
+                mean, var, constant[node.name] = known[source]
+                _set_statistics(net.modules[node.target], mean, var)
                 left -= 1
                 progress.update()
             # Only a placeholder reads the batches; the loader is asked once more, not held twice.
@@ -134,20 +132,20 @@ def _sequential(
             for chunk, x in zip(values, inputs, strict=True):
                 chunk[node] = net.compute(node, chunk, None if x is None else net.feed(x))
                 net.forget(node, chunk)
-            if node.name in watch:
-                for chunk in values:
-                    watch[node.name].update(chunk[node].movedim(net.axis(node.name), 1))
-                left -= 1
-                progress.update()
+            known = {}
             if node.name in goals:
                 moments, axis = Moments("paired" if reference else "none"), net.axis(node.name)
                 for chunk, other in itertools.zip_longest(values, others):
                     both = [chunk[node], *([next(other)[1]] if other else [])]
                     moments.update(*(x.movedim(axis, 1) for x in both))
-                constant[node.name] = moments.dead()
-                fix = corrections[node.name] = goals[node.name](moments)
-                for chunk in values:
-                    chunk[node] = fix.apply(chunk[node], axis)
+                mean, var, dead = moments.mean(), moments.var(), moments.dead()
+                constant[node.name] = dead
+                if (fix := goals[node.name](moments)) is not None:
+                    corrections[node.name] = fix
+                    for chunk in values:
+                        chunk[node] = fix.apply(chunk[node], axis)
+                    mean, var, dead = fix.gain * mean + fix.shift, fix.gain**2 * var, dead | (fix.gain == 0)
+                known = {node: (mean, var, dead)} if axis == 1 else {}
                 left -= 1
                 progress.update()
     return corrections, constant
@@ -186,7 +184,7 @@ def _simultaneous(
     for hook in hooks:
         hook.remove()
     for name, module in modules.items():
-        _set_statistics(module, seen[name])
+        _set_statistics(module, seen[name].mean(), seen[name].var())
     corrections = {name: goals[name](seen[name]) for name in goals}
     return corrections, {name: moments.dead() for name, moments in seen.items()}
 
@@ -316,10 +314,11 @@ class Goals:
             kind = "" if self.options.visible else " whose weights can take a correction up"
             raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node{kind}")
         if resets and method == "sequential":  # goals are read in the pass that resets
-            seen = [{name: Moments() for name in self.targets} for _ in nets]
-            for net, watch in zip(nets, seen, strict=True):
-                _reset(net, self.batches, method, watch={net.corrected(name): m for name, m in watch.items()})
-            self.statistics = [{name: (m.mean(), m.std()) for name, m in watch.items()} for watch in seen]
+            seen: list[dict[str, Moments]] = [{} for _ in nets]
+            for net, found in zip(nets, seen, strict=True):
+                notes = {net.corrected(name): functools.partial(found.__setitem__, name) for name in self.targets}
+                _reset(net, self.batches, method, notes)
+            self.statistics = [{name: (m.mean(), m.std()) for name, m in found.items()} for found in seen]
         else:
             for net in nets if resets else ():
                 _reset(net, self.batches, method)
@@ -500,11 +499,11 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential") -> Re
     return _report(Repaired(out, {}), constant)
 
 
-def _reset(net: TracedNet, batches: Batches, method: str, **how: Any) -> Constant:
-    """Measure the BatchNorms of a network anew, in place; how: see `_sequential`. Returns constant channels by node."""
+def _reset(net: TracedNet, batches: Batches, method: str, notes: Mapping[str, Rule] | None = None) -> Constant:
+    """Measure the BatchNorms of a network anew, in place; notes get the moments of further nodes. Returns constants."""
     if not (norms := batchnorms(net)):
         raise ValueError(f"{type(net.model).__name__} has no BatchNorm statistics to reset; use Repair instead")
-    _, constant = MEASURE[method](net, batches, {}, True, **how)
+    _, constant = MEASURE[method](net, batches, notes or {}, True)
     modules = {name: net.modules[node.target] for name, node in norms.items()}
     _refuse_nan({name: (module.running_mean, module.running_var) for name, module in modules.items()})
     return constant
