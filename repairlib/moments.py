@@ -69,7 +69,7 @@ class Moments:
     def _add(self, values: list[Tensor], size: int) -> None:
         """Add values (units, n, ...) of n examples, some at a time."""
         m = values[0][0].numel()
-        total = self.count + m
+        total, full = self.count + m, self.cross == "full"
         kinds = [torch.promote_types(x.dtype, torch.float32) for x in values]
         if self.count >= m:
             centres = [mean.to(kind) for mean, kind in zip(self._mean, kinds, strict=True)]
@@ -83,10 +83,13 @@ class Moments:
                 each += r.sum(1)
                 square += (r * r).sum(1)
             for r, product in zip(rows[1:], products, strict=False):
-                product.addmm_(rows[0], r.T) if self.cross == "full" else product.add_((rows[0] * r).sum(1))
+                if full:
+                    product.addmm_(rows[0], r.T)
+                else:
+                    product += (rows[0] * r).sum(1)
         offsets = [each / m for each in sums]
         steps = [c.double() + offset - old for c, offset, old in zip(centres, offsets, self._mean, strict=True)]
-        weight, full = self.count * m / total, self.cross == "full"
+        weight = self.count * m / total
         for square, offset, step, mean, m2 in zip(squares, offsets, steps, self._mean, self._m2, strict=True):
             m2 += square - m * offset**2 + weight * step**2
             mean += step * (m / total)

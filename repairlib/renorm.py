@@ -44,7 +44,8 @@ from repairlib.tracing import TracedNet, check_graphs, trace
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
 
-Rule = Callable[[Moments], Correction | None]  # a target's present statistics -> its correction, or none to apply
+Rule = Callable[[Moments], Correction]  # a target's present statistics -> its correction
+Note = Callable[[Moments], Correction | None]  # the same, or None to leave it as it is
 Constant = dict[str, Tensor]  # by node, which channels are constant, bool (units,)
 
 
@@ -93,6 +94,11 @@ def _refuse_nan(values: Mapping[str, Sequence[Tensor]]) -> None:
                              "convert the network to a wider type")  # fmt: skip
 
 
+def _statistics(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of channels, and which of them are constant."""
+    return moments.mean(), moments.var(), moments.dead()
+
+
 def _set_statistics(module: Any, mean: Tensor, var: Tensor) -> None:
     with torch.no_grad():
         module.running_mean.copy_(mean)
@@ -100,7 +106,7 @@ def _set_statistics(module: Any, mean: Tensor, var: Tensor) -> None:
 
 
 def _sequential(
-    net: TracedNet, batches: Batches, goals: Mapping[str, Rule], reset: bool, reference: TracedNet | None = None
+    net: TracedNet, batches: Batches, goals: Mapping[str, Note], reset: bool, reference: TracedNet | None = None
 ) -> tuple[dict[str, Correction], Constant]:
     """Corrections from exact statistics, in one pass: every node is computed for the whole set before the next one.
 
@@ -113,17 +119,17 @@ def _sequential(
     values: list[dict] = [{} for _ in batches]
     others = [reference.walk(x, list(goals)) for x in batches] if reference else []
     corrections, constant = {}, {}
-    known: dict[fx.Node, tuple[Tensor, Tensor, Tensor]] = {}  # mean, var, dead of the node before, if it is a target
+    known: dict[fx.Node, tuple[Tensor, Tensor, Tensor]] = {}  # `_statistics` of the node before, if it is a target
     models = [net.model, *([reference.model] if reference else [])]
     with eval_mode(*models), bar(left, "statistics", "layer") as progress:
         for node in net.nodes:
             if not left:
                 break
             if node.name in norms:
-                if (source := node.args[0]) not in known:
-                    moments = moments_of(chunk[source] for chunk in values)
-                    known = {source: (moments.mean(), moments.var(), moments.dead())}
-                mean, var, constant[node.name] = known[source]
+                source: Any = node.args[0]
+                mean, var, constant[node.name] = known.get(source) or _statistics(
+                    moments_of(chunk[source] for chunk in values)
+                )
                 _set_statistics(net.modules[node.target], mean, var)
                 left -= 1
                 progress.update()
@@ -138,7 +144,7 @@ def _sequential(
                 for chunk, other in itertools.zip_longest(values, others):
                     both = [chunk[node], *([next(other)[1]] if other else [])]
                     moments.update(*(x.movedim(axis, 1) for x in both))
-                mean, var, dead = moments.mean(), moments.var(), moments.dead()
+                mean, var, dead = _statistics(moments)
                 constant[node.name] = dead
                 if (fix := goals[node.name](moments)) is not None:
                     corrections[node.name] = fix
@@ -499,7 +505,7 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential") -> Re
     return _report(Repaired(out, {}), constant)
 
 
-def _reset(net: TracedNet, batches: Batches, method: str, notes: Mapping[str, Rule] | None = None) -> Constant:
+def _reset(net: TracedNet, batches: Batches, method: str, notes: Mapping[str, Note] | None = None) -> Constant:
     """Measure the BatchNorms of a network anew, in place; notes get the moments of further nodes. Returns constants."""
     if not (norms := batchnorms(net)):
         raise ValueError(f"{type(net.model).__name__} has no BatchNorm statistics to reset; use Repair instead")

@@ -1,3 +1,5 @@
+from unittest.mock import patch
+
 import pytest
 import torch
 from cases import batches, make
@@ -14,16 +16,22 @@ def split(x: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 999), max_size=8), st.sampled_from([0.0, 1.0, 1000.0]), st.integers(0, 5))
-def test_streaming_equals_direct_for_any_split(cuts, mean_in_stds, seed):
+@given(
+    st.lists(st.integers(1, 999), max_size=8),
+    st.sampled_from([1, 100, 1000, 10**6]),
+    st.sampled_from([0.0, 1.0, 1000.0]),
+    st.integers(0, 5),
+)
+def test_streaming_equals_direct_for_any_split(cuts, cached, mean_in_stds, seed):
     generator = torch.Generator().manual_seed(seed)
     std = torch.rand(2, 6, 1, 1, generator=generator) + 0.1
     common = torch.randn(200, 6, 3, 2, generator=generator)
     a, b = (s * (common + torch.randn(200, 6, 3, 2, generator=generator)) + mean_in_stds * s for s in std)
     full, paired = Moments("full"), Moments("paired")
-    for xs in zip(split(a, cuts), split(b, cuts), strict=True):
-        full.update(*xs)
-        paired.update(*xs)
+    with patch("repairlib.moments.CACHED", cached):  # however many parts a batch is added in
+        for xs in zip(split(a, cuts), split(b, cuts), strict=True):
+            full.update(*xs)
+            paired.update(*xs)
     rows = [x.transpose(0, 1).flatten(1).double() for x in (a, b)]
     expected = torch.cov(torch.cat(rows), correction=0)
     for m in (full, paired):
@@ -37,6 +45,18 @@ def test_streaming_equals_direct_for_any_split(cuts, mean_in_stds, seed):
     torch.testing.assert_close(
         paired.cov() / scale.diagonal(), expected[:6, 6:].diagonal() / scale.diagonal(), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("cached", [1, 10**6])
+def test_a_first_example_far_from_the_others_costs_no_precision(cached):
+    x = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0))
+    x[0] = 1e4
+    m = Moments("paired")
+    with patch("repairlib.moments.CACHED", cached):
+        for xs in (x[:1], x[1:]):
+            m.update(xs, -xs)
+    torch.testing.assert_close(m.var(), x.double().var(0, correction=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m.cov(), -m.var(), rtol=1e-6, atol=0)
 
 
 def test_float64_activations_keep_their_precision():

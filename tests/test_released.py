@@ -1,7 +1,6 @@
 """docs/released.py: the ways of the released code that the library itself does not offer."""
 
 import copy
-import functools
 import importlib.util
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cases import batches, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from repairlib import interpolate_models, match_activations, reset
 from repairlib.matching import solve_assignment
@@ -56,26 +56,21 @@ def test_greedy_takes_the_largest_first_and_at_least_half_of_the_best(n, seed):
     assert total[1] / 2 - 1e-6 <= total[0] <= total[1] + 1e-6
 
 
-def test_simultaneous_batch_mean_is_what_torch_batchnorm_records():
-    """The released code: momentum=None BatchNorm in train mode, cumulative mean of unbiased batch variances."""
-    name = "vgg11-bn-w0.125"
+@pytest.mark.parametrize("name", ["vgg11-bn-w0.125", "resnet8-bn-w0.5"])
+def test_reset_with_batch_means_is_update_bn(name):
+    """BatchNorm in train mode with momentum=None: the mean over batches of means and of unbiased variances."""
     a, b = make(name, 0, torch.float64), make(name, 1, torch.float64)
     data = batches(name, dtype=torch.float64)
-    mid = interpolate_models(a, b, 0.5)
+    theirs = interpolate_models(a, b, 0.5)
     with released.batch_means():
-        ours = reset(mid, data, method="simultaneous").model
-    theirs = copy.deepcopy(mid)
-    for module in theirs.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-            module.train()
+        ours = reset(theirs, data, method="simultaneous").model
+    update_bn(data, theirs)
+    for key, value in theirs.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-9, atol=1e-12)
     with torch.no_grad():
-        for x in data:
-            theirs(x)
-    for k, v in theirs.state_dict().items():
-        if "running" in k:
-            torch.testing.assert_close(ours.state_dict()[k], v, rtol=1e-9, atol=1e-12)
+        ours, theirs = ours.eval()(data[0]), theirs.eval()(data[0])
+    assert (ours - theirs).abs().max() < 1e-8 * theirs.abs().max()
 
 
 def test_batch_means_miss_what_varies_between_batches():
@@ -104,42 +99,117 @@ def test_batch_means_pool_the_endpoints_too():
         torch.testing.assert_close(pooled.ends[node].var(1), moments.var(1) * n / (n - 1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("correct", ["rescale", "repair", "reshift"])
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_what_is_recorded_batch_by_batch_against_a_layer_that_wraps_convolutions(correct, unbiased):
-    """Qu & Horvath's code: a convolution's output is normalised by its batch while pooled statistics are recorded."""
-    name = "vgg11-plain-w0.125"
-    a, b, data = make(name, 0, torch.float64), make(name, 1, torch.float64), batches(name, dtype=torch.float64)
-    options = {"method": "simultaneous", "correct": correct, "targets": "conv"}
-    found = Repair(a, b, data, unbiased=unbiased, **options)(0.5).model
-    model = interpolate_models(a, b, 0.5)
-    goals = Repair(a, b, data, **options).at(0.5)
-    convs = {key: module for key, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    seen: dict = {key: [] for key in convs}
+class Stage(nn.Module):
+    """A convolution that corrects its output, or a BatchNorm, each written from its equation.
 
-    def corrected(x, mean, var, key):
-        goal_mean, goal_std = (each.view(1, -1, 1, 1) for each in goals[key])
-        gain = (goal_std / var.sqrt()).where(var > 0, torch.zeros(())) if correct != "reshift" else torch.ones(())
-        if correct == "rescale":
-            return x * gain
-        return (x - mean) * gain + goal_mean
+    It is "off", or it keeps what it measures: as it is ("record"), normalised by its own batch ("batch"), or no longer,
+    normalised by all that was kept ("fixed").
+    """
 
-    def record(module, inputs, x, key):
-        seen[key].append(x)
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=int(unbiased))
-        return corrected(x, mean, var, key)
+    def __init__(self, layer, correct="repair", eps=0.0, unbiased=False):
+        super().__init__()
+        self.layer, self.correct, self.eps, self.correction = layer, correct, eps, int(unbiased)
+        self.mode, self.seen, self.goal = "off", [], None
 
-    def apply(module, inputs, x, key):
-        whole = torch.cat(seen[key])
-        return corrected(x, whole.mean((0, 2, 3), keepdim=True), whole.var((0, 2, 3), keepdim=True, correction=0), key)
+    def forward(self, x):
+        if self.mode == "off":
+            return self.layer(x)
+        x = x if self.goal is None else self.layer(x)
+        if self.mode != "fixed":
+            self.seen.append(x)
+        return x if self.mode == "record" else self.normalized(x)
 
-    with torch.no_grad():
-        hooks = [m.register_forward_hook(functools.partial(record, key=key)) for key, m in convs.items()]
+    def statistics(self, x, correction=0):
+        return x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=correction)
+
+    def normalized(self, x):
+        mean, var = self.statistics(*((torch.cat(self.seen),) if self.mode == "fixed" else (x, self.correction)))
+        if self.goal is None:
+            weight, bias = (each.view(1, -1, 1, 1) for each in (self.layer.weight, self.layer.bias))
+            return (x - mean) / (var + self.layer.eps).sqrt() * weight + bias
+        goal_mean, goal_std = self.goal
+        gain = goal_std / (var + self.eps).sqrt()
+        if not self.eps:
+            gain = gain.where(var.sqrt() > 1e-6 * mean.abs(), 1.0)  # a constant channel is shifted only
+        return {"repair": (x - mean) * gain + goal_mean, "rescale": x * gain, "reshift": x - mean + goal_mean}[
+            self.correct
+        ]
+
+
+def run(model, data, stages, method):
+    """Measure all stages at once, or one after the other with a pass through the whole network for each."""
+    for group in [[stage] for stage in stages] if method == "sequential" else [stages]:
+        for stage in group:
+            stage.mode = "record" if method == "sequential" else "batch"
+        for x in data:
+            model(x)
+        for stage in group:
+            stage.mode = "fixed"
+
+
+@torch.no_grad()
+def repaired(a, b, data, alpha, convs, method, bn="frozen", average=False, **options):
+    """Network between a and b, its convolutions corrected: Jordan et al. 2022, Eqs. 3 and 4; Qu & Horvath, Table 1."""
+    networks = []
+    for model in (a, b, interpolate_models(a, b, alpha)):
+        model, stages = copy.deepcopy(model), {}
+        for name, module in [*model.named_modules()]:
+            if name in convs or (bn == "reset" and isinstance(module, nn.BatchNorm2d)):
+                stages[name] = Stage(module, **(options if name in convs else {}))
+                model.set_submodule(name, stages[name])
+        networks.append((model, stages))
+    *ends, (middle, stages) = networks
+    for model, theirs in ends:
+        run(model, data, [stage for name, stage in theirs.items() if name not in convs], method)
+        hooks = [theirs[name].register_forward_hook(lambda stage, _, x: stage.seen.append(x)) for name in convs]
         for x in data:
             model(x)
         for hook in hooks:
             hook.remove()
-        for key, module in convs.items():
-            module.register_forward_hook(functools.partial(apply, key=key))
-        expected, ours = model(data[0]), found(data[0])
-    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+    for name in convs:
+        (mean_a, var_a), (mean_b, var_b) = (theirs[name].statistics(torch.cat(theirs[name].seen)) for _, theirs in ends)
+        std = (1 - alpha) * var_a.sqrt() + alpha * var_b.sqrt()
+        stages[name].goal = (1 - alpha) * mean_a + alpha * mean_b, std.mean() if average else std
+    run(middle, data, list(stages.values()), method)
+    return middle
+
+
+WAYS = {
+    "REPAIR": {"correct": "repair"},
+    "RESCALE": {"correct": "rescale"},
+    "RESCALE (average)": {"correct": "rescale", "average": True},
+    "RESHIFT": {"correct": "reshift"},
+    "REPAIR, eps": {"correct": "repair", "eps": 1e-5},
+    "RESCALE, eps": {"correct": "rescale", "eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize("method", ["sequential", "simultaneous", "unbiased"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("name", "bn"), [("vgg11-bn-w0.125", "frozen"), ("resnet8-bn-w0.5", "reset")])
+def test_every_way_against_a_layer_that_wraps_convolutions(name, way, method, bn):
+    """In float64, so close that an eps of 1e-5 shows: logits to 1e-4 would not tell it from none."""
+    a, b, data = make(name, 0, torch.float64), make(name, 1, torch.float64), batches(name, 30, 12, torch.float64)
+    convs = [key for key, module in a.named_modules() if isinstance(module, nn.Conv2d)]
+    if "resnet" in name:  # the released code wraps the two convolutions of each block only
+        convs = [key for key in convs if key.endswith((".conv1", ".conv2"))]
+    options = WAYS[way] | ({"unbiased": True} if method == "unbiased" else {})
+    options |= {"method": method.replace("unbiased", "simultaneous"), "bn": bn}
+    targets = "inner" if "resnet" in name else "conv"
+    expected = repaired(a, b, data, 0.3, convs, **options)
+    found = Repair(a, b, data, targets=targets, **options)(0.3)
+    assert len(found.corrections) == len(convs)
+    with torch.no_grad():
+        ours, theirs = found.model(data[0]), expected(data[0])
+    assert (ours - theirs).abs().max() < 1e-8 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("method", ["sequential", "simultaneous"])
+def test_reset_is_every_batchnorm_measured(method):
+    """One after the other from pooled statistics, or all at once while each normalises by its batch."""
+    name = "resnet8-bn-w0.5"
+    model, data = make(name, 0, torch.float64), batches(name, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = repaired(model, model, data, 0.0, [], method, bn="reset")(data[0])
+        ours = reset(model, data, method=method).model(data[0])
+    assert (ours - theirs).abs().max() < 1e-8 * theirs.abs().max()
