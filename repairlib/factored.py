@@ -1,6 +1,7 @@
 """Random weights of low rank, which take the place of large ones where only a network's symmetries matter."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ class Factored(Tensor):
     """Weight ``W[a, b, ...] = sum_rs rows[a, r] core[r, s, ...] columns[b, s]`` that is not formed.
 
     Layers read its factors, and whatever else reads it gets it formed; nothing may write to it. It is indexed by units
-    as any weight of its shape: those of its first two axes by the factors' rows, others by the core's axes.
+    as any weight of its shape: those of its first two axes by the factors' rows, others by the core's axes. A product
+    may repeat it along `batch` axes before these.
     """
 
     @staticmethod
-    def __new__(cls, rows: Tensor, core: Tensor, columns: Tensor) -> "Factored":
-        shape = (len(rows), len(columns), *core.shape[2:])
+    def __new__(cls, rows: Tensor, core: Tensor, columns: Tensor, batch: tuple[int, ...] = ()) -> "Factored":
+        shape = (*batch, len(rows), len(columns), *core.shape[2:])
         return Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype)  # type: ignore[attr-defined]
 
-    def __init__(self, rows: Tensor, core: Tensor, columns: Tensor):
-        self.rows, self.core, self.columns = rows, core, columns
+    def __init__(self, rows: Tensor, core: Tensor, columns: Tensor, batch: tuple[int, ...] = ()):
+        self.rows, self.core, self.columns, self.batch = rows, core, columns, batch
 
     def factor(self, axis: int) -> tuple[Tensor, int]:
         """Factor that has an axis of the weight, and the axis that it is there."""
@@ -32,7 +34,7 @@ class Factored(Tensor):
 
     def formed(self) -> Tensor:
         """The weight as an ordinary tensor."""
-        return torch.einsum("ar,rs...,bs->ab...", self.rows, self.core, self.columns)
+        return torch.einsum("ar,rs...,bs->ab...", self.rows, self.core, self.columns).expand(self.shape)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -47,7 +49,14 @@ class Factored(Tensor):
 
 
 def _same(weight: Factored) -> Factored:
-    return Factored(weight.rows, weight.core, weight.columns)
+    return Factored(weight.rows, weight.core, weight.columns, weight.batch)
+
+
+def _repeated(weight: Factored, shape: Sequence[int], **_: Any) -> Factored | None:
+    """What `torch.matmul` makes of a matrix that meets a batch: (b, n, m), of any strides."""
+    if tuple(shape[-2:]) != tuple(weight.shape[-2:]) or min(shape) < 0 or weight.core.ndim != 2:
+        return None
+    return Factored(weight.rows, weight.core, weight.columns, tuple(shape[:-2]))
 
 
 def _transposed(weight: Factored, *axes: int) -> Factored | None:
@@ -88,7 +97,11 @@ _RULES = {
     _aten.alias.default: _same,
     _aten.t.default: _transposed,
     _aten.transpose.int: _transposed,
+    _aten.expand.default: _repeated,
+    _aten.view.default: _repeated,
+    _aten._unsafe_view.default: _repeated,
     _aten.mm.default: _mm,
+    _aten.bmm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.convolution.default: _convolution,
     _aten.embedding.default: _embedding,

@@ -10,7 +10,7 @@ import copy
 import functools
 import math
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from repairlib.factored import Factored, factors
 from repairlib.inputs import Inputs, call, count, map_inputs
 from repairlib.interpolate import averaged, forget_caches
 from repairlib.recording import along, eval_mode, inside, tensors_in
@@ -174,13 +175,13 @@ def spec_of(net: TracedNet, example: Inputs, verify: bool = True) -> Permutation
         labels.visit(node)
     spec, model = _groups(labels), net.model
     if verify:
-        error, precision = _invariance(model, spec, example)
+        error, precision = _invariance(model, spec, example, any_size=not net.of_size)
         if math.isinf(error):
             raise SpecError(
                 f"the groups of {type(model).__name__} cannot be verified: on random inputs an output is zero, not "
                 "finite or the same for both, or there is none"
             )
-        if not error < (1e-8 if precision == torch.float64 else math.sqrt(torch.finfo(precision).eps)):
+        if not error < (_STRICT if precision == torch.float64 else math.sqrt(torch.finfo(precision).eps)):
             raise SpecError(f"permuting the groups of {type(model).__name__} changes its output by {error:.1e}")
     return spec
 
@@ -189,8 +190,9 @@ def _groups(labels: "Labels") -> PermutationSpec:
     """Groups of units that occur equally often on the same axes, and where to read them."""
     root = labels.settle().numpy()
     axes = {key: root[units.numpy()] for key, units in labels.axes.items() if units is not None}
-    movable = np.unique(np.concatenate([[root[FIXED]], *axes.values()]))
-    movable = movable[movable != root[FIXED]]
+    movable = _numbers(labels.count, axes.values())
+    movable[root[FIXED]] = False
+    movable = np.flatnonzero(movable)
     place = np.full(labels.count, -1)
     place[movable] = np.arange(len(movable))
     # The sum of random 64-bit keys, one an axis, tells sets of axes apart without a table of units x axes.
@@ -204,17 +206,24 @@ def _groups(labels: "Labels") -> PermutationSpec:
         np.add.at(signature, places[places >= 0], keys[places >= 0])
     _, first, same = np.unique(signature, return_index=True, return_inverse=True)
     group_of = np.argsort(np.argsort(first))[same]  # groups in order of their first unit
-    units_of = [movable[group_of == g] for g in range(len(first))]
+    units_of = [movable[places] for places in _by_key(group_of)]
 
-    def members(on_axis: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-        """Groups all of whose units are on an axis, equally often: number, and positions (units, occurrences)."""
-        places = place[on_axis]
-        for g in np.unique(group_of[places[places >= 0]]):
-            positions = np.flatnonzero((places >= 0) & (group_of[places] == g))
-            positions = positions[np.argsort(on_axis[positions], kind="stable")]
+    @functools.cache
+    def _members(on_axis: bytes) -> list[tuple[int, Tensor]]:
+        units = np.frombuffer(on_axis, dtype=root.dtype)
+        moving = np.flatnonzero(place[units] >= 0)
+        found = []
+        for positions in _by_key(group_of[place[units[moving]]], units[moving]):
+            positions = moving[positions]
+            g = int(group_of[place[units[positions[0]]]])
             occurrences, rest = divmod(len(positions), len(units_of[g]))
-            if not rest and np.array_equal(on_axis[positions], np.repeat(units_of[g], occurrences)):
-                yield g, torch.from_numpy(positions.reshape(-1, occurrences))
+            if not rest and np.array_equal(units[positions], np.repeat(units_of[g], occurrences)):
+                found.append((g, torch.from_numpy(positions.reshape(-1, occurrences))))
+        return found
+
+    def members(on_axis: np.ndarray) -> list[tuple[int, Tensor]]:
+        """Groups all of whose units are on an axis, equally often: number, and positions (units, occurrences)."""
+        return _members(on_axis.tobytes())  # several axes have the same units
 
     axes_of: list[list[Axis]] = [[] for _ in units_of]
     for (tensor, axis), on_axis in axes.items():
@@ -247,13 +256,27 @@ def _groups(labels: "Labels") -> PermutationSpec:
         groups.append(Group(name, len(units), tuple(axes_of[g]), taps[g], channels[g]))
     weights = [t for t, _ in axes if t.endswith("weight") and labels.state[t].ndim > 1]
     layers = tuple(dict.fromkeys(t.rpartition(".")[0] for t in weights))
-    listed = np.concatenate([units for units in units_of if len(units) > 1] or [movable[:0]])
+    listed = _numbers(labels.count, (units for units in units_of if len(units) > 1))
     hidden = labels.net.read_by_layers()
     stay: dict[str, bool] = {}
     for node, layer, made in labels.made:
         if node in hidden and len(made) > 1:
-            stay[layer] = stay.get(layer, True) and not np.isin(root[made.numpy()], listed).any()
+            stay[layer] = stay.get(layer, True) and not listed[root[made.numpy()]].any()
     return PermutationSpec(tuple(groups), layers, tuple(layer for layer, all_stay in stay.items() if all_stay))
+
+
+def _numbers(count: int, sets: Iterable[np.ndarray]) -> np.ndarray:
+    """Of every unit number, whether it is in one of the sets."""
+    found = np.zeros(count, dtype=bool)
+    for numbers in sets:
+        found[numbers] = True
+    return found
+
+
+def _by_key(keys: np.ndarray, *then_by: np.ndarray) -> list[np.ndarray]:
+    """Places of every key in order of the keys, and of some others where keys are the same."""
+    order = np.lexsort((*then_by, keys))
+    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(keys) else []
 
 
 # ------------------------------------------------------------------------------------------------------ verification
@@ -273,6 +296,12 @@ class _Precision(TorchFunctionMode):
         return out
 
 
+# A change of the output that is no rounding error.
+_STRICT = 1e-8
+# Maps of this many pixels a side show what larger ones do, where neither code nor weights depend on their size.
+_SIDE = 64
+
+
 def invariance_error(model: nn.Module, spec: PermutationSpec, example: Inputs, seed: int = 0) -> float:
     """Largest relative change of the output, in float64, when every group is permuted at random.
 
@@ -284,18 +313,58 @@ def invariance_error(model: nn.Module, spec: PermutationSpec, example: Inputs, s
 
 
 def _invariance(
-    model: nn.Module, spec: PermutationSpec, example: Inputs, seed: int = 0, dtype: torch.dtype = torch.float64
+    model: nn.Module, spec: PermutationSpec, example: Inputs, seed: int = 0, any_size: bool = False
 ) -> tuple[float, torch.dtype]:
-    """`invariance_error`, and the lowest precision that the copy computed in."""
+    """`invariance_error`, and the lowest precision that the copy computed in.
+
+    It is first asked with large weights of low rank (`Factored`), and with small maps if the code is the same for
+    `any_size`: for those weights and inputs the answer is as exact. Such a copy may fail where the network does not, so
+    it only accepts; what it does not accept is asked again with all weights drawn in full.
+    """
+    # Units that an axis has more than once may be of a flattened map, whose places cannot be told apart in a small one.
+    once = all(axis.positions.shape[1] == 1 for group in spec.groups for axis in group.axes)
+    small = _small(example) if any_size and once else None
+    for x in (example,) if small is None else (small, example):
+        memo = factors(model, torch.Generator().manual_seed(seed), torch.float64)
+        if not memo and x is example:
+            break
+        try:
+            found = _change(copy.deepcopy(model, memo), spec, x, seed)
+        except Exception:  # of any kind, as it is of any module
+            continue
+        if found[0] < _STRICT and found[1] == torch.float64:
+            return found
+    try:
+        return _change(copy.deepcopy(model), spec, example, seed)
+    except RuntimeError:  # some code is of one precision only
+        return _change(copy.deepcopy(model), spec, example, seed, torch.float32)
+
+
+def _small(example: Inputs) -> Inputs | None:
+    """Corners of maps (n, channels, ..., height, width) that are large; None if there are none."""
+    large = []
+
+    def corner(x: Tensor) -> Tensor:
+        if x.ndim < 4 or not x.is_floating_point() or min(x.shape[-2:]) <= _SIDE:
+            return x
+        large.append(x)
+        return x[..., :_SIDE, :_SIDE]
+
+    small = map_inputs(corner, example)
+    return small if large else None
+
+
+def _change(
+    probe: nn.Module, spec: PermutationSpec, example: Inputs, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[float, torch.dtype]:
+    """`_invariance` of a copy of the network, which is given random weights."""
     generator = torch.Generator().manual_seed(seed)
-    probe = copy.deepcopy(model).cpu().to(dtype)
-    state = {t.data_ptr(): (name, t) for name, t in reversed(probe.state_dict().items()) if averaged(t)}
-    for _, tensor in reversed(state.values()):
-        if tensor.ndim < 2:  # biases, scales, statistics: positive, of order one
-            tensor.uniform_(0.5, 1.5, generator=generator)
-        elif tensor.isfinite().all():  # a mask of infinities stays
-            bound = math.sqrt(6 / tensor[0].numel())
-            tensor.uniform_(-bound, bound, generator=generator)
+    probe = probe.cpu().to(dtype)
+    state = {
+        id(t) if isinstance(t, Factored) else t.data_ptr(): (name, t)
+        for name, t in reversed(probe.state_dict(keep_vars=True).items())
+        if averaged(t)
+    }
     n = count(example)
 
     def two(x: Tensor) -> Tensor:
@@ -306,29 +375,31 @@ def _invariance(
             return torch.randn(2, *x.shape[1:], generator=generator, dtype=dtype)
         return (torch.cat([x, x.roll(1, -1)]) if n == 1 else x)[:2].cpu()
 
-    x = map_inputs(two, example)
-
     def outputs() -> list[Tensor]:
         return tensors_in(call(inside(probe), x))
 
-    try:
-        with eval_mode(probe), _Precision() as precision:
-            forget_caches(probe)
-            _move_statistics(probe)
-            before = outputs()
-            # In place: a network of 5 GB should not be there twice.
-            tensors = dict(state.values())
-            generator = torch.Generator().manual_seed(seed + 1)
-            permutation = {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
-            for name, axis, target, source in spec.moves(permutation):
-                if name in tensors:  # of tied weights, the first name only
-                    tensors[name].index_copy_(axis, target, tensors[name].index_select(axis, source))
-            forget_caches(probe)
-            after = outputs()
-    except RuntimeError:  # some code is of one precision only
-        if dtype == torch.float32:
-            raise
-        return _invariance(model, spec, example, seed, torch.float32)
+    with eval_mode(probe), _Precision() as precision:
+        for _, tensor in reversed(state.values()):
+            if tensor.ndim < 2:  # biases, scales, statistics: positive, of order one
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif not isinstance(tensor, Factored) and tensor.isfinite().all():  # a mask of infinities stays
+                bound = math.sqrt(6 / tensor[0].numel())
+                tensor.uniform_(-bound, bound, generator=generator)
+        x = map_inputs(two, example)
+        forget_caches(probe)
+        _move_statistics(probe)
+        before = outputs()
+        # In place: a network of 5 GB should not be there twice.
+        tensors = dict(state.values())
+        generator = torch.Generator().manual_seed(seed + 1)
+        permutation = {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
+        for name, axis, target, source in spec.moves(permutation):
+            if name in tensors:  # of tied weights, the first name only
+                tensor = tensors[name]
+                tensor, axis = tensor.factor(axis) if isinstance(tensor, Factored) else (tensor, axis)
+                tensor.index_copy_(axis, target, tensor.index_select(axis, source))
+        forget_caches(probe)
+        after = outputs()
     worst = 0.0 if before else math.inf
     telling = any(map(averaged, before))
     for old, new in zip(before, after, strict=True):

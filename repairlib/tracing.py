@@ -122,13 +122,14 @@ class TracedNet:
         plain: values that hold no tensor: sizes and what is computed from them.
         constants: tensors that forward makes and that depend on nothing, by the target of their nodes.
         fed: nodes that depend on the inputs.
+        of_size: whether code asked for sizes as plain numbers, so that the graph may be of these only.
     """
 
     def __init__(self, model: nn.Module, tracer: Tracer):
         self.model = model
         self.graph: fx.Graph = tracer.graph
         self.modules: dict[Any, Any] = tracer.modules  # by the target of a node
-        self.plain, self.constants = tracer.plain, tracer.constants
+        self.plain, self.constants, self.of_size = tracer.plain, tracer.constants, tracer.asked
         self.nodes: list[fx.Node] = list(self.graph.nodes)
         self.kinds = {node.name: self._kind(node) for node in self.nodes}
         self.shapes: dict[str, Any] = {node.name: tracer.shapes.get(node.name) for node in self.nodes}
@@ -356,7 +357,7 @@ def trace(model: nn.Module, example: Inputs) -> TracedNet:
     example = cast_input(example, model)
     tracer = record(model, example)
     net = TracedNet(model, tracer)
-    if tracer.asked:  # the graph may be of this number of examples only
+    if net.of_size:  # perhaps of this number of examples only
         n = count(example)
         times = max(2, math.ceil(tracer.rows / n))
         more = map_inputs(lambda x: torch.cat([x] * times) if x.ndim and len(x) == n else x, example)
