@@ -114,7 +114,7 @@ def factored_like(weight: Tensor, generator: torch.Generator, dtype: torch.dtype
         return None
     rows, columns, *rest = weight.shape
     size = RANK * (rows + columns) + RANK**2 * math.prod(rest)
-    if 2 * size > weight.numel() or not weight.sum().isfinite():  # a mask of infinities is no weight
+    if 2 * size > weight.numel():
         return None
 
     def uniform(*shape: int, variance: float) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from repairlib.inputs import Inputs, arguments, map_inputs
 
@@ -34,6 +36,10 @@ _FACTORIES = (
 )  # fmt: skip
 _COMPOSED = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,
              nn.TransformerDecoderLayer)  # fmt: skip
+
+
+# What says where a tensor is, so that code may depend on it.
+_PLACES = frozenset("device is_cuda is_cpu is_meta is_mps get_device type".split())
 
 
 class UntraceableModel(ValueError):
@@ -175,6 +181,26 @@ class _Recorded(fx.Proxy):
         return format(self.value, form)
 
 
+class _Shapes(TorchDispatchMode):
+    """Computes shapes only of what depends on tensors of the meta device, which have no values, and all else as ever."""
+
+    def __init__(self):
+        super().__init__()
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # by `id`, with the tensor, so that no other takes its place
+
+    def empty(self, x: Tensor) -> Tensor:
+        if id(x) not in self.known:
+            self.known[id(x)] = x, x.to("meta")
+        return self.known[id(x)][1]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        flat, form = tree_flatten((args, kwargs or {}))
+        if any(isinstance(a, Tensor) and a.is_meta for a in flat):
+            flat = [self.empty(a) if isinstance(a, Tensor) and not a.is_meta else a for a in flat]
+            args, kwargs = tree_unflatten(flat, form)
+        return func(*args, **kwargs or {})
+
+
 class Tracer(fx.Tracer):
     """Records a network's forward for one example, computing every value on the way.
 
@@ -183,10 +209,11 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # what is computed from buffers is part of the graph, not a constant
 
-    def __init__(self, example: Inputs):
+    def __init__(self, example: Inputs, shapes_only: bool = False):
         super().__init__(autowrap_functions=_FACTORIES)
         self._autowrap_search.append(torch)
-        self.example = example
+        self.example = map_inputs(lambda x: x.to("meta"), example) if shapes_only else example
+        self.shapes_only = shapes_only
         self.shapes: dict[str, Any] = {}  # of every node whose value is a tensor
         self.plain: dict[str, Any] = {}  # values that hold no tensor: sizes and what is computed from them
         self.running = False  # while a node is computed, modules are called, not recorded
@@ -266,6 +293,8 @@ class Tracer(fx.Tracer):
         if value is None:
             return None
         what = "" if kind == "call_module" else args[1] if target is getattr else getattr(target, "__name__", target)
+        if self.shapes_only and what in _PLACES:
+            raise _ValuesNeeded(f"it asks where {node.name!r} is")
         ragged = any(source.ragged for source in (sources[:1] if what.endswith("_") else sources))
         ragged = ragged or what in _RAGGED or (what == "where" and len(args) == 1) or _selects(target, args)
         # A number may depend on data where it was read from a tensor, not from its size.
@@ -323,17 +352,38 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
+class _ValuesNeeded(Exception):
+    """Shapes alone do not record this network."""
+
+
 def record(model: nn.Module, example: Inputs) -> Tracer:
     """Graph of a model's operations in evaluation mode, with what is known of its values, and the constants it made.
+
+    No graph depends on the data, so that their shapes do, without computing; where they do not, values are computed.
 
     Raises:
         UntraceableModel: forward depends on the data, or does what no graph can hold.
     """
-    tracer = Tracer(example)
+    if _plain(model, example):
+        try:
+            return _record(model, Tracer(example, shapes_only=True))
+        except Exception:  # of any kind: an operation that has no shape without values, code that uses NumPy, ...
+            pass
+    return _record(model, Tracer(example))
+
+
+def _plain(model: nn.Module, example: Inputs) -> bool:
+    """Whether only ordinary tensors are read, and no hook looks at what modules compute."""
+    ordinary = all(type(x) is Tensor and x.layout is torch.strided for x in tensors_in(example))
+    return ordinary and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _record(model: nn.Module, tracer: Tracer) -> Tracer:
     with untouched(model):
         own = dict(vars(model))
         try:
-            tracer.trace(model)
+            with _Shapes() if tracer.shapes_only else contextlib.nullcontext():
+                tracer.trace(model)
         except Exception as error:
             if error is tracer.failed or isinstance(error, UntraceableModel):  # of the first kind: a wrong shape, ...
                 raise
@@ -344,6 +394,8 @@ def record(model: nn.Module, example: Inputs) -> Tracer:
                 "forward, or into a module or function of its own that takes and returns tensors"
             ) from error
         tracer.constants = {name: x for name, x in vars(model).items() if type(x) is Tensor and name not in own}
+    if tracer.shapes_only and (tracer.failed or any(x.is_meta for x in tracer.constants.values())):
+        raise _ValuesNeeded("an operation failed, and the model's code caught that, or a constant has no values")
     return tracer
 
 
