@@ -6,6 +6,7 @@ its numbers, adding two activations identifies their numbers, and a layer's weig
 input. Units whose numbers occur on the same axes form a group.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -317,27 +318,33 @@ def _invariance(
 ) -> tuple[float, torch.dtype]:
     """`invariance_error`, and the lowest precision that the copy computed in.
 
-    It is first asked with large weights of low rank (`Factored`), and with small maps if the code is the same for
-    `any_size`: for those weights and inputs the answer is as exact. Such a copy may fail where the network does not, so
-    it only accepts; what it does not accept is asked again with all weights drawn in full.
+    A cheap copy may fail where the network does not, so it only accepts; what none of them accepts is asked again with
+    all weights drawn in full.
+    """
+    for error, precision in _of_cheap_copies(model, spec, example, seed, any_size):
+        if error < _STRICT and precision == torch.float64:
+            return error, precision
+    try:
+        return _change(copy.deepcopy(model), spec, example, seed)
+    except RuntimeError:  # some code is of one precision only
+        return _change(copy.deepcopy(model), spec, example, seed, torch.float32)
+
+
+def _of_cheap_copies(
+    model: nn.Module, spec: PermutationSpec, example: Inputs, seed: int, any_size: bool
+) -> Iterator[tuple[float, torch.dtype]]:
+    """`_change` where large weights are of low rank (`Factored`), and first of small maps, if the code is of any size.
+
+    The same code runs, with random weights and inputs in float64 as ever: only which ones these are is another.
     """
     # Units that an axis has more than once may be of a flattened map, whose places cannot be told apart in a small one.
     once = all(axis.positions.shape[1] == 1 for group in spec.groups for axis in group.axes)
     small = _small(example) if any_size and once else None
     for x in (example,) if small is None else (small, example):
         memo = factors(model, torch.Generator().manual_seed(seed), torch.float64)
-        if not memo and x is example:
-            break
-        try:
-            found = _change(copy.deepcopy(model, memo), spec, x, seed)
-        except Exception:  # of any kind, as it is of any module
-            continue
-        if found[0] < _STRICT and found[1] == torch.float64:
-            return found
-    try:
-        return _change(copy.deepcopy(model), spec, example, seed)
-    except RuntimeError:  # some code is of one precision only
-        return _change(copy.deepcopy(model), spec, example, seed, torch.float32)
+        if memo or x is small:
+            with contextlib.suppress(Exception):  # of any kind, as it is of any module
+                yield _change(copy.deepcopy(model, memo), spec, x, seed)
 
 
 def _small(example: Inputs) -> Inputs | None:
@@ -392,7 +399,7 @@ def _change(
         # In place: a network of 5 GB should not be there twice.
         tensors = dict(state.values())
         generator = torch.Generator().manual_seed(seed + 1)
-        permutation = {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
+        permutation = {group.name: _not_identity(group.size, generator) for group in spec.groups}
         for name, axis, target, source in spec.moves(permutation):
             if name in tensors:  # of tied weights, the first name only
                 tensor = tensors[name]
@@ -413,6 +420,12 @@ def _change(
             return math.inf, precision.lowest
         worst = max(worst, float(((new - old).abs().amax(1) / scale).max()))
     return worst, precision.lowest
+
+
+def _not_identity(n: int, generator: torch.Generator) -> Tensor:
+    """Random permutation of two units or more that moves some."""
+    perm = torch.randperm(n, generator=generator)
+    return perm if (perm != torch.arange(n)).any() else _not_identity(n, generator)
 
 
 def _move_statistics(model: nn.Module) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -614,3 +616,149 @@ def test_torchvision_models(name):
     spec = groups.permutation_spec(model, example, verify=False)
     assert groups.invariance_error(model, spec, example) < 1e-8
     assert all(set(group.taps) == {"pre", "post"} for group in spec.groups)
+
+
+def mistakes(spec, last=0):
+    """Every single mistake in an axis, with what it is: a forgotten axis, and places of the units that are wrong.
+
+    Of the `last` groups only, or of all.
+    """
+    for group in spec.groups[-last:]:
+        others = tuple(g for g in spec.groups if g is not group)
+        for place, axis in enumerate(group.axes):
+            rest, found = (*group.axes[:place], *group.axes[place + 1 :]), {"forgotten": ()}
+            if group.size > 3:  # cycles of two or three units are alike
+                first_two = axis.positions[[1, 0, *range(2, group.size)]]
+                found |= {"the next unit's": (axis.positions.roll(1, 0),), "two exchanged": (first_two,)}
+                if axis.positions.shape[1] > 1:
+                    turned = axis.positions.clone()
+                    turned[::2] = turned[::2].roll(1, 1)
+                    found["in another order within a unit"] = (turned,)
+            for what, positions in found.items():
+                axes = tuple(groups.Axis(axis.tensor, axis.axis, axis.length, each) for each in positions)
+                wrong = groups.Group(group.name, group.size, (*rest, *axes), group.taps)
+                yield f"{what}: {axis.tensor}[{axis.axis}]", groups.PermutationSpec((wrong, *others))
+
+
+def cheap_errors(model, spec, example, any_size):
+    found = list(groups._of_cheap_copies(model, spec, example, 0, any_size))
+    return [error if precision == torch.float64 else math.inf for error, precision in found]
+
+
+CHECKED_CHEAPLY = {  # network, size of images, number of cheap checks, of groups whose mistakes are tried
+    "resnet": (lambda: torchvision.models.resnet18(num_classes=5), 96, 2, 1),
+    "densenet": (lambda: torchvision.models.DenseNet(12, (2, 2), 24, num_classes=50), 96, 2, 2),
+    "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=5), 96, 2, 1),
+    "convnext": (
+        lambda: torchvision.models.ConvNeXt([convnext.CNBlockConfig(96, 128, 2), convnext.CNBlockConfig(128, None, 1)]),
+        96, 2, 1,
+    ),
+    "vit": (lambda: torchvision.models.VisionTransformer(32, 8, 1, 6, 192, 300, num_classes=5), 32, 1, 0),
+    "swin": (lambda: torchvision.models.SwinTransformer([4, 4], 96, [1, 1], [6, 12], [4, 4], num_classes=5), 32, 1, 0),
+    "flattened": (
+        lambda: nn.Sequential(
+            conv(3, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten(),
+            nn.Linear(3136, 400), nn.ReLU(), nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 5),
+        ),
+        96, 1, 0,
+    ),
+    "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.Tanh(), nn.Linear(256, 5)), 16, 1, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKED_CHEAPLY)
+def test_cheap_checks_see_every_mistake(name):
+    """Also where weights are of low rank and maps are small: no cheap check may accept what the full one refuses."""
+    build, size, number, last = CHECKED_CHEAPLY[name]
+    torch.manual_seed(0)
+    model, example = build().eval(), torch.zeros(2, 3, size, size)
+    spec, any_size = groups.permutation_spec(model, example, verify=False), not tracing.trace(model, example).of_size
+    right = cheap_errors(model, spec, example, any_size)
+    assert len(right) == number and max(right) < 1e-10
+    tried = 0
+    for what, wrong in mistakes(spec, last=last):
+        assert min(cheap_errors(model, wrong, example, any_size)) > 1e-6, what
+        tried += 1
+    assert tried > 5
+
+
+def test_huge_layers_see_every_mistake_as_well():
+    torch.manual_seed(0)
+    model, example = torchvision.models.vgg11().eval(), torch.zeros(1, 3, 224, 224)
+    spec = groups.permutation_spec(model, example)
+    assert [g.size for g in spec.groups[-2:]] == [4096, 4096]
+    for what, wrong in mistakes(spec, last=2):
+        assert min(cheap_errors(model, wrong, example, any_size=True)) > 1e-6, what
+    forgotten = next(wrong for what, wrong in mistakes(spec, last=1) if "forgotten" in what)
+    assert groups.invariance_error(model, forgotten, example) > 1e-4
+
+
+def sizes_checked(model, example):
+    """Sizes of the images that the check runs on."""
+    sizes = []
+    net = tracing.trace(model, example)
+    hook = model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[-1]))
+    groups.spec_of(net, example)
+    hook.remove()
+    return sizes
+
+
+def test_maps_are_small_only_where_their_size_does_not_matter():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = conv(3, 8), conv(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            x = self.second(x) if x.shape[-1] > 80 else x
+            return self.last(x.mean((2, 3)))
+
+    pooled = nn.Sequential(conv(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    coarse = nn.Sequential(conv(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
+    flat = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 1), nn.Flatten(), nn.Linear(96 * 96, 2))
+    example = torch.zeros(2, 3, 96, 96)
+    assert sizes_checked(pooled, example) == [64, 64]
+    assert sizes_checked(Branch(), example) == [96, 96]  # it asks for the size
+    assert sizes_checked(coarse, example) == [96, 96]  # the linear layer tells places apart
+    assert sizes_checked(flat, example)[-2:] == [96, 96]  # a small map is refused
+    assert sizes_checked(pooled, torch.zeros(2, 3, 60, 60)) == [60, 60]
+
+
+@pytest.mark.parametrize("kind", ["in place", "numpy", "half"])
+def test_what_refuses_weights_of_low_rank_is_checked_in_full(kind):
+    class Odd(nn.Linear):
+        def forward(self, x):
+            if kind == "in place":
+                self.weight.data.clamp_(-1, 1)
+            if kind == "numpy":
+                return x @ torch.from_numpy(self.weight.detach().numpy().T.copy())
+            dtype = torch.bfloat16 if kind == "half" else x.dtype
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(x.dtype)
+
+    class Leaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(200, 150), Odd(150, 100, bias=kind != "numpy")
+
+        def forward(self, x):
+            return self.last(F.relu(self.first(x)))
+
+    model, example = Leaf(), torch.zeros(2, 200)
+    spec = groups.permutation_spec(nn.Sequential(nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 100)), example)
+    renamed = tuple(
+        groups.Axis(a.tensor.replace("0.", "first.").replace("2.", "last."), a.axis, a.length, a.positions)
+        for a in spec.groups[0].axes
+    )
+    own = groups.PermutationSpec((groups.Group("first", 150, renamed),))
+    assert not [error for error in cheap_errors(model, own, example, True) if error < 1e-8]
+    assert groups.invariance_error(model, own, example) < (0.1 if kind == "half" else 1e-10)
+    for what, wrong in mistakes(own):
+        if kind != "half" or "forgotten" in what:
+            assert groups.invariance_error(model, wrong, example) > (0.1 if kind == "half" else 1e-3), what
+
+
+def test_no_group_is_checked_with_the_identity():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert groups._not_identity(2, generator).tolist() == [1, 0]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from cases import inputs, make
 from torch import nn
 
@@ -76,3 +77,92 @@ def test_a_second_input_is_named():
 
     with pytest.raises(tracing.UntraceableModel, match="missing a required argument: 'y'"):
         tracing.trace(Two(), torch.zeros(1, 2))
+
+
+def recorded(model, x):
+    """What is recorded by shapes alone, and with values."""
+    return [recording._record(model.eval(), recording.Tracer(x, shapes_only)) for shapes_only in (True, False)]
+
+
+@pytest.mark.parametrize("name", ["vgg11-bn-w0.125", "resnet20-ln-w0.25-sc1", "resnet8-fixup-w0.5", "mlp2-ln-w8"])
+def test_shapes_alone_record_what_values_do(name):
+    found, expected = recorded(make(name), inputs(name, 2))
+    assert str(found.graph) == str(expected.graph) and found.asked == expected.asked
+    assert found.shapes == expected.shapes and found.plain == expected.plain
+
+
+@pytest.mark.parametrize("build, size", [
+    (lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 24, num_classes=5), 32),
+    (lambda: torchvision.models.SwinTransformer([4, 4], 8, [1, 2], [2, 4], [4, 4], num_classes=5), 40),
+    (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5), 64),
+    (lambda: torchvision.models.googlenet(num_classes=5, aux_logits=False, init_weights=False), 64),
+])  # fmt: skip
+def test_shapes_alone_record_torchvision(build, size):
+    found, expected = recorded(build(), torch.randn(2, 3, size, size))
+    assert str(found.graph) == str(expected.graph) and found.asked == expected.asked
+    assert found.shapes == expected.shapes and found.plain == expected.plain
+
+
+class Ends(nn.Module):
+    """A layer, and what code does with its outputs."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.first, self.end = nn.Linear(4, 6), end
+
+    def forward(self, x):
+        return self.end(F.relu(self.first(x)))
+
+
+def with_or_without(h):
+    try:
+        return h + h.detach().cpu()
+    except NotImplementedError:
+        return h
+
+
+@pytest.mark.parametrize("end", [
+    lambda h: h + torch.arange(6.0),  # a constant that forward makes keeps its values
+    lambda h: h + torch.arange(6, device=h.device),
+    lambda h: h * 2 if h.device.type == "cpu" else h,
+    lambda h: h if h.is_cuda else h * 2,
+    lambda h: h if h.is_meta else h * 2,
+    lambda h: h.to("cpu") * 2,
+    lambda h: with_or_without(h) * 2,
+    lambda h: h @ torch.tril(torch.ones(6, 6)),
+    lambda h: h[:, torch.tensor([5, 3, 1])],
+    lambda h: h[h.sum(1) < torch.inf],
+    lambda h: F.one_hot(h.argmax(1)).sum() + h,
+], ids=range(11))  # fmt: skip
+def test_where_values_count_they_are_computed(end):
+    model, x = Ends(end), torch.randn(3, 4)
+    net = tracing.trace(model, x)
+    assert not [value for value in net.constants.values() if value.is_meta]
+    assert "'meta'" not in str(net.plain)
+    with recording.eval_mode(model):
+        assert torch.equal(net.run(x), model(x))
+
+
+def test_parameters_keep_their_values_while_a_network_is_recorded():
+    class Signed(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.first, self.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(scale))
+
+        def forward(self, x):
+            return self.first(x) if self.scale > 0 else self.first(-x)
+
+    for scale, number in ((1.0, 0), (-1.0, 1)):
+        net = tracing.trace(Signed(scale), torch.randn(2, 4))
+        assert len([node for node in net.nodes if node.name == "neg"]) == number
+
+
+def test_hooks_see_values():
+    model, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), []
+    hook = model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    tracing.trace(model, torch.randn(2, 4))
+    hook.remove()
+    assert seen and not seen[0].is_meta
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    net = tracing.trace(model, torch.randn(2, 4))
+    assert all(torch.equal(value, before[name]) for name, value in net.model.state_dict().items())
