@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from repairlib.interpolate import State, check_compatible, clamp_variance, non_finite
+from repairlib.interpolate import State, check_compatible, clamp_variance
 from repairlib.names import check
 from repairlib.tracing import aliases, trace
 
@@ -38,8 +38,7 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
     >>> elementwise(a, b, bernoulli(0.5), seed=0)["w"]
     tensor([1., 0., 1., 1.])
     """
-    check_compatible(state_a, state_b)
-    infinite = set(non_finite(state_a))  # the same in both, such as the buffer of a causal mask
+    infinite = check_compatible(state_a, state_b)
     sizes = {name: a.numel() for name, a in sorted(state_a.items()) if a.is_floating_point()}
     uniform = _uniform([*sizes.values()], seed, next(iter(state_a.values())).device if state_a else torch.device("cpu"))
     out = {name: value.clone() for name, value in state_a.items() if name not in sizes}
