@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from repairlib.interpolate import State, check_compatible, clamp_variance
+from repairlib.interpolate import State, check_architectures, check_compatible, check_finite, clamp_variance
 from repairlib.names import check
 from repairlib.tracing import aliases, trace
 
@@ -38,24 +38,26 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
     >>> elementwise(a, b, bernoulli(0.5), seed=0)["w"]
     tensor([1., 0., 1., 1.])
     """
-    infinite = check_compatible(state_a, state_b)
+    check_architectures(state_a, state_b)
     sizes = {name: a.numel() for name, a in sorted(state_a.items()) if a.is_floating_point()}
     uniform = _uniform([*sizes.values()], seed, next(iter(state_a.values())).device if state_a else torch.device("cpu"))
     out = {name: value.clone() for name, value in state_a.items() if name not in sizes}
+    sums: list[Tensor] = []
     for name in sizes:
         a, b = (state[name].detach().reshape(-1) for state in (state_a, state_b))
         mixed = torch.empty_like(a)
         for start, u in next(uniform):
-            piece = slice(start, start + len(u))
-            if name in infinite:
-                mixed[piece] = a[piece]
-                continue
-            c = quantile(u).to(a)
-            torch.lerp(a[piece], b[piece], c, out=mixed[piece])
+            here = slice(start, start + len(u))
+            of_a, of_b, into, c = a[here], b[here], mixed[here], quantile(u).to(a)
+            torch.lerp(of_a, of_b, c, out=into)
             if not _inside(c):
-                for end, part in ((0, a[piece]), (1, b[piece])):  # bit for bit, the sign of a zero included
-                    torch.where(c == end, part, mixed[piece], out=mixed[piece])
+                for end, part in ((0, of_a), (1, of_b)):  # bit for bit, the sign of a zero included
+                    torch.where(c == end, part, into, out=into)
+            sums.append(into.sum().float())
         out[name] = clamp_variance(name, mixed.view(state_a[name].shape))
+    # NaN and infinity carry into the sums of what is still in the cache. To look for them before takes as long again.
+    if sums and not torch.stack(sums).isfinite().all():
+        out |= {name: state_a[name].clone() for name in check_finite(state_a, state_b)}
     return {name: out[name] for name in state_a}
 
 

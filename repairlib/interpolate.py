@@ -37,7 +37,17 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
     Raises:
         ValueError: names the first entry that is missing, has another shape or type, is not finite, or is no tensor.
     """
-    kind, names = ("", names) if names else ("model ", [*ascii_uppercase, *map(str, range(27, len(states) + 1))])
+    check_architectures(*states, names=names, types=types)
+    return check_finite(*states, names=names)
+
+
+def _titles(states: Sequence[State], names: Sequence[str]) -> tuple[str, Sequence[str]]:
+    return ("", names) if names else ("model ", [*ascii_uppercase, *map(str, range(27, len(states) + 1))])
+
+
+def check_architectures(*states: State, names: Sequence[str] = (), types: bool = True) -> None:
+    """The part of `check_compatible` that does not read the weights."""
+    kind, names = _titles(states, names)
     first = names[0]
     for which, state in zip(names, states, strict=False):
         for name in [k for k in states[0] if k not in state] + [k for k in state if k not in states[0]]:
@@ -61,6 +71,11 @@ def check_compatible(*states: State, names: Sequence[str] = (), types: bool = Tr
             if types and value.dtype != states[0][name].dtype:
                 kinds = f"{states[0][name].dtype} in {first}, {value.dtype} in {which}"
                 raise ValueError(f"{name!r} is {kinds}; convert one of the networks, for instance with .float()")
+
+
+def check_finite(*states: State, names: Sequence[str] = ()) -> set[str]:
+    """The part of `check_compatible` that reads the weights."""
+    kind, names = _titles(states, names)
     infinite: set[str] = set()
     for which, state in zip(names, states, strict=False):
         for bad in non_finite(state):

@@ -100,11 +100,11 @@ def test_float32_one_pass_gives_the_assignment_of_float64_two_passes(trained_pai
             corr = (centred[0] @ centred[1].T / centred[0].shape[1]) / torch.outer(*std)
             corr = corr.nan_to_num(0.0, 0.0, 0.0)
             best = matching.solve_assignment(corr)
-            alive = found.correlation[group.name] != 0  # units that are dead have no preferred partner
-            assert alive.sum() > len(alive) / 2
-            assert torch.equal(found.permutation[group.name][alive], best[alive]), (name, group.name)
-            at = torch.arange(len(best))
-            torch.testing.assert_close(found.correlation[group.name], corr[at, best], rtol=0, atol=1e-3)
+            perm, at = found.permutation[group.name], torch.arange(len(best))
+            assert (found.correlation[group.name] != 0).sum() > len(perm) / 2
+            # Dead units have no preferred partner, and two units that only one and the same image excites are alike.
+            assert corr[at, perm].sum() > corr[at, best].sum() - 1e-6, (name, group.name)
+            torch.testing.assert_close(found.correlation[group.name], corr[at, perm], rtol=0, atol=1e-3)
 
 
 def test_inner_products_are_what_similarity_inner_maximises():
