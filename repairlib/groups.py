@@ -508,6 +508,7 @@ class Labels:
         self.axes: dict[tuple[str, int], Tensor | None] = {}  # in order of use; None where no axis was chosen yet
         self.leaves: dict[str, Tensor] = {}  # parameters that take part like activations: a label for every element
         self.same = [(torch.tensor([FIXED]), torch.tensor([FIXED]))]
+        self.root = torch.arange(0)
         self.apart: list[tuple[Tensor, Tensor]] = []  # (units, class): units of different classes may not share a group
         self.state: dict[Any, Tensor] = net.model.state_dict(keep_vars=True)
         self.aliases = {name: names for names in aliases(net.model).values() for name in names}
@@ -802,16 +803,19 @@ class Labels:
             self.now = before
 
     def resolve(self) -> Tensor:
-        """Representative of every unit number: the smallest number identified with it."""
+        """Representative of every unit number: the smallest number identified with it, as far as is known now."""
         from scipy.sparse import coo_array  # here, as it takes long to import
         from scipy.sparse.csgraph import connected_components
 
-        a, b = (torch.cat([pair[i] for pair in self.same]).numpy() for i in (0, 1))
+        self.root = torch.cat([self.root, torch.arange(len(self.root), self.count)])
+        a, b = (self.root[torch.cat([pair[i] for pair in self.same])].numpy() for i in (0, 1))
         edges = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(self.count, self.count))
         _, component = connected_components(edges, directed=False)
         smallest = np.full(component.max() + 1, self.count)
         np.minimum.at(smallest, component, np.arange(self.count))
-        return torch.from_numpy(smallest[component])
+        self.root = torch.from_numpy(smallest[component])[self.root]
+        self.same = self.same[:1]  # the others are in the representatives now
+        return self.root
 
     def settle(self) -> Tensor:
         """Choose the axis of each parameter that took part like an activation; representatives after that."""
