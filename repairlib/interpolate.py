@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from repairlib.inputs import Inputs
 from repairlib.names import check
-from repairlib.recording import check_model
+from repairlib.recording import check_model, heeds_mode
 from repairlib.tracing import TracedNet, aliases, trace
 
 State = Mapping[str, Any]  # tensors, and what `get_extra_state` gives
@@ -204,11 +204,6 @@ def forget_caches(model: nn.Module) -> None:
         model.train()
         for module, training in flags:
             module.training = training
-
-
-def heeds_mode(module: nn.Module) -> bool:
-    """Whether a module does more than to note it when it is put into training or evaluation mode."""
-    return type(module).train is not nn.Module.train or "train" in vars(module)
 
 
 # How modules make and take state dicts. BatchNorm's own way only adds what those of old versions lack.

@@ -50,14 +50,22 @@ class UntraceableModel(ValueError):
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Run in evaluation mode without gradients, and give every submodule its own training flag back afterwards."""
     flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    if any(training or heeds_mode(module) for module, training in flags):
+        for model in models:
+            model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         for module, training in flags:
-            module.training = training
+            if module.training is not training:
+                module.training = training
+
+
+def heeds_mode(module: nn.Module) -> bool:
+    """Whether a module does more than to note it when it is put into training or evaluation mode."""
+    kind, own = type(module), vars(module)
+    return (kind.train, kind.eval) != (nn.Module.train, nn.Module.eval) or "train" in own or "eval" in own
 
 
 def check_model(model: Any) -> None:
