@@ -1,8 +1,8 @@
 """Permutation groups of whole networks, derived and verified, beside torch-pruning's graph of dependencies.
 
 torch-pruning (`pip install torch-pruning`) says which weights belong together and verifies nothing. Both are timed in
-turns, in one process with one thread, and the least of some repetitions counts. Peak memory is that of a process of its
-own, above the network's.
+turns, in one process with one thread, and the least of some repetitions counts. Peak memory is what a process of its own
+takes beyond building the network and one forward pass.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
 
 
 def memory(name: str, args: argparse.Namespace, whose: str) -> float:
-    """Peak memory in a process of its own, less that before, in MB."""
+    """Growth of the peak memory of a process of its own, in MB."""
     command = [sys.executable, __file__, "--networks", name, "--images", str(args.images), "--memory", whose]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
