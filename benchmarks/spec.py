@@ -1,8 +1,8 @@
 """Permutation groups of whole networks, derived and verified, beside torch-pruning's graph of dependencies.
 
 torch-pruning (`pip install torch-pruning`) says which weights belong together and verifies nothing. Both are timed in
-turns, in one process with one thread, and the least of some repetitions counts. Peak memory is what a process of its own
-takes beyond building the network and one forward pass.
+turns, in one process with one thread, and the least of some repetitions counts. Peak memory is what a process of
+its own takes beyond building the network and one forward pass.
 """
 
 import argparse
