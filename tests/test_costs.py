@@ -62,6 +62,8 @@ def test_flops_and_bytes_of_an_mlp():
     forward, size = costs.cost(models.parse("mlp3-plain-w16"), (1, 16, 16), 10)
     assert forward == 2 * (256 * 16 + 16 * 16 + 16 * 16 + 16 * 10)
     assert size == 4 * (256 * 16 + 16 + 2 * (16 * 16 + 16) + 16 * 10 + 10)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 5)).to("meta")
+    assert costs.count_flops(network, (3, 3, 3)) == 2 * (27 * 4 + 4 * 5)
 
 
 def test_work_of_a_run():

@@ -92,6 +92,26 @@ def test_a_notebook_is_scaled_from_its_last_execution(project):
     assert math.isnan(seconds()[0])
 
 
+def test_a_notebook_that_never_ran_is_guessed_as_passes_at_the_speed_of_training(project):
+    runs = [costs.describe(name) for name in (MLP.format(1), RESNET.format(1))]
+    training = {run.name: seconds for run, seconds in zip(runs, (3.0, 5.0), strict=True)}
+
+    def seconds(**how):
+        return jobs.notebook_seconds("two", "quick", list(training), DEVICE, costs.describe, **how)
+
+    one_pass = sum(training[run.name] * run.evaluation_flops / run.train_flops for run in runs)
+    assert seconds(training=training)[0] == pytest.approx(plan.START + plan.PASSES * one_pass)
+    assert seconds(training=training, passes=70)[0] == pytest.approx(plan.START + 70 * one_pass)
+    assert "guessed as 70 passes" in seconds(training=training, passes=70)[1]
+    for unknown in (math.nan, 0.0):  # of unknown data, and imported
+        assert math.isnan(seconds(training=training | {runs[0].name: unknown})[0])
+    assert math.isnan(seconds()[0])
+    text = make_plan(to_execute=["two"])  # at the FLOP/s of SPEED
+    known = costs.train_seconds(runs[:1], "cpu", speed=SPEED)[runs[0].name]
+    guess = plan.START + plan.PASSES * known * runs[0].evaluation_flops / runs[0].train_flops
+    assert line(text, "Notebooks to execute")[3:] == ["1", "of", "2", *costs.rough(guess).split()]
+
+
 # --------------------------------------------------------------------------------------------------------------- plan
 
 
@@ -135,7 +155,7 @@ def test_unknown_data_and_notebooks_that_never_ran_are_left_out_and_named(projec
     assert line(text, "the notebook")[-1] == "?"
     assert line(text, "In all, one")[-2:] == ["0", "s"]
     assert "Not in these sums: 1 to train of unknown data." in text
-    assert "Not in these sums: 1 to execute that never ran here or need unknown data." in text
+    assert "Not in these sums: 1 to execute that need unknown data" in text
 
 
 def test_imported_runs_are_not_trained(project):

@@ -192,9 +192,18 @@ def _pass_seconds(run: costs.Run, seconds: float) -> float:
 
 
 def notebook_seconds(
-    name: str, scale: str, needed: Iterable[str], device: str, find: Callable[[str], costs.Run]
+    name: str,
+    scale: str,
+    needed: Iterable[str],
+    device: str,
+    find: Callable[[str], costs.Run],
+    training: Mapping[str, float] | None = None,
+    passes: int = PASSES,
 ) -> tuple[float, str]:
-    """Seconds to execute a notebook, scaled from its last execution on a device, and a note on how; NaN if never.
+    """Seconds to execute a notebook, scaled from its last execution on a device, and a note on how.
+
+    If there was none, it is guessed as some passes over test and calibration images with each network, where `training`
+    tells how fast; NaN if nothing is known.
 
     Args:
         name: of the notebook.
@@ -202,6 +211,8 @@ def notebook_seconds(
         needed: the runs that it needs there.
         device: its model, as in report.device_name.
         find: gives the costs.Run of a name.
+        training: seconds that these runs, and those they continue, take to train; a pass has the same FLOP/s.
+        passes: of a notebook that was never executed.
     """
     work = sum(find(run).evaluation_flops for run in needed)
     at = SCALES.index(scale)
@@ -221,7 +232,13 @@ def notebook_seconds(
         seconds = min(done["seconds"], START) + max(done["seconds"] - START, 0) * ratio
         times = "" if f"{ratio:.2g}" == "1" else f"{ratio:,.0f} x " if ratio >= 10 else f"{ratio:.2g} x "
         return seconds, f"{times}the work of {costs.rough(done['seconds'])} at {other}"
-    return math.nan, "never run on this device: run it at quick first"
+    if training is None:
+        return math.nan, "never run on this device: run it at quick first"
+    runs = costs.with_parents(needed)
+    if not all(training[run] > 0 for run in runs):
+        return math.nan, "unknown data, or imported networks"
+    seconds = START + sum(passes * _pass_seconds(find(run), training[run]) for run in runs)
+    return seconds, f"never ran here: guessed as {passes} passes with each network"
 
 
 # ---------------------------------------------------------------------------------------------------------- progress

@@ -4,7 +4,8 @@
 
 What a training costs stands in companion/runs/costs.py. A notebook takes as long as when it was last executed on this
 device, times the ratio of the work now and then: the FLOPs of one image's forward pass times the test and calibration
-images, summed over its runs.
+images, summed over its runs. One that was never executed here is guessed as so many of these passes, at the FLOP/s of
+its trainings.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterable
 
 import needs
-from jobs import START, due, jobs_at_a_time, notebook_seconds
+from jobs import PASSES, START, due, jobs_at_a_time, notebook_seconds
 
 from companion.figures import report
 from companion.runs import train
@@ -58,7 +59,9 @@ def plan(
     missing = [run for run in dict.fromkeys(map(find, names)) if not run.stored]
     to_import = [run for run in missing if run.recipe.name == "imported"]
     missing = [run for run in missing if run not in to_import]
-    training = train_seconds(missing, device, speed=speed, budget=20.0)
+    executed = with_parents(run for name in to_execute for run in needed[name]["runs"])
+    rates = train_seconds([*missing, *map(find, executed)], device, speed=speed, budget=20.0)
+    training = {run.name: rates[run.name] for run in missing}
 
     def status(run: Run) -> str:
         if run.name in shown:
@@ -82,7 +85,8 @@ def plan(
             lines.append(f"  fails: {need['error']}")
             continue
         if name in to_execute:
-            seconds, note = notebook_seconds(name, scale, need["runs"], here, find)
+            passes = need.get("passes", PASSES)
+            seconds, note = notebook_seconds(name, scale, need["runs"], here, find, rates, passes)
             state, executing[name] = "to execute", seconds
         lines.append(f"  {f'the notebook ({note})' if note else 'the notebook':70}  {state:19} {rough(seconds):>10}")
 
@@ -100,7 +104,9 @@ def plan(
     unknown = {
         "to import, without which `make figures` fails": len(to_import),
         "to train of unknown data": sum(math.isnan(seconds) for seconds in training.values()),
-        "to execute that never ran here or need unknown data": sum(math.isnan(s) for s in executing.values()),
+        "to execute that need unknown data, or never ran here and need imported networks": sum(
+            math.isnan(seconds) for seconds in executing.values()
+        ),
     }
     sums = [sum(s for s in group.values() if not math.isnan(s)) for group in (training, executing)]
     size = sum(run.size for run in missing)
@@ -119,8 +125,9 @@ def plan(
         "Trainings: the seconds of stored runs of the same network; without one, FLOPs over the FLOP/s of stored runs",
         "of its kind, or of a few training steps timed just now. Notebooks: the seconds of their last execution on",
         "this device, scaled by the FLOPs of the networks and images they evaluate. Expect to be off by a factor of",
-        "two, and by more where a notebook was last run at a much smaller scale. Not counted: downloads, and decoding",
-        "images that do not fit in memory.",
+        "two, and by more where a notebook was last run at a much smaller scale. One that never ran here is a guess:",
+        f"{PASSES} passes over test and calibration images, or as many as its grid says, at the FLOP/s of trainings;",
+        "expect a factor of five. Not counted: downloads, and decoding images that do not fit in memory.",
     ]
     return "\n".join([head, *lines])
 

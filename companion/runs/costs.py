@@ -100,10 +100,15 @@ def _count(folder: Path) -> Facts:
 def cost(model: models.ModelName, shape: tuple[int, int, int], classes: int) -> tuple[int, int]:
     """FLOPs of one image's forward pass (a multiplication and an addition are two), and bytes of all weights."""
     with torch.device("meta"):
-        network = models.build(model, shape, classes).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.zeros(1, *shape))
-    return counter.get_total_flops(), sum(v.numel() * v.element_size() for v in network.state_dict().values())
+        network = models.build(model, shape, classes)
+    return count_flops(network, shape), sum(v.numel() * v.element_size() for v in network.state_dict().values())
+
+
+def count_flops(network: torch.nn.Module, shape: tuple[int, ...]) -> int:
+    """FLOPs of one image's forward pass through a network on the `meta` device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(torch.zeros(1, *shape, device="meta"))
+    return counter.get_total_flops()
 
 
 def describe(name: str, stored: Iterable[str] = (), root: str | Path | None = None) -> Run:
