@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ class Sizes:
     units: list[int]
     taps: list[int]
     weights: int
-    tensors: list[tuple[int, dict[int, int]]]
+    tensors: list[tuple[int, tuple[tuple[int, int], ...]]]
     alive: int
 
 
@@ -120,14 +121,16 @@ def sizes(model: nn.Module, example: torch.Tensor) -> Sizes:
     )
 
 
-def axes_of(spec: PermutationSpec, parameters: dict[str, nn.Parameter]) -> list[tuple[int, dict[int, int]]]:
+def axes_of(
+    spec: PermutationSpec, parameters: dict[str, nn.Parameter]
+) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
     """Of every tensor that some group indexes: number of values, and length of each axis that is permuted."""
     found: dict[str, dict[int, int]] = {}
     for group in spec.groups:
         for axis in group.axes:
             if axis.tensor in parameters:
                 found.setdefault(axis.tensor, {})[axis.axis] = group.size
-    return [(parameters[name].numel(), axes) for name, axes in found.items()]
+    return [(parameters[name].numel(), tuple(axes.items())) for name, axes in found.items()]
 
 
 def expected_bytes(what: str, s: Sizes, images: int, batch: int, networks: int = 2) -> float:
@@ -141,8 +144,8 @@ def expected_bytes(what: str, s: Sizes, images: int, batch: int, networks: int =
         hidden = expected_bytes("weights", s, images, batch) if 0 in s.taps else 0  # heads are matched by weights
         return sums + max(step, 6 * 8 * max(s.units) ** 2, hidden)
     if what == "weights":
-        products = sum(4 * n * n for _, axes in s.tensors for n in axes.values())
-        copies = sum(2 * 4 * size * sum(axis > 0 for axis in axes) for size, axes in s.tensors)
+        products = sum(4 * n * n for _, axes in s.tensors for _, n in axes)
+        copies = sum(2 * 4 * size * sum(axis > 0 for axis, _ in axes) for size, axes in s.tensors)
         return products + copies + max(3 * 8 * size for size, _ in s.tensors)
     return 4 * images * s.alive + 4 * 4 * s.weights  # both ends, their mean, and the network made of it
 
@@ -154,7 +157,7 @@ def expected_flops(what: str, s: Sizes, one: int, images: int, networks: int = 2
         hidden = expected_flops("weights", s, one, images) if 0 in s.taps else 0
         return images * (networks * one + (networks - 1) * pairs) + (networks - 1) * hidden
     if what == "weights":
-        return sum(2 * size * n for size, axes in s.tensors for n in axes.values())
+        return sum(2 * size * n for size, axes in s.tensors for _, n in axes)
     return 3 * images * one if what == "repair" else 0.0
 
 
@@ -279,10 +282,18 @@ class Large:
     side: int = 224
 
     @functools.cached_property
-    def sizes(self) -> list[Sizes]:
-        """With two and with three layers, or of the whole network."""
+    def sizes(self) -> Sizes:
+        """Of the whole network: that of two layers, and what the third adds, so often."""
         example = torch.zeros(2, 3, self.side, self.side)
-        return [sizes(self.build(number).eval(), example) for number in self._few]
+        found = [sizes(self.build(number).eval(), example) for number in self._few]
+
+        def repeated(lists: list[list]) -> list:
+            return lists[0] + [*(Counter(lists[-1]) - Counter(lists[0])).elements()] * (self.layers - 2)
+
+        groups = repeated([list(zip(s.units, s.taps, strict=True)) for s in found])
+        units, taps = (list(numbers) for numbers in zip(*groups, strict=True))
+        weights = int(self._whole([s.weights for s in found]))
+        return Sizes(units, taps, weights, repeated([s.tensors for s in found]), max(s.alive for s in found))
 
     @functools.cached_property
     def flops(self) -> float:
@@ -297,10 +308,6 @@ class Large:
     def _whole(self, numbers: list) -> float:
         """A number of the network, which grows by the same with every layer."""
         return numbers[0] + (numbers[-1] - numbers[0]) * (self.layers - 2)
-
-    def of(self, number: Callable[[Sizes], float]) -> float:
-        """A number of the network, from those of a few layers."""
-        return self._whole([number(each) for each in self.sizes])
 
 
 LARGE = {
@@ -357,15 +364,9 @@ def large(rows: list[dict]) -> Iterator[dict]:
     for name, net in LARGE.items():
         for what in ("activations", "weights", "repair"):
             _, rate, sweeps, over = like(net.like, what)
-            flops, size, assignments, weights = (
-                net.of(number)
-                for number in (
-                    lambda s, what=what, net=net: expected_flops(what, s, net.flops, net.images),
-                    lambda s, what=what, net=net: expected_bytes(what, s, net.images, net.batch),
-                    lambda s: assignment_seconds(s.units, rows),
-                    lambda s: s.weights,
-                )
-            )
+            flops = expected_flops(what, net.sizes, net.flops, net.images)
+            size = expected_bytes(what, net.sizes, net.images, net.batch)
+            assignments, weights = assignment_seconds(net.sizes.units, rows), net.sizes.weights
             yield {"part": "large", "what": what, "network": name, "from": net.like, "images": net.images,
                    "weights (millions)": weights / 1e6, "PFLOPs": flops * (1 + sweeps) / 1e15,
                    "assignments (s)": assignments * (1 + sweeps) * (what != "repair"),
