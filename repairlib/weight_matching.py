@@ -34,14 +34,21 @@ class _Product:
     """
 
     def __init__(self, axis: Axis, a: Tensor, b: Tensor, others: list[int]):
-        self.others = others
-        self.a, self.b = (self._units_first(x, axis) for x in (a, b))
+        self.axis, self.weights, self.others = axis, (a, b), others
         self.index: list[Tensor] = []
         self.value: Any = None
 
-    def _units_first(self, x: Tensor, axis: Axis) -> Tensor:
+    @functools.cached_property
+    def a(self) -> Tensor:
+        return self._units_first(self.weights[0])
+
+    @functools.cached_property
+    def b(self) -> Tensor:
+        return self._units_first(self.weights[1])
+
+    def _units_first(self, x: Tensor) -> Tensor:
         """Tensor as (units, one dimension for each other axis, all the rest)."""
-        at = axis.positions.flatten()
+        axis, at = self.axis, self.axis.positions.flatten()
         x = x.movedim([axis.axis, *self.others], list(range(1 + len(self.others))))
         if not torch.equal(at, torch.arange(len(x))):
             x = x[at.to(x.device)]
@@ -215,7 +222,7 @@ def match_weights(
         seed: seed of the order of the groups. The r-th restart has seed ``seed + r``.
         restarts: number of descents, the first from `start`, the others from random permutations; the best counts.
         sweeps: largest number of sweeps over all groups in a descent.
-        only: names of the groups to match; None for all. The others stay where `start` has them.
+        only: names of the groups to match; None for all. The others stay where `start` has them, and have no objective.
         buffers: whether BatchNorm's running statistics count as weights, as in the code of Qu & Horvath 2024.
 
     Raises:
@@ -253,7 +260,7 @@ def match_weights(
             best, history = dict(cost.permutation), objectives
     cost.permutation = best
     objective = {}
-    for group, perm in best.items():
+    for group, perm in ((group, best[group]) for group in only):
         similarity = cost.similarity(group).cpu() if group in cost.products else torch.zeros(len(perm), len(perm))
         objective[group] = float(similarity[torch.arange(len(perm)), perm].double().sum())
     return Matching(spec, best, objective=objective, history=tuple(history))
