@@ -50,10 +50,10 @@ def elementwise(state_a: State, state_b: State, quantile: Quantile, seed: int) -
             here = slice(start, start + len(u))
             of_a, of_b, into, c = a[here], b[here], mixed[here], quantile(u).to(a)
             torch.lerp(of_a, of_b, c, out=into)
+            sums.append(into.sum().float())
             if not _inside(c):
                 for end, part in ((0, of_a), (1, of_b)):  # bit for bit, the sign of a zero included
                     torch.where(c == end, part, into, out=into)
-            sums.append(into.sum().float())
         out[name] = clamp_variance(name, mixed.view(state_a[name].shape))
     # NaN and infinity carry into the sums of what is still in the cache. To look for them before takes as long again.
     if sums and not torch.stack(sums).isfinite().all():

@@ -131,5 +131,8 @@ def factored_like(weight: Tensor, generator: torch.Generator, dtype: torch.dtype
 
 def factors(model: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> dict[int, nn.Parameter]:
     """Factored stand-ins of a model's large weights, by their `id`: the memo with which `copy.deepcopy` uses them."""
-    found = {id(p): factored_like(p.detach(), generator, dtype) for p in model.parameters() if type(p) is nn.Parameter}
+    # Without its own kernel, a recurrent layer takes a step of Python for every step in time.
+    skip = {id(p) for module in model.modules() if isinstance(module, nn.RNNBase) for p in module.parameters()}
+    weights = [p for p in model.parameters() if type(p) is nn.Parameter and id(p) not in skip]
+    found = {id(p): factored_like(p.detach(), generator, dtype) for p in weights}
     return {key: nn.Parameter(each, requires_grad=False) for key, each in found.items() if each is not None}

@@ -176,7 +176,7 @@ def spec_of(net: TracedNet, example: Inputs, verify: bool = True) -> Permutation
         labels.visit(node)
     spec, model = _groups(labels), net.model
     if verify:
-        error, precision = _invariance(model, spec, example, any_size=not net.of_size)
+        error, precision = _invariance(model, spec, example, any_size=_is_of_any_size(net))
         if math.isinf(error):
             raise SpecError(
                 f"the groups of {type(model).__name__} cannot be verified: on random inputs an output is zero, not "
@@ -322,7 +322,9 @@ def _invariance(
     all weights drawn in full.
     """
     for error, precision in _of_cheap_copies(model, spec, example, seed, any_size):
-        if error < _STRICT and precision == torch.float64:
+        if precision != torch.float64:
+            break
+        if error < _STRICT:
             return error, precision
     try:
         return _change(copy.deepcopy(model), spec, example, seed)
@@ -333,18 +335,25 @@ def _invariance(
 def _of_cheap_copies(
     model: nn.Module, spec: PermutationSpec, example: Inputs, seed: int, any_size: bool
 ) -> Iterator[tuple[float, torch.dtype]]:
-    """`_change` where large weights are of low rank (`Factored`), and first of small maps, if the code is of any size.
+    """`_change` where large weights are of low rank (`Factored`), and first of small maps, where any size will do.
 
-    The same code runs, with random weights and inputs in float64 as ever: only which ones these are is another.
+    The same code runs in float64. Its random weights and inputs are others.
     """
     # Units that an axis has more than once may be of a flattened map, whose places cannot be told apart in a small one.
     once = all(axis.positions.shape[1] == 1 for group in spec.groups for axis in group.axes)
     small = _small(example) if any_size and once else None
     for x in (example,) if small is None else (small, example):
-        memo = factors(model, torch.Generator().manual_seed(seed), torch.float64)
+        memo = factors(model, torch.Generator().manual_seed(seed + 2), torch.float64)
         if memo or x is small:
             with contextlib.suppress(Exception):  # of any kind, as it is of any module
                 yield _change(copy.deepcopy(model, memo), spec, x, seed)
+
+
+def _is_of_any_size(net: TracedNet) -> bool:
+    """Whether maps of `_SIDE` pixels are enough: no code asked for sizes, and no map shrinks to a single pixel."""
+    maps = [shape[-2:] for shape in net.shapes.values() if shape is not None and len(shape) > 3]
+    largest = max((max(sides) for sides in maps), default=0)
+    return not net.of_size and all(side == 1 or side * _SIDE >= 2 * largest for sides in maps for side in sides)
 
 
 def _small(example: Inputs) -> Inputs | None:
@@ -385,14 +394,15 @@ def _change(
     def outputs() -> list[Tensor]:
         return tensors_in(call(inside(probe), x))
 
-    with eval_mode(probe), _Precision() as precision:
+    with torch.no_grad():
         for _, tensor in reversed(state.values()):
             if tensor.ndim < 2:  # biases, scales, statistics: positive, of order one
                 tensor.uniform_(0.5, 1.5, generator=generator)
             elif not isinstance(tensor, Factored) and tensor.isfinite().all():  # a mask of infinities stays
                 bound = math.sqrt(6 / tensor[0].numel())
                 tensor.uniform_(-bound, bound, generator=generator)
-        x = map_inputs(two, example)
+    x = map_inputs(two, example)
+    with eval_mode(probe), _Precision() as precision:
         forget_caches(probe)
         _move_statistics(probe)
         before = outputs()
@@ -423,9 +433,9 @@ def _change(
 
 
 def _not_identity(n: int, generator: torch.Generator) -> Tensor:
-    """Random permutation of two units or more that moves some."""
+    """Random permutation that moves some units, if there are two or more."""
     perm = torch.randperm(n, generator=generator)
-    return perm if (perm != torch.arange(n)).any() else _not_identity(n, generator)
+    return perm if n < 2 or (perm != torch.arange(n)).any() else _not_identity(n, generator)
 
 
 def _move_statistics(model: nn.Module) -> None:

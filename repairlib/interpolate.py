@@ -159,7 +159,7 @@ def _mix(
         wide = torch.promote_types(value.dtype, torch.float32)
         fits = into.dtype == wide and into.device == value.device
         mean = into if fits else torch.empty_like(value, dtype=wide)
-        mean.fill_(-0.0)  # to which zeros are added with their sign
+        mean.fill_(-0.0)  # -0.0 + x is x, the sign of a zero included
         for weight, state in used:
             mean.add_(state[name], alpha=weight)
         return into.copy_(clamp_variance(name, mean))
@@ -240,7 +240,7 @@ def interpolate_models(model_a: nn.Module, model_b: nn.Module, alpha: float = 0.
 class LinearPath:
     """The networks ``(1 - alpha) theta_a + alpha theta_b``, one after the other in one module.
 
-    The endpoints are checked and copied once, so that a path of many points costs little more than evaluating them.
+    The endpoints are checked once, so that a path of many points costs little more than evaluating them.
 
     Args:
         model_a, model_b: endpoints. Untouched.
@@ -269,8 +269,9 @@ class LinearPath:
             raise ValueError(f"alpha must be a number, not {alpha}")
         weights = (1 - alpha, alpha)
         _check_sum(weights)  # refuses an alpha so large that the 1 is lost to rounding, such as 1e17
-        if self.in_place:
-            _mix(self.states, weights, self.infinite, self.model.state_dict())
+        own = self.model.state_dict() if self.in_place else {}
+        if own.keys() == self.states[0].keys():
+            _mix(self.states, weights, self.infinite, own)
         else:
             mean = _mix(self.states, weights, self.infinite)
             load_state(self.model, mean, getattr(self.states[0], "_metadata", None))

@@ -20,9 +20,10 @@ LAUNCHED = 2**26  # and on other devices, where every operation costs a launch
 class Moments:
     """Means, variances and cross-covariances of k networks' units at one tap, gathered batch by batch.
 
-    Products of batch-centred values are summed in the activations' own precision (float32 at least) and merged in
-    float64: for batches of m and n values with means u and v, ``M2 = M2_u + M2_v + (v - u)^2 m n / (m + n)`` (Chan et
-    al. 1979). Neither batch sizes nor means that are large beside the standard deviation change the result.
+    Values are centred at the mean so far, or at their own. Their products are summed in the activations' own precision
+    (float32 at least) and merged in float64: for batches of m and n values with means u and v,
+    ``M2 = M2_u + M2_v + (v - u)^2 m n / (m + n)`` (Chan et al. 1979). Neither batch sizes nor means that are large
+    beside the standard deviation change the result.
 
     Args:
         cross: "full" keeps cov(unit i of network 0, unit j of network k), "paired" its diagonal only, "none" neither.
@@ -46,6 +47,8 @@ class Moments:
         values = [x.detach().transpose(0, 1) for x in activations]
         if values[0].numel() == 0:
             raise ValueError("an empty batch has no statistics")
+        if any(x.is_complex() for x in values):
+            raise ValueError("activations are complex: their real and imaginary parts have statistics, they have none")
         if not self._mean:
             self._mean = [x.new_zeros(len(x), dtype=torch.float64) for x in values]
             self._m2 = [mean.clone() for mean in self._mean]
@@ -54,7 +57,7 @@ class Moments:
                 self._cross = [self._mean[0].new_zeros(shape) for shape in shapes]
         n, size, start = len(activations[0]), self._examples_at_once(values[0]), 0
         with torch.autocast(values[0].device.type, enabled=False):  # a caller's would halve the precision
-            while start < n:  # in parts no longer than all before them, so that the mean so far can centre them
+            while start < n:  # after the first, parts are no longer than all before, whose mean centres them
                 stop = start + max(size, self.examples)
                 self._add([x[:, start:stop] for x in values], size)
                 start = stop

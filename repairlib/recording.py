@@ -27,19 +27,20 @@ _SIZES = frozenset(
     "is_quantized is_nested is_contiguous is_meta is_mps stride element_size requires_grad grad_fn itemsize __len__ "
     "get_device is_tensor type is_leaf names".split()
 )
+# Of these, what says where a tensor is or how it lies in memory: a tensor without values lies elsewhere.
+_PLACES = frozenset(
+    "device is_cuda is_cpu is_meta is_mps get_device type is_contiguous stride storage_offset data_ptr".split()
+)
 # What makes tensors whose very shape depends on the data.
 _RAGGED = frozenset("nonzero argwhere unique unique_consecutive masked_select".split())
-# Functions that make tensors of given sizes: unlike others, they do not notice by themselves that a size is recorded.
-_FACTORIES = (
+# Functions that do not notice by themselves that something is recorded: factories are given sizes only, and where a
+# number may be given for a tensor, what is recorded is taken for a tensor of C++, which ends Python.
+_WRAPPED = (
     torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.eye, torch.linspace, torch.tensor,
-    torch.as_tensor, torch.tril_indices, torch.triu_indices, torch.finfo, torch.iinfo,
+    torch.as_tensor, torch.tril_indices, torch.triu_indices, torch.finfo, torch.iinfo, torch.where,
 )  # fmt: skip
 _COMPOSED = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,
              nn.TransformerDecoderLayer)  # fmt: skip
-
-
-# What says where a tensor is, so that code may depend on it.
-_PLACES = frozenset("device is_cuda is_cpu is_meta is_mps get_device type".split())
 
 
 class UntraceableModel(ValueError):
@@ -204,8 +205,11 @@ class _Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         flat, form = tree_flatten((args, kwargs or {}))
         if any(isinstance(a, Tensor) and a.is_meta for a in flat):
-            flat = [self.empty(a) if isinstance(a, Tensor) and not a.is_meta else a for a in flat]
+            before, flat = args, [self.empty(a) if isinstance(a, Tensor) and not a.is_meta else a for a in flat]
             args, kwargs = tree_unflatten(flat, form)
+            if any(a.alias_info and a.alias_info.is_write and isinstance(value, Tensor) and not value.is_meta
+                   for a, value in zip(func._schema.arguments, before, strict=False)):  # fmt: skip
+                raise _ValuesNeeded(f"{func} writes what depends on the example into a tensor of the model")
             if func is torch.ops.aten.native_batch_norm.default and not args[5]:  # in evaluation, PyTorch's own is slow
                 return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **kwargs or {})
@@ -220,10 +224,11 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # what is computed from buffers is part of the graph, not a constant
 
     def __init__(self, example: Inputs, shapes_only: bool = False):
-        super().__init__(autowrap_functions=_FACTORIES)
+        super().__init__(autowrap_functions=_WRAPPED)
         self._autowrap_search.append(torch)
         self.example = map_inputs(lambda x: x.to("meta"), example) if shapes_only else example
         self.shapes_only = shapes_only
+        self.places = {x.device.type for x in tensors_in(example)}
         self.shapes: dict[str, Any] = {}  # of every node whose value is a tensor
         self.plain: dict[str, Any] = {}  # values that hold no tensor: sizes and what is computed from them
         self.running = False  # while a node is computed, modules are called, not recorded
@@ -292,6 +297,8 @@ class Tracer(fx.Tracer):
         args, kwargs = fx.node.map_aggregate((args, kwargs), known)
         self.running = True
         try:
+            if self.shapes_only and (_is_foreign(kind, target) or any(map(torch.is_autocast_enabled, self.places))):
+                raise _ValuesNeeded("code may look at values, or numbers are of another kind where no values are")
             value = perform(self.root, self.modules, kind, target, args, kwargs)
         except Exception as error:  # which the model's code may catch
             self.failed = error
@@ -304,7 +311,8 @@ class Tracer(fx.Tracer):
             return None
         what = "" if kind == "call_module" else args[1] if target is getattr else getattr(target, "__name__", target)
         if self.shapes_only and what in _PLACES:
-            raise _ValuesNeeded(f"it asks where {node.name!r} is")
+            self.failed = _ValuesNeeded(f"it asks where {node.name!r} is")
+            raise self.failed
         ragged = any(source.ragged for source in (sources[:1] if what.endswith("_") else sources))
         ragged = ragged or what in _RAGGED or (what == "where" and len(args) == 1) or _selects(target, args)
         # A number may depend on data where it was read from a tensor, not from its size.
@@ -327,6 +335,15 @@ class Tracer(fx.Tracer):
             self.shapes[node.name] = tuple(value.shape)
         elif not tensors_in(value):
             self.plain[node.name] = value
+
+
+# Packages whose functions compute shapes from shapes; others may look at what they are given, or keep it.
+_KNOWN = ("torch", "torchvision", "operator", "_operator", "builtins", "math")
+
+
+def _is_foreign(kind: str, target: Any) -> bool:
+    """Whether an operation is a function of the user's, or of a package that is not known."""
+    return kind == "call_function" and (getattr(target, "__module__", None) or "torch").partition(".")[0] not in _KNOWN
 
 
 def _selects(target: Any, args: tuple) -> bool:
@@ -369,7 +386,7 @@ class _ValuesNeeded(Exception):
 def record(model: nn.Module, example: Inputs) -> Tracer:
     """Graph of a model's operations in evaluation mode, with what is known of its values, and the constants it made.
 
-    No graph depends on the data, so that their shapes do, without computing; where they do not, values are computed.
+    No graph may depend on the data. So shapes alone are computed first, and values only where an operation needs them.
 
     Raises:
         UntraceableModel: forward depends on the data, or does what no graph can hold.
@@ -385,14 +402,15 @@ def record(model: nn.Module, example: Inputs) -> Tracer:
 def _plain(model: nn.Module, example: Inputs) -> bool:
     """Whether only ordinary tensors are read, and no hook looks at what modules compute."""
     ordinary = all(type(x) is Tensor and x.layout is torch.strided for x in tensors_in(example))
-    return ordinary and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return ordinary and not (everywhere or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()))
 
 
 def _record(model: nn.Module, tracer: Tracer) -> Tracer:
     with untouched(model):
         own = dict(vars(model))
         try:
-            with _Shapes() if tracer.shapes_only else contextlib.nullcontext():
+            with _Shapes() if tracer.shapes_only else contextlib.nullcontext(), _functions_of_autograd(tracer):
                 tracer.trace(model)
         except Exception as error:
             if error is tracer.failed or isinstance(error, UntraceableModel):  # of the first kind: a wrong shape, ...
@@ -407,6 +425,23 @@ def _record(model: nn.Module, tracer: Tracer) -> Tracer:
     if tracer.shapes_only and (tracer.failed or any(x.is_meta for x in tracer.constants.values())):
         raise _ValuesNeeded("an operation failed, and the model's code caught that, or a constant has no values")
     return tracer
+
+
+@contextlib.contextmanager
+def _functions_of_autograd(tracer: Tracer) -> Iterator[None]:
+    """Record custom `torch.autograd.Function`s, which would take what is recorded for a tensor of C++."""
+    of_class = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(type(a) is _Recorded for a in (*args, *kwargs.values())):
+            return tracer.create_proxy("call_function", cls.apply, args, kwargs)  # type: ignore[attr-defined]
+        return of_class.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = of_class  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ class WeightCost:
         A group is solved by those weights whose other axes are in order already. Weights that lead to groups not solved
         yet are left out: their inner products are noise. Groups that are not in `only` count as solved.
         """
-        before, in_place = self.objective(), dict(self.permutation)
+        before, unmoved = self.objective(), dict(self.permutation)
         solved = self.products.keys() - {*only}
         for group in (name for name in self.products if name in only):
             self.update(group)
@@ -160,7 +160,7 @@ class WeightCost:
             )
             solved |= {group}
         if not self.objective() - before > self.least_gain:
-            self.permutation = in_place
+            self.permutation = unmoved
 
     def descend(self, sweeps: int, generator: torch.Generator, only: Collection[str] | None = None) -> list[float]:
         """Solve group after group, in a new random order every sweep, until a sweep gains nothing.
@@ -217,7 +217,8 @@ def match_weights(
 
             * "forward": every group is matched once, from the inputs on, by the weights from groups that are matched
               already. Higher optima in fewer sweeps than from the identity, above all between wide networks;
-            * "identity": B's units as they are, as the algorithm is published. Also where "forward" begins lower;
+            * "identity": B's units as they are, as the algorithm is published. Also used where "forward" would begin
+              lower;
             * permutations of yours.
         seed: seed of the order of the groups. The r-th restart has seed ``seed + r``.
         restarts: number of descents, the first from `start`, the others from random permutations; the best counts.

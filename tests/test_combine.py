@@ -345,3 +345,15 @@ def test_draws_depend_neither_on_the_default_precision_nor_on_infinities():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(again["c"], found["c"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "how", [combine.bernoulli(0.0), combine.bernoulli(0.5), combine.bernoulli(1.0), combine.box(0.5)]
+)
+def test_what_is_not_finite_is_refused_whatever_is_drawn(bad, how):
+    for which in (0, 1):
+        states = [{"w": torch.zeros(4)}, {"w": torch.ones(4)}]
+        states[which]["w"][1] = bad
+        with pytest.raises(ValueError, match=f"model {'AB'[which]}: 'w' holds NaN or infinity"):
+            combine.elementwise(*states, how, seed=0)

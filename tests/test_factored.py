@@ -18,8 +18,6 @@ LAYERS = {
     "conv in blocks": (lambda: nn.Conv2d(100, 90, 3, groups=2), (1, 100, 5, 5)),
     "transposed": (lambda: nn.ConvTranspose2d(100, 90, 3, stride=2, padding=1, output_padding=1), (2, 100, 5, 5)),
     "transposed in blocks": (lambda: nn.ConvTranspose2d(100, 90, 3, groups=2), (2, 100, 5, 5)),
-    "lstm": (lambda: nn.LSTM(100, 120, 2, bidirectional=True), (5, 2, 100)),
-    "gru": (lambda: nn.GRU(100, 120), (5, 2, 100)),
     "encoder": (lambda: nn.TransformerEncoderLayer(128, 4, 256), (5, 2, 128)),
     "decoder": (lambda: Pair(nn.TransformerDecoderLayer(128, 4, 256)), (5, 2, 128)),
     "bilinear": (lambda: Pair(nn.Bilinear(60, 60, 60)), (3, 60)),
@@ -131,3 +129,7 @@ def test_nothing_writes_to_it():
         copied(torch.randn(2, 100, dtype=torch.float64))
     with pytest.raises(RuntimeError):
         copied.w.numpy()
+
+
+def test_recurrent_layers_keep_their_kernels():
+    assert not factored.factors(nn.LSTM(100, 120, 2), torch.Generator(), torch.float64)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -762,3 +763,55 @@ def test_no_group_is_checked_with_the_identity():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         assert groups._not_identity(2, generator).tolist() == [1, 0]
+
+
+class OnGraph(nn.Module):
+    """Reads an input that belongs to all examples, and adds a little that no permutation leaves alone."""
+
+    def __init__(self, wrong: float):
+        super().__init__()
+        self.first, self.last, self.wrong = nn.Linear(6, 16), nn.Linear(16, 3), wrong
+
+    def forward(self, x, adjacency):
+        x = torch.relu(adjacency @ self.first(x))
+        return self.last(x + self.wrong * torch.arange(16, dtype=x.dtype))
+
+
+def test_an_input_of_all_examples_leaves_the_check_as_strict():
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, 6), torch.rand(5, 5)
+    right = groups.permutation_spec(OnGraph(0.0), example)
+    assert groups._invariance(OnGraph(0.0), right, example)[1] == torch.float64
+    assert groups.invariance_error(OnGraph(1e-6), right, example) > 1e-8
+
+
+class Shrinks(nn.Module):
+    """At 64 pixels GroupNorm would see maps of one pixel, and forget what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shrink, self.norm = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 64, stride=64), nn.GroupNorm(16, 16)
+        self.beside, self.last = nn.Conv2d(3, 4, 1), nn.Linear(20, 2)
+
+    def forward(self, x):
+        shrunk = self.norm(self.shrink(self.first(x).relu())).relu()
+        return self.last(torch.cat([y.mean((2, 3)) for y in (shrunk, self.beside(x).relu())], 1))
+
+
+def test_small_maps_are_not_taken_where_they_would_shrink_to_a_pixel():
+    model, example = Shrinks(), torch.randn(2, 3, 128, 128)
+    net = tracing.trace(model, example)
+    spec = groups.spec_of(net, example)
+    first = spec["first"]
+    wrong = replace(spec, groups=(replace(first, axes=first.axes[1:]), *(g for g in spec.groups if g is not first)))
+    assert not groups._is_of_any_size(net)
+    assert groups._invariance(model, wrong, example, any_size=groups._is_of_any_size(net))[0] > 1e-3
+    assert groups._is_of_any_size(tracing.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), example))
+
+
+def test_a_group_of_one_unit_is_left_alone():
+    model = nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 2))
+    axes = tuple(
+        groups.Axis(t, i, 1, torch.zeros(1, 1, dtype=torch.int64)) for t, i in (("0.weight", 0), ("2.weight", 1))
+    )
+    assert groups.invariance_error(model, groups.PermutationSpec((groups.Group("0", 1, axes),)), torch.randn(2, 3)) == 0

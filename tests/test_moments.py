@@ -134,3 +134,8 @@ def test_mean_products():
     for xs in zip(a.split(40), b.split(40), strict=True):
         m.update(*xs)
     torch.testing.assert_close(m.inner(), (a.double().T @ b.double()) / 90, rtol=1e-5, atol=1e-5)
+
+
+def test_complex_activations_are_refused():
+    with pytest.raises(ValueError, match="activations are complex"):
+        Moments().update(torch.zeros(2, 3, dtype=torch.complex64))

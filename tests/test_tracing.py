@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from cases import inputs, make
-from torch import nn
+from torch import fx, nn
 
 from repairlib import recording, tracing
 
@@ -166,3 +166,94 @@ def test_hooks_see_values():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     net = tracing.trace(model, torch.randn(2, 4))
     assert all(torch.equal(value, before[name]) for name, value in net.model.state_dict().items())
+
+
+class Sees(nn.Module):
+    """Two layers, and code between them that sees more of an activation than its shape."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code, self.first, self.last = code, nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        return self.last(self.code(self, self.first(x)).mean((2, 3)))
+
+
+KEPT: dict = {}
+
+
+@fx.wrap
+def keeping(x):
+    n = x.shape[1]
+    if n not in KEPT:
+        KEPT[n] = torch.arange(n, device=x.device, dtype=x.dtype)
+    return x + KEPT[n].view(-1, 1, 1)
+
+
+def laid_out(self, x):
+    return x.relu() if x.is_contiguous() else x.contiguous().sigmoid()
+
+
+def caught(self, x):
+    try:
+        where = str(x.device)
+    except Exception:
+        return x.sigmoid()
+    return x.relu() if where == "cpu" else x
+
+
+def written(self, x):
+    self.seen.copy_(x.abs().max())
+    return x / (1 + self.seen) if self.seen > 0 else x
+
+
+@pytest.mark.parametrize("code", [lambda self, x: keeping(x), laid_out, caught, written])
+def test_code_that_sees_more_than_shapes_is_recorded_with_values(code):
+    model, x = Sees(code).to(memory_format=torch.channels_last), torch.randn(2, 3, 8, 8)
+    found, expected = recording.record(model, x), recording._record(model, recording.Tracer(x))
+    assert str(found.graph) == str(expected.graph) and found.asked == expected.asked
+    assert not any(value.is_meta for value in KEPT.values())
+    with recording.eval_mode(model):
+        assert model(x).isfinite().all()
+
+
+def test_kinds_of_numbers_under_autocast_are_those_of_values():
+    def code(self, x):
+        return x.to(torch.float32) if x.dtype != torch.float32 else x
+
+    with torch.autocast("cpu", torch.bfloat16):
+        model, x = Sees(code), torch.randn(2, 3, 8, 8)
+        found, expected = recording.record(model, x), recording._record(model, recording.Tracer(x))
+    assert str(found.graph) == str(expected.graph) and ".to(" in found.graph.python_code("self").src
+
+
+class Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_custom_function_of_autograd_is_a_node():
+    model, x = Sees(lambda self, x: Clamp.apply(x)), torch.randn(3, 3, 8, 8)
+    net = tracing.trace(model, x)
+    assert [node.name for node in net.nodes if "apply" in node.name]
+    with recording.eval_mode(model):
+        assert torch.equal(net.run(x), model(x))
+
+
+@pytest.mark.parametrize("code", [
+    lambda self, x: torch.where(x > 0, x, 0.0),
+    lambda self, x: torch.where(x > 0, 0.0, x),
+    lambda self, x: torch.pow(2.0, x),
+])  # fmt: skip
+def test_functions_that_may_be_given_numbers_for_tensors_are_recorded(code):
+    """Without care, `torch.where` takes what is recorded for a tensor of C++, and Python ends."""
+    model, x = Sees(code), torch.randn(3, 3, 8, 8)
+    net = tracing.trace(model, x)
+    with recording.eval_mode(model):
+        assert torch.equal(net.run(x), model(x))
