@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from repairlib.factored import Factored, factors
+from repairlib._factored import Factored, factors
 from repairlib.inputs import Inputs, call, count, map_inputs
 from repairlib.interpolate import averaged, forget_caches
 from repairlib.recording import along, eval_mode, inside, tensors_in

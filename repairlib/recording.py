@@ -383,15 +383,20 @@ class _ValuesNeeded(Exception):
     """Shapes alone do not record this network."""
 
 
+_LARGE = 2**35  # weights times numbers in the example: two images of 32 pixels for a ResNet18
+
+
 def record(model: nn.Module, example: Inputs) -> Tracer:
     """Graph of a model's operations in evaluation mode, with what is known of its values, and the constants it made.
 
-    No graph may depend on the data. So shapes alone are computed first, and values only where an operation needs them.
+    No graph may depend on the data. So shapes alone are computed for large networks and inputs, where values would take
+    longer, unless an operation needs values.
 
     Raises:
         UntraceableModel: forward depends on the data, or does what no graph can hold.
     """
-    if _plain(model, example):
+    weights, values = (sum(x.numel() for x in each) for each in (model.parameters(), tensors_in(example)))
+    if weights * values > _LARGE and _plain(model, example):
         try:
             return _record(model, Tracer(example, shapes_only=True))
         except Exception:  # of any kind: an operation that has no shape without values, code that uses NumPy, ...

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from repairlib import factored
+from repairlib import _factored as factored
 
 LAYERS = {
     "linear": (lambda: nn.Linear(200, 150), (3, 200)),
