@@ -1,6 +1,7 @@
 """Streaming statistics of activations: one pass gives all that matching, renormalisation and diagnostics read."""
 
 import copy
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -78,18 +79,10 @@ class Moments:
             centres = [mean.to(kind) for mean, kind in zip(self._mean, kinds, strict=True)]
         else:
             centres = [x.flatten(1).mean(1, dtype=kind) for x, kind in zip(values, kinds, strict=True)]
-        sums, squares = ([torch.zeros_like(mean) for mean in self._mean] for _ in range(2))
-        products = [torch.zeros_like(cross, dtype=kinds[0]) for cross in self._cross]
-        for parts in zip(*(x.split(size, 1) for x in values), strict=True):
-            rows = [_centred(x, centre) for x, centre in zip(parts, centres, strict=True)]
-            for r, each, square in zip(rows, sums, squares, strict=True):
-                each += r.sum(1)
-                square += (r * r).sum(1)
-            for r, product in zip(rows[1:], products, strict=False):
-                if full:
-                    product.addmm_(rows[0], r.T)
-                else:
-                    product += (rows[0] * r).sum(1)
+        found = [self._centred_sums(parts, centres) for parts in zip(*(x.split(size, 1) for x in values), strict=True)]
+        sums, squares, products = (
+            [functools.reduce(torch.add, each) for each in zip(*kind, strict=True)] for kind in zip(*found, strict=True)
+        )
         offsets = [each / m for each in sums]
         steps = [c.double() + offset - old for c, offset, old in zip(centres, offsets, self._mean, strict=True)]
         weight = self.count * m / total
@@ -100,6 +93,16 @@ class Moments:
             cross += product.double() - m * _product(offsets[0], offsets[k], full)
             cross += weight * _product(steps[0], steps[k], full)
         self.count, self.examples = total, self.examples + values[0].shape[1]
+
+    def _centred_sums(self, values: tuple[Tensor, ...], centres: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """Sums of values (units, n, ...) less their centres, of squares, and of products with those of network 0."""
+        rows = [_centred(x, centre) for x, centre in zip(values, centres, strict=True)]
+        sums = [r.sum(1).double() for r in rows]
+        squares = [(r * r).sum(1).double() for r in rows]
+        others = rows[1:] if self.cross != "none" else []
+        if self.cross == "full":
+            return sums, squares, [rows[0] @ r.T for r in others]
+        return sums, squares, [(rows[0] * r).sum(1).double() for r in others]
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
