@@ -136,8 +136,6 @@ def axes_of(
 def expected_bytes(what: str, s: Sizes, images: int, batch: int, networks: int = 2) -> float:
     """Peak memory of a procedure beyond networks and images, in bytes; README.md says where each term comes from."""
     batch = min(batch, images)
-    if what == "spec":
-        return 8 * s.weights + 2 * 8 * s.alive
     if what in ("activations", "several"):
         sums = 8 * (networks - 1) * sum(n * n for n in s.units)
         step = 4 * batch * (networks * s.alive + (networks + 1) * max(s.taps))
@@ -167,8 +165,6 @@ def expected_flops(what: str, s: Sizes, one: int, images: int, networks: int = 2
 def run(what: str, nets: list[nn.Module], batches: list) -> Callable:
     """The call that is measured."""
     a, b = nets[:2]
-    if what == "spec":
-        return lambda: permutation_spec(a, batches[0][:2])
     spec = permutation_spec(a, batches[0][:2], verify=False)
     if what == "several":
         match = functools.partial(match_activations, data=batches, spec=spec)
@@ -185,7 +181,7 @@ def seconds(what: str, case: Case, times: int) -> dict:
     """CPU seconds of a procedure and of a forward pass of one network in turns; peak memory (MB) as malloc has it."""
     call, once = ready(what, case)
     before = peak_memory()
-    found = least({"ours": call} | ({} if what in ("spec", "weights") else {"forward": once}), times)
+    found = least({"ours": call} | ({} if what == "weights" else {"forward": once}), times)
     row = {"seconds": found["ours"], "peak as it is (MB)": peak_memory() - before}
     if "forward" in found:
         row |= {"forward passes": found["ours"] / found["forward"],
@@ -241,7 +237,7 @@ ONLY = {"images": ("activations", "repair"), "networks": ("several",)}
 def growth(name: str, times: int) -> Iterator[dict]:
     """Rows of one part."""
     for case in CASES[name]:
-        for what in ONLY.get(name, ("spec", "activations", "weights", "repair")):
+        for what in ONLY.get(name, ("activations", "weights", "repair")):
             about = {"part": name, "what": what, "network": case.network, "networks": case.networks,
                      "images": case.images, "batch": min(case.batch, case.images)}  # fmt: skip
             yield about | alone(seconds, what, case, times) | alone(memory, what, case)
