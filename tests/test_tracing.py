@@ -8,6 +8,24 @@ from torch import fx, nn
 from repairlib import recording, tracing
 
 
+@pytest.fixture(autouse=True)
+def shapes_alone_for_all(monkeypatch):
+    """Record the small networks of these tests as large ones are recorded."""
+    monkeypatch.setattr(recording, "_LARGE", -1)
+
+
+def test_only_large_networks_are_recorded_by_shapes_alone(monkeypatch):
+    made, model, x = [], nn.Linear(4, 2), torch.zeros(2, 4)
+    tracer = recording.Tracer
+    monkeypatch.setattr(
+        recording, "Tracer", lambda x, *how, **named: made.append((how, named)) or tracer(x, *how, **named)
+    )
+    tracing.trace(model, x)
+    monkeypatch.setattr(recording, "_LARGE", 10 * 8)  # numbers of the layer times those of the example
+    tracing.trace(model, x)
+    assert made == [((), {"shapes_only": True}), ((), {})]
+
+
 def test_walk_reads_what_the_network_computes():
     name = "vgg11-bn-w0.125"
     model, x = make(name), inputs(name)
