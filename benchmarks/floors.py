@@ -1,6 +1,7 @@
 """What we take beside the least that could do it: matching, REPAIR, sampling, many networks, paths, layouts.
 
-Both are timed in turns, in one process with one thread, and the least of some repetitions counts.
+Both are timed in turns, in one process with one thread, and the least of some repetitions counts. Freed memory is kept,
+as `make` has it.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from repairlib.recording import eval_mode
 from repairlib.renorm import Repair
 from repairlib.several import match_several
 from repairlib.tracing import trace
+
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 
 
 def least(functions: dict[str, Callable], times: int = 5) -> dict[str, float]:
@@ -186,7 +189,6 @@ def layouts(args: argparse.Namespace) -> list[dict]:
 
 def allocator(args: argparse.Namespace) -> list[dict]:
     """Forward passes where freed memory is kept, as `make` sets it (see the Snakefile), and where it is given back."""
-    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
     rows = []
     for name in ("resnet20-bn-w1", "vgg16-bn-w1"):
         code = (
@@ -196,8 +198,8 @@ def allocator(args: argparse.Namespace) -> list[dict]:
         )
         least_of: dict[str, float] = {"ours": math.inf, "floor": math.inf}
         for _ in range(2):
-            for key, kept in (("ours", {}), ("floor", keep)):
-                environment = {k: v for k, v in os.environ.items() if k not in keep} | kept
+            for key, kept in (("ours", {}), ("floor", KEEP)):
+                environment = {k: v for k, v in os.environ.items() if k not in KEEP} | kept
                 here = {"cwd": Path(__file__).parent, "env": environment, "text": True}
                 taken = subprocess.check_output([sys.executable, "-c", code], **here)
                 least_of[key] = min(least_of[key], float(taken))
@@ -224,6 +226,8 @@ def main() -> None:
     usual = ",".join(part for part in PARTS if part != "layouts")  # which takes as long as all others
     parser.add_argument("--parts", default=usual, help="which to measure: these, or layouts")
     args = parser.parse_args()
+    if not KEEP.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
     torch.set_num_threads(1)
     rows = [each for part in args.parts.split(",") for each in PARTS[part](args)]
     save(__file__ if args.parts == parser.get_default("parts") else f"floors-{args.parts}", args, rows)

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from repairlib.tracing import TracedNet
 CROSS = ("none", "paired", "full")
 CACHED = 2**17  # values centred at once by each thread of a CPU: half a megabyte
 LAUNCHED = 2**26  # and on other devices, where every operation costs a launch
+REACH = 16  # times as many values as are known are centred at the mean of these: four bits are lost at most
+SIDE_BY_SIDE = 64  # so many values of a unit that lie side by side are faster to sum by themselves
 
 
 class Moments:
@@ -45,44 +47,41 @@ class Moments:
 
     def update(self, *activations: Tensor) -> None:
         """Add one batch: for each network, values (n, units, ...) of the same inputs."""
-        values = [x.detach().transpose(0, 1) for x in activations]
+        values = [x.detach() for x in activations]
         if values[0].numel() == 0:
             raise ValueError("an empty batch has no statistics")
         if any(x.is_complex() for x in values):
             raise ValueError("activations are complex: their real and imaginary parts have statistics, they have none")
         if not self._mean:
-            self._mean = [x.new_zeros(len(x), dtype=torch.float64) for x in values]
+            self._mean = [x.new_zeros(x.shape[1], dtype=torch.float64) for x in values]
             self._m2 = [mean.clone() for mean in self._mean]
             if self.cross != "none":
-                shapes = [(len(values[0]),) * (self.cross == "full") + (len(x),) for x in values[1:]]
+                shapes = [(values[0].shape[1],) * (self.cross == "full") + (x.shape[1],) for x in values[1:]]
                 self._cross = [self._mean[0].new_zeros(shape) for shape in shapes]
-        n, size, start = len(activations[0]), self._examples_at_once(values[0]), 0
+        n, size, start = len(values[0]), self._examples_at_once(values[0]), 0
         with torch.autocast(values[0].device.type, enabled=False):  # a caller's would halve the precision
-            while start < n:  # after the first, parts are no longer than all before, whose mean centres them
-                stop = start + max(size, self.examples)
-                self._add([x[:, start:stop] for x in values], size)
+            while start < n:
+                stop = start + max(size, REACH * self.examples)
+                self._add([x[start:stop] for x in values], size)
                 start = stop
 
     def _examples_at_once(self, x: Tensor) -> int:
         """How many examples are centred at once, so that what is made of them stays in the cache."""
         elements = CACHED * torch.get_num_threads() if x.device.type == "cpu" else LAUNCHED
         if self.cross == "full":
-            elements = max(elements, 4 * len(x) ** 2)  # else adding products up would cost more than making them
-        return max(1, elements // x[:, 0].numel())
+            elements = max(elements, 4 * x.shape[1] ** 2)  # else adding products up would cost more than making them
+        return max(1, elements // x[0].numel())
 
     def _add(self, values: list[Tensor], size: int) -> None:
-        """Add values (units, n, ...) of n examples, some at a time."""
-        m = values[0][0].numel()
-        total, full = self.count + m, self.cross == "full"
-        kinds = [torch.promote_types(x.dtype, torch.float32) for x in values]
-        if self.count >= m:
-            centres = [mean.to(kind) for mean, kind in zip(self._mean, kinds, strict=True)]
+        """Add values (n, units, ...) of n examples, some at a time."""
+        m, full = values[0][:, 0].numel(), self.cross == "full"
+        total = self.count + m
+        kind = functools.reduce(torch.promote_types, (x.dtype for x in values), torch.float32)
+        if REACH * self.count >= m:
+            centres = [mean.to(kind) for mean in self._mean]
         else:
-            centres = [x.flatten(1).mean(1, dtype=kind) for x, kind in zip(values, kinds, strict=True)]
-        found = [self._centred_sums(parts, centres) for parts in zip(*(x.split(size, 1) for x in values), strict=True)]
-        sums, squares, products = (
-            [functools.reduce(torch.add, each) for each in zip(*kind, strict=True)] for kind in zip(*found, strict=True)
-        )
+            centres = [x.mean([axis for axis in range(x.ndim) if axis != 1], dtype=kind) for x in values]
+        sums, squares, products = self._centred_sums(values, centres, size)
         offsets = [each / m for each in sums]
         steps = [c.double() + offset - old for c, offset, old in zip(centres, offsets, self._mean, strict=True)]
         weight = self.count * m / total
@@ -90,19 +89,35 @@ class Moments:
             m2 += square - m * offset**2 + weight * step**2
             mean += step * (m / total)
         for k, (product, cross) in enumerate(zip(products, self._cross, strict=True), 1):
-            cross += product.double() - m * _product(offsets[0], offsets[k], full)
+            cross += product - m * _product(offsets[0], offsets[k], full)
             cross += weight * _product(steps[0], steps[k], full)
-        self.count, self.examples = total, self.examples + values[0].shape[1]
+        self.count, self.examples = total, self.examples + len(values[0])
 
-    def _centred_sums(self, values: tuple[Tensor, ...], centres: list[Tensor]) -> tuple[list[Tensor], ...]:
-        """Sums of values (units, n, ...) less their centres, of squares, and of products with those of network 0."""
-        rows = [_centred(x, centre) for x, centre in zip(values, centres, strict=True)]
-        sums = [r.sum(1).double() for r in rows]
-        squares = [(r * r).sum(1).double() for r in rows]
-        others = rows[1:] if self.cross != "none" else []
-        if self.cross == "full":
-            return sums, squares, [rows[0] @ r.T for r in others]
-        return sums, squares, [(rows[0] * r).sum(1).double() for r in others]
+    def _centred_sums(self, values: list[Tensor], centres: list[Tensor], size: int) -> tuple[list[Tensor], ...]:
+        """Sums of values (n, units, ...) less their centres, of squares, and of products with those of network 0."""
+        full, paired = self.cross == "full", self.cross == "paired"
+        order = _order(values[0], full)
+        axis = 1 if order == "units" else 0
+        sums, squares, products = found = tuple([[] for _ in values] for _ in range(3))
+        parts = (_centred(x, centre, order, size) for x, centre in zip(values, centres, strict=True))
+        for rows in zip(*parts, strict=True):
+            for k, each in enumerate(rows):
+                sums[k].append(each.sum(axis))
+                if k and paired:
+                    products[k].append((rows[0] * each).sum(axis))
+                elif k and full:
+                    factors = (rows[0], each.T) if axis else (rows[0].T, each)
+                    products[k] = [products[k][0].addmm_(*factors)] if products[k] else [torch.mm(*factors)]
+            for k, each in enumerate(rows):
+                squares[k].append(each.square_().sum(axis))
+
+        def total(parts: list[Tensor], units: int) -> Tensor:
+            added = parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
+            return added if added.ndim == 2 or len(added) == units else added.view(units, -1).sum(1)
+
+        return tuple(
+            [total(parts, x.shape[1]) for parts, x in zip(kind, values, strict=True) if parts] for kind in found
+        )
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
@@ -151,9 +166,29 @@ def _product(a: Tensor, b: Tensor, full: bool) -> Tensor:
     return torch.outer(a, b) if full else a * b
 
 
-def _centred(x: Tensor, centre: Tensor) -> Tensor:
-    """Values (units, ...) less a centre of each unit, as contiguous rows."""
-    return torch.sub(x, along(centre, x.ndim, 0), out=centre.new_empty(x.shape)).flatten(1)
+def _order(x: Tensor, full: bool) -> str:
+    """What the rows of a matrix of values (n, units, ...) are: "units", "examples", or "positions" of examples."""
+    if x.ndim == 2 or x.stride(1) == 1:
+        return "positions"  # as they lie in memory
+    return "units" if full or x[0, 0].numel() >= SIDE_BY_SIDE else "examples"
+
+
+def _centred(x: Tensor, centre: Tensor, order: str, size: int) -> Iterator[Tensor]:
+    """Values (n, units, ...) less a centre of each unit, as matrices of some examples, all in the same memory."""
+    axis = 0
+    if order == "units":  # units x the rest
+        x, centre, axis = x.transpose(0, 1), along(centre, x.ndim, 0), 1
+    elif order == "positions":  # examples and positions x units
+        x = x.movedim(1, -1)
+    else:  # examples x units and positions
+        centre = along(centre, x.ndim - 1, 0).expand(x.shape[1:]).contiguous()
+    space = rows = centre.new_empty(0)
+    for part in x.split(size, axis):
+        if part.shape != space.shape:
+            space = centre.new_empty(part.shape)
+            rows = space.flatten(0, -2) if order == "positions" else space.flatten(1)
+        torch.sub(part, centre, out=space)
+        yield rows
 
 
 def moments_of(chunks: Iterable[Tensor], axis: int = 1) -> Moments:
