@@ -9,7 +9,6 @@ A group knows all weights that make or read a channel, also those that a residua
 flattened map ties together. So what works for matching units works for removing them.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from repairlib.groups import PermutationSpec
 from repairlib.inputs import Inputs, call, cast_input
 from repairlib.names import check
 from repairlib.pruning import SCOPES, prunable, prune
-from repairlib.recording import eval_mode, tensors_in
+from repairlib.recording import copy_model, eval_mode, tensors_in
 
 Kept = Mapping[str, Int[Tensor, " units"]]  # by group, the indices of the units that stay, in their order
 
@@ -120,7 +119,7 @@ def remove_channels(model: nn.Module, spec: PermutationSpec, kept: Kept, example
         ValueError: a layer that normalises across channels (LayerNorm, GroupNorm), so that removing some changes the
             others; a convolution in groups of several channels; or a forward with sizes of its own.
     """
-    small = copy.deepcopy(model)
+    small = copy_model(model)
     gone: dict[tuple[str, int], Tensor] = {}
     for tensor, axis, positions in _gone(spec, kept):
         gone[tensor, axis] = torch.cat([gone.get((tensor, axis), positions.new_empty(0)), positions])
@@ -138,7 +137,7 @@ def remove_channels(model: nn.Module, spec: PermutationSpec, kept: Kept, example
         _resize(name, module)
     masked = prune(model, channel_masks(model, spec, kept)).double()
     x = cast_input(example, masked)
-    probe = copy.deepcopy(small).double()
+    probe = copy_model(small).double()
     with eval_mode(masked, probe):
         try:
             same = all(

@@ -1,6 +1,5 @@
 """Affine corrections of a network's nodes: what they are, where they go, and how they fold into ordinary weights."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from repairlib.inputs import Inputs
 from repairlib.moments import Moments
-from repairlib.recording import ChannelAffine, along
+from repairlib.recording import ChannelAffine, along, copy_model
 from repairlib.tracing import TracedNet, aliases, trace
 
 TARGETS = ("conv", "linear", "block")
@@ -341,7 +340,7 @@ def fold_batchnorms(model: nn.Module, example: Inputs) -> nn.Module:
     Raises:
         ValueError: a BatchNorm (named) does not directly follow such a layer, or has no running statistics.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy_model(model).eval()
     calls = [node for node in trace(model, example).nodes if node.op == "call_module"]
     targets = [node.target for node in calls]
     for node in calls:

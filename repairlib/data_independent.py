@@ -3,7 +3,6 @@
 Data-independent RESET and REPAIR (Qu & Horvath 2024, App. F.2).
 """
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from repairlib.corrections import Statistics, correct_moments, target_nodes
 from repairlib.inputs import Inputs
 from repairlib.moments import moments_of
-from repairlib.recording import ChannelAffine
+from repairlib.recording import ChannelAffine, copy_model
 from repairlib.tracing import trace
 
 
@@ -23,7 +22,7 @@ def batch_statistics(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no BatchNorm statistics.
     """
-    out = copy.deepcopy(model)
+    out = copy_model(model)
     norms = [m for m in out.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to leave out")

@@ -1,6 +1,5 @@
 """Loss and accuracy of one network, or of one architecture under many state dicts; or any other score."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, overload
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from repairlib.inputs import call, cast_input, device_of, inputs_of
 from repairlib.interpolate import State, check_compatible, load_state
 from repairlib.progress import bar
-from repairlib.recording import eval_mode
+from repairlib.recording import copy_model, eval_mode
 
 IGNORED = -100  # the label that PyTorch's losses leave out
 # From outputs and the rest of a batch, one number for each example, or one for each of its positions.
@@ -136,7 +135,7 @@ def evaluate_many(
         ValueError: there are no batches, or a state does not fit the model; see also `evaluate`.
     """
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    net = copy.deepcopy(model)  # takes up one state after the other
+    net = copy_model(model)  # takes up one state after the other
     results: list[Any] = []
     remaining = iter(states)
     with bar(len(states) if isinstance(states, Sized) else None, "networks", "net", progress) as networks:

@@ -7,7 +7,6 @@ input. Units whose numbers occur on the same axes form a group.
 """
 
 import contextlib
-import copy
 import functools
 import math
 import textwrap
@@ -25,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from repairlib._factored import Factored, factors
 from repairlib.inputs import Inputs, call, count, map_inputs
 from repairlib.interpolate import averaged, forget_caches
-from repairlib.recording import along, eval_mode, inside, tensors_in
+from repairlib.recording import along, copy_model, eval_mode, inside, tensors_in
 from repairlib.tracing import TracedNet, aliases, trace
 
 # Two numbers that are no unit's. FREE: a constant that is equal for all units, such as the zeros of a padding.
@@ -327,9 +326,9 @@ def _invariance(
         if error < _STRICT:
             return error, precision
     try:
-        return _change(copy.deepcopy(model), spec, example, seed)
+        return _change(copy_model(model), spec, example, seed)
     except RuntimeError:  # some code is of one precision only
-        return _change(copy.deepcopy(model), spec, example, seed, torch.float32)
+        return _change(copy_model(model), spec, example, seed, torch.float32)
 
 
 def _of_cheap_copies(
@@ -346,7 +345,7 @@ def _of_cheap_copies(
         memo = factors(model, torch.Generator().manual_seed(seed + 2), torch.float64)
         if memo or x is small:
             with contextlib.suppress(Exception):  # of any kind, as it is of any module
-                yield _change(copy.deepcopy(model, memo), spec, x, seed)
+                yield _change(copy_model(model, memo), spec, x, seed)
 
 
 def _is_of_any_size(net: TracedNet) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from repairlib.inputs import Inputs
 from repairlib.names import check
-from repairlib.recording import check_model, heeds_mode
+from repairlib.recording import check_model, copy_model, heeds_mode
 from repairlib.tracing import TracedNet, aliases, trace
 
 State = Mapping[str, Any]  # tensors, and what `get_extra_state` gives
@@ -227,7 +227,7 @@ def loads_by_copy(model: nn.Module) -> bool:
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
     """Copy of a module with other parameters and buffers."""
-    out = copy.deepcopy(model)
+    out = copy_model(model)
     load_state(out, state)
     return out
 
@@ -256,7 +256,7 @@ class LinearPath:
     def __init__(self, model_a: nn.Module, model_b: nn.Module):
         self.infinite = check_models(model_a, model_b)
         self.states = (model_a.state_dict(), model_b.state_dict())
-        self.model = copy.deepcopy(model_a)
+        self.model = copy_model(model_a)
         self.in_place = loads_by_copy(self.model)
 
     def at(self, alpha: float) -> nn.Module:

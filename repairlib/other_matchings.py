@@ -1,6 +1,5 @@
 """Matchings that the papers compare with: by training (straight-through estimator) and by optimal transport."""
 
-import copy
 import functools
 from collections.abc import Iterable
 
@@ -14,6 +13,7 @@ from repairlib.inputs import Batches, arguments, as_batches, cast_input, count
 from repairlib.interpolate import check_models
 from repairlib.matching import Matching, gather_groups, match_hidden, solve_assignment
 from repairlib.permutations import fill_identity, permute_state
+from repairlib.recording import copy_model
 from repairlib.weight_matching import WeightCost, derive_spec, float_weights, match_weights
 
 
@@ -58,7 +58,7 @@ def match_straight_through(
     a, b = (float_weights(model, buffers=False) for model in (model_a, model_b))
     whole_b = {name: value.detach() for name, value in model_b.state_dict().items()}
     dtype = torch.promote_types(torch.float32, next(iter(a.values())).dtype)
-    net = copy.deepcopy(model_a).to(dtype).eval()
+    net = copy_model(model_a).to(dtype).eval()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()

@@ -8,7 +8,6 @@ Scores and masks are dictionaries by name of the weight. A mask is True where a 
 shifts whole channels, so that a weight that is zero stays zero (Qu & Horvath 2024, Sec. 5).
 """
 
-import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.utils import prune as torch_prune
 
 from repairlib.fisher import diagonal_fisher
 from repairlib.names import check
+from repairlib.recording import copy_model
 
 SCOPES = ("global", "layer")
 
@@ -176,7 +176,7 @@ def prune(model: nn.Module, masks: Masks, weights: Mapping[str, Tensor] | None =
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, torch_prune.BasePruningMethod)
     ]
-    pruned = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    pruned = copy_model(model, {id(tensor): tensor.detach().clone() for tensor in computed})
     for module in list(pruned.modules()):
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, torch_prune.BasePruningMethod):

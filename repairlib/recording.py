@@ -5,10 +5,12 @@ depends on the data itself has no answer.
 """
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import operator
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,30 @@ def check_model(model: Any) -> None:
             raise ValueError(f"{name!r} belongs to a lazy layer that never ran: run the network once")
         if tensor.is_meta:
             raise ValueError(f"{name!r} is on the meta device, without values: load the weights first")
+
+
+def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """What `copy.deepcopy` makes of a model, in a third of the time.
+
+    It spends the most on weights and on empty tables of hooks, one by one. These are copied here, and it is told so.
+    """
+    known = dict(memo or {})
+    buffers: dict[int, list[Tensor]] = {}  # by the memory that they are in
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (OrderedDict, dict, set) and not value:
+                known.setdefault(id(value), type(value)())
+        for weight in module._parameters.values():
+            if type(weight) is nn.Parameter and id(weight) not in known:
+                known[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        for x in (*vars(module).values(), *module._buffers.values()):
+            if type(x) is Tensor and x.layout is torch.strided and not x.is_meta:
+                buffers.setdefault(x.untyped_storage().data_ptr(), []).append(x)
+    for x, *others in buffers.values():  # of a shared memory, the copies share one, too: this is left to deepcopy
+        alone = not others and x.untyped_storage().nbytes() == x.nbytes
+        if alone and id(x) not in known and not x.requires_grad and not vars(x):
+            known[id(x)] = x.clone()
+    return copy.deepcopy(model, known)
 
 
 def inside(model: nn.Module) -> nn.Module:

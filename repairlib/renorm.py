@@ -5,7 +5,6 @@ std for each channel. Gain and shift follow from the goals and from the network'
 go into ordinary weights (`fold`).
 """
 
-import copy
 import functools
 import itertools
 import math
@@ -38,7 +37,7 @@ from repairlib.interpolate import check_compatible, check_models, mix_states, wi
 from repairlib.moments import Moments, gather, moments_of
 from repairlib.names import check
 from repairlib.progress import bar
-from repairlib.recording import check_model, eval_mode
+from repairlib.recording import check_model, copy_model, eval_mode
 from repairlib.tracing import TracedNet, check_graphs, trace
 
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
@@ -309,7 +308,7 @@ class Goals:
         self.example = self.batches.example()
         resets, method = self.options.bn == "reset", self.options.method
         if resets:
-            self.references = [copy.deepcopy(model) for model in self.references]
+            self.references = [copy_model(model) for model in self.references]
         nets = [trace(model, self.example) for model in self.references]
         check_graphs(*nets)
         self.targets = target_nodes(nets[0], self.options.targets)
@@ -374,7 +373,7 @@ class Goals:
                 if value.is_floating_point() and not torch.allclose(value, average[name].to(value), 1e-2, 1e-4):
                     raise ValueError(f"method='closed-form' is for the weighted average of the references; {name!r} is "
                                      "something else: measure with method='sequential'")  # fmt: skip
-        return self._renormalize(copy.deepcopy(model), weights)
+        return self._renormalize(copy_model(model), weights)
 
     def _average(self, weights: float | Sequence[float] | None) -> dict[str, Tensor]:
         states = [model.state_dict() for model in self.references]
@@ -477,7 +476,8 @@ def renormalize(
         **options: see `Options`.
 
     >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> pruned = copy.deepcopy(dense)
+    >>> from copy import deepcopy
+    >>> pruned = deepcopy(dense)
     >>> _ = pruned[0].weight.data.mul_(torch.rand(8, 4) > 0.3)
     >>> repaired = renormalize(pruned, dense, [torch.randn(100, 4)])
     >>> list(repaired.corrections), repaired.visible
@@ -499,7 +499,7 @@ def reset(model: nn.Module, data: Iterable, *, method: str = "sequential") -> Re
         ValueError: the model has no BatchNorm statistics, or the data is empty.
     """
     check(method, MEASURE, "method")
-    out = copy.deepcopy(model)
+    out = copy_model(model)
     batches = Batches(as_batches(data), out)
     constant = _reset(trace(out, batches.example()), batches, method)
     return _report(Repaired(out, {}), constant)

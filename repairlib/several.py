@@ -1,6 +1,5 @@
 """Bring more than two networks into one order of units."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from repairlib.interpolate import interpolate_models, mix_states, with_state
 from repairlib.matching import Matching, match_activations, match_activations_of_many
 from repairlib.names import check
 from repairlib.permutations import compose
+from repairlib.recording import copy_model
 
 REGIMES = ("reference", "sequential", "iterative")
 
@@ -75,7 +75,7 @@ def match_several(
     check(regime, REGIMES, "regime")
     if len(models) < 2 or rounds < 1:
         raise ValueError(f"matching needs two networks or more and a round, not {len(models)} and {rounds}")
-    aligned = [copy.deepcopy(models[0]), *models[1:]]
+    aligned = [copy_model(models[0]), *models[1:]]
     if regime != "iterative":
         permutations: list[Permutation] = []
         together = _match_together(match, models) if regime == "reference" else None
@@ -137,10 +137,10 @@ def running_means(
     target = next(rest, None)
     if target is None:
         raise ValueError("there is no network to average")
-    mean = copy.deepcopy(target)
-    yield copy.deepcopy(mean)  # so that what is done to it changes no later mean
+    mean = copy_model(target)
+    yield copy_model(mean)  # so that what is done to it changes no later mean
     for n, model in enumerate(rest, start=2):
         aligned = match(target, model).apply(model)
         mean = interpolate_models(mean, aligned, 1 / n)
         target = aligned if regime == "sequential" else target
-        yield copy.deepcopy(mean)
+        yield copy_model(mean)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from cases import inputs, make
 from torch import fx, nn
 
 from repairlib import recording, tracing
+from repairlib.recording import copy_model
 
 
 @pytest.fixture(autouse=True)
@@ -275,3 +278,55 @@ def test_functions_that_may_be_given_numbers_for_tensors_are_recorded(code):
     net = tracing.trace(model, x)
     with recording.eval_mode(model):
         assert torch.equal(net.run(x), model(x))
+
+
+class Sharing(nn.Module):
+    """Weights and buffers that are one object, or one memory; a hook, and a table of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.register_buffer("table", torch.arange(6.0))
+        self.register_buffer("part", self.table[:3])
+        self.register_buffer("same", self.norm.running_mean)
+        self.plain = self.norm.running_var.detach()  # no buffer, in the memory of one
+        self.first.bias.requires_grad_(False)
+        self.seen: dict = {}
+        self.also = self.seen
+        self.first.register_forward_hook(lambda module, inputs, output: output + 1)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)) + self.part)
+
+
+def test_a_copy_is_what_deepcopy_makes():
+    model = Sharing().eval()
+    ours, plain = copy_model(model), copy.deepcopy(model)
+    x = torch.randn(4, 3)
+    for out in (ours, plain):
+        assert torch.equal(out(x), model(x)) and not out.training
+        assert out.second.weight is out.first.weight is not model.first.weight
+        assert out.same is out.norm.running_mean is not model.same
+        assert out.part.untyped_storage().data_ptr() == out.table.untyped_storage().data_ptr()
+        assert out.plain.untyped_storage().data_ptr() == out.norm.running_var.untyped_storage().data_ptr()
+        assert out.also is out.seen is not model.seen
+        assert not out.first.bias.requires_grad and out.first.weight.requires_grad
+        assert out.norm._forward_hooks is not model.norm._forward_hooks
+    assert list(ours.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        for tensor in ours.state_dict().values():
+            tensor.zero_()
+    assert model.table[1] == 1 and model.norm.running_var[0] == 1 and model.first.weight.abs().sum() > 0
+
+
+def test_a_copy_uses_what_it_is_given_and_a_way_of_the_modules_own():
+    class Own(nn.Linear):
+        def __deepcopy__(self, memo):
+            return Own(5, 5)
+
+    model = nn.Sequential(nn.Linear(2, 2), Own(2, 2))
+    given = nn.Parameter(torch.ones(2, 2))
+    out = copy_model(model, {id(model[0].weight): given})
+    assert out[0].weight is given and out[1].in_features == 5
