@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from cases import inputs, make
+from cases import CASES, inputs, make
 from torch import fx, nn
 
 from repairlib import recording, tracing
@@ -330,3 +330,54 @@ def test_a_copy_uses_what_it_is_given_and_a_way_of_the_modules_own():
     given = nn.Parameter(torch.ones(2, 2))
     out = copy_model(model, {id(model[0].weight): given})
     assert out[0].weight is given and out[1].in_features == 5
+
+
+class Branching(nn.Module):
+    """Forward depends on a number, on a setting of a module, and perhaps on something that cannot be compared."""
+
+    def __init__(self, scale=2.0, steps=1, other=None):
+        super().__init__()
+        self.layer, self.scale, self.steps, self.other = nn.Linear(3, 3), scale, nn.Module(), other
+        self.steps.number = steps
+
+    def forward(self, x):
+        for _ in range(self.steps.number):
+            x = self.layer(x) * self.scale
+        return x if self.other is None else self.other(x)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_of_the_first_is_that_of_a_network_built_alike(name):
+    models = [make(name, seed) for seed in (0, 1)]
+    x = inputs(name)
+    first, second = tracing.trace_all(models, x)
+    assert second.graph is first.graph and second.model is models[1]
+    own = tracing.trace(models[1], x)
+    assert [str(node) for node in second.nodes] == [str(node) for node in own.nodes]
+    with torch.no_grad(), recording.eval_mode(*models):
+        for (tap, found), (_, expected) in zip(
+            second.walk(x, list(second.kinds)), own.walk(x, list(own.kinds)), strict=True
+        ):
+            if isinstance(expected, torch.Tensor):
+                assert torch.equal(found, expected), tap
+        assert torch.equal(second.run(x), models[1](x))
+
+
+@pytest.mark.parametrize("other", [{"scale": 3.0}, {"steps": 2}])
+def test_networks_that_are_built_otherwise_are_found_out(other):
+    with pytest.raises(ValueError, match="forward differs at node"):
+        tracing.trace_all([Branching(), Branching(**other)], torch.randn(2, 3))
+
+
+def test_what_cannot_be_compared_is_recorded_for_each():
+    models = [Branching(other=torch.relu), Branching(other=torch.relu)]
+    first, second = tracing.trace_all(models, torch.randn(2, 3))
+    assert first.graph is not second.graph
+    hooked = [Branching(), Branching()]
+    hooked[1].layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    first, second = tracing.trace_all(hooked, torch.randn(2, 3))
+    assert first.graph is not second.graph
+    tied = [nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)]
+    tied[1][1] = tied[1][0]
+    with pytest.raises(ValueError, match="forward differs at node"):
+        tracing.trace_all(tied, torch.randn(2, 3))

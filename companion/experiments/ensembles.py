@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from repairlib.inputs import Batches
@@ -90,6 +89,8 @@ def balance(logits: Float[Tensor, "n classes"], group: Sequence[int]) -> float:
     >>> round(balance(torch.tensor([[1.0, 0.0]]), [0]), 12)
     1.0
     """
+    from scipy.optimize import brentq  # here, as it takes long to import
+
     n, classes = logits.shape
     chosen = set(group)
     if len(chosen) != len(group) or not chosen <= set(range(classes)) or not 0 < len(chosen) < classes:

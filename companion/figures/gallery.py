@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from companion.experiments import scales
-from companion.figures import report, scorecard
+from companion.figures import report
 from companion.runs.data import project_root
 from companion.runs.files import atomic_write
 
@@ -44,6 +44,8 @@ def write_gallery() -> Path:
 
     The claims also go into figures/scorecard.md, whose tables GitHub shows.
     """
+    from companion.figures import scorecard  # here, as it takes long to import, and jobs that execute need none
+
     root, index, claims = report.figures_root(), report.read_index(), scorecard.scorecard()
     atomic_write(root / "scorecard.md", scorecard.markdown(claims))
     parts = []

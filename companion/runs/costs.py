@@ -18,7 +18,6 @@ from statistics import median
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from companion.runs import models, train
 from companion.runs.data import DATASETS, Dataset, Facts, Split, base_name, data_root
@@ -106,6 +105,8 @@ def cost(model: models.ModelName, shape: tuple[int, int, int], classes: int) -> 
 
 def count_flops(network: torch.nn.Module, shape: tuple[int, ...]) -> int:
     """FLOPs of one image's forward pass through a network on the `meta` device."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, as it takes long to import
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, *shape, device="meta"))
     return counter.get_total_flops()
