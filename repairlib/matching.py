@@ -15,7 +15,7 @@ from repairlib.interpolate import check_models
 from repairlib.moments import Moments, gather
 from repairlib.names import check
 from repairlib.permutations import permute
-from repairlib.tracing import trace_all
+from repairlib.tracing import check_graphs, trace
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def gather_groups(models: Sequence[nn.Module], batches: Batches, spec: Permutati
             raise UnsupportedNode(
                 f"group {group.name!r}: no node {tap}-activation holds its units; use tap={next(iter(group.taps))!r}"
             )
-    nets = trace_all(models, batches.example())
+    example = batches.example()
+    nets = [trace(model, example) for model in models]
+    check_graphs(*nets)
     return gather(nets, batches, [group.taps[tap] for group in spec.groups if group.taps], "full")
 
 

@@ -16,8 +16,11 @@ from repairlib.tracing import TracedNet
 CROSS = ("none", "paired", "full")
 CACHED = 2**17  # values centred at once by each thread of a CPU: half a megabyte
 LAUNCHED = 2**26  # and on other devices, where every operation costs a launch
-REACH = 16  # times as many values as are known are centred at the mean of these: four bits are lost at most
-SIDE_BY_SIDE = 64  # so many values of a unit that lie side by side are faster to sum by themselves
+# Up to so many times as many new values as are known are centred at the mean of these. Then their squares about it are
+# 17 times those about their own mean at most, beside which they are added up, and four bits are lost.
+REACH = 16
+SIDE_BY_SIDE = 64  # from so many positions on, a unit's are summed one unit after the other
+MANY = 16  # examples from which on it pays to add them up side by side
 
 
 class Moments:
@@ -95,29 +98,34 @@ class Moments:
 
     def _centred_sums(self, values: list[Tensor], centres: list[Tensor], size: int) -> tuple[list[Tensor], ...]:
         """Sums of values (n, units, ...) less their centres, of squares, and of products with those of network 0."""
-        full, paired = self.cross == "full", self.cross == "paired"
-        order = _order(values[0], full)
-        axis = 1 if order == "units" else 0
-        sums, squares, products = found = tuple([[] for _ in values] for _ in range(3))
+        order = _order(values[0], size, self.cross == "full")  # that of network 0 is right for its products
+        axis, positions = 1 if order == "units" else 0, values[0][0, 0].numel()
+        sums, squares, products = ([[] for _ in values] for _ in range(3))
+        full: list[Tensor] = []
         parts = (_centred(x, centre, order, size) for x, centre in zip(values, centres, strict=True))
         for rows in zip(*parts, strict=True):
-            for k, each in enumerate(rows):
-                sums[k].append(each.sum(axis))
-                if k and paired:
-                    products[k].append((rows[0] * each).sum(axis))
-                elif k and full:
-                    factors = (rows[0], each.T) if axis else (rows[0].T, each)
-                    products[k] = [products[k][0].addmm_(*factors)] if products[k] else [torch.mm(*factors)]
-            for k, each in enumerate(rows):
-                squares[k].append(each.square_().sum(axis))
+            for each, those in zip(rows, sums, strict=True):
+                those.append(each.sum(axis))
+            if self.cross == "paired":
+                for each, those in zip(rows[1:], products[1:], strict=True):
+                    those.append((rows[0] * each).sum(axis))
+            elif self.cross == "full":
+                factors = [(rows[0], each.T) if axis else (rows[0].T, each) for each in rows[1:]]
+                if full:
+                    for product, each in zip(full, factors, strict=True):
+                        product.addmm_(*each)
+                else:
+                    full = [torch.mm(*each) for each in factors]
+            for each, those in zip(rows, squares, strict=True):
+                those.append(each.square_().sum(axis))
 
-        def total(parts: list[Tensor], units: int) -> Tensor:
-            added = parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
-            return added if added.ndim == 2 or len(added) == units else added.view(units, -1).sum(1)
+        def totals(found: list[list[Tensor]]) -> list[Tensor]:
+            added = [p[0].double() if len(p) == 1 else torch.stack(p).sum(0, dtype=torch.float64) for p in found]
+            return [x.view(-1, positions).sum(1) for x in added] if order == "examples" else added
 
-        return tuple(
-            [total(parts, x.shape[1]) for parts, x in zip(kind, values, strict=True) if parts] for kind in found
-        )
+        if self.cross == "none":
+            return totals(sums), totals(squares), []
+        return totals(sums), totals(squares), [x.double() for x in full] or totals(products[1:])
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
@@ -166,21 +174,27 @@ def _product(a: Tensor, b: Tensor, full: bool) -> Tensor:
     return torch.outer(a, b) if full else a * b
 
 
-def _order(x: Tensor, full: bool) -> str:
-    """What the rows of a matrix of values (n, units, ...) are: "units", "examples", or "positions" of examples."""
+def _order(x: Tensor, size: int, full: bool) -> str:
+    """The matrix that values (n, units, ...) are fastest to sum in, with `size` examples at a time.
+
+    "positions": (n positions, units), "units": (units, n positions), "examples": (n, units positions).
+    """
     if x.ndim == 2 or x.stride(1) == 1:
         return "positions"  # as they lie in memory
-    return "units" if full or x[0, 0].numel() >= SIDE_BY_SIDE else "examples"
+    return "units" if full or size < MANY or x[0, 0].numel() >= SIDE_BY_SIDE else "examples"
 
 
 def _centred(x: Tensor, centre: Tensor, order: str, size: int) -> Iterator[Tensor]:
-    """Values (n, units, ...) less a centre of each unit, as matrices of some examples, all in the same memory."""
+    """Values (n, units, ...) less a centre of each unit, as matrices of some examples, see `_order`.
+
+    Each overwrites the one before, in memory that stays in the cache.
+    """
     axis = 0
-    if order == "units":  # units x the rest
+    if order == "units":
         x, centre, axis = x.transpose(0, 1), along(centre, x.ndim, 0), 1
-    elif order == "positions":  # examples and positions x units
+    elif order == "positions":
         x = x.movedim(1, -1)
-    else:  # examples x units and positions
+    else:
         centre = along(centre, x.ndim - 1, 0).expand(x.shape[1:]).contiguous()
     space = rows = centre.new_empty(0)
     for part in x.split(size, axis):

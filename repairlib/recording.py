@@ -101,25 +101,41 @@ def check_model(model: Any) -> None:
 def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """What `copy.deepcopy` makes of a model, in a third of the time.
 
-    It spends the most on weights and on empty tables of hooks, one by one. These are copied here, and it is told so.
+    Most of its time goes into weights and empty tables of hooks, one by one. These are copied here, into its memo.
+    Tensors that may share memory are left to deepcopy, so that their copies share it, too.
     """
-    known = dict(memo or {})
-    buffers: dict[int, list[Tensor]] = {}  # by the memory that they are in
+    memo, originals, plain = dict(memo or {}), [], True
+    by_memory: dict[int, list[Tensor]] = {}
     for module in model.modules():
-        for value in vars(module).values():
+        for key, value in vars(module).items():
             if type(value) in (OrderedDict, dict, set) and not value:
-                known.setdefault(id(value), type(value)())
+                memo.setdefault(id(value), type(value)())
+                originals.append(value)  # else another object might come to have its id
+            elif isinstance(value, Tensor):
+                by_memory.setdefault(value.untyped_storage().data_ptr(), []).append(value)
+            elif key not in ("_parameters", "_buffers", "_modules"):
+                plain = plain and _is_plain(value)  # else there may be views in it
         for weight in module._parameters.values():
-            if type(weight) is nn.Parameter and id(weight) not in known:
-                known[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        for x in (*vars(module).values(), *module._buffers.values()):
-            if type(x) is Tensor and x.layout is torch.strided and not x.is_meta:
-                buffers.setdefault(x.untyped_storage().data_ptr(), []).append(x)
-    for x, *others in buffers.values():  # of a shared memory, the copies share one, too: this is left to deepcopy
-        alone = not others and x.untyped_storage().nbytes() == x.nbytes
-        if alone and id(x) not in known and not x.requires_grad and not vars(x):
-            known[id(x)] = x.clone()
-    return copy.deepcopy(model, known)
+            if type(weight) is nn.Parameter and id(weight) not in memo:
+                memo[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                originals.append(weight)
+        for buffer in module._buffers.values():
+            if type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.is_meta:
+                by_memory.setdefault(buffer.untyped_storage().data_ptr(), []).append(buffer)
+    for x, *others in by_memory.values() if plain else ():
+        whole = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
+        ordinary = type(x) is Tensor and not x.requires_grad and x.grad is None and not vars(x)
+        if whole and ordinary and not others and id(x) not in memo:
+            memo[id(x)] = x.clone()
+            originals.append(x)
+    return copy.deepcopy(model, memo)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of numbers, texts and the like alone."""
+    if type(value) in (tuple, list, set, dict, OrderedDict, torch.Size):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (bool, int, float, str, type, torch.dtype, torch.device))
 
 
 def inside(model: nn.Module) -> nn.Module:

@@ -38,7 +38,7 @@ from repairlib.moments import Moments, gather, moments_of
 from repairlib.names import check
 from repairlib.progress import bar
 from repairlib.recording import check_model, copy_model, eval_mode
-from repairlib.tracing import TracedNet, trace, trace_all
+from repairlib.tracing import TracedNet, check_graphs, trace
 
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
@@ -309,7 +309,8 @@ class Goals:
         resets, method = self.options.bn == "reset", self.options.method
         if resets:
             self.references = [copy_model(model) for model in self.references]
-        nets = trace_all(self.references, self.example)
+        nets = [trace(model, self.example) for model in self.references]
+        check_graphs(*nets)
         self.targets = target_nodes(nets[0], self.options.targets)
         if not self.options.visible:
             self.targets = foldable(nets[0], self.targets)

@@ -3,14 +3,13 @@
 Every algorithm of the library reads activations by the names of nodes (taps), whatever the network's modules are.
 """
 
-import copy
 import dataclasses
 import difflib
 import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -163,12 +162,6 @@ class TracedNet:
             origin = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
             return _KIND_OF_NAME.get(getattr(node.target, "__name__", ""), "") if origin in _OWN else ""
         return _KIND_OF_NAME.get(str(node.target), "") if node.op == "call_method" else ""
-
-    def of(self, model: nn.Module) -> "TracedNet":
-        """The same graph, of another model that is built alike."""
-        other = copy.copy(self)
-        other.model, other.modules = model, dict(model.named_modules())
-        return other
 
     def feed(self, x: Inputs) -> dict[str, Any]:
         """Inputs by the names of the graph's placeholders."""
@@ -342,53 +335,6 @@ def _says(net: TracedNet, node: fx.Node) -> tuple:
             if name not in _OF_TRAINING and isinstance(value, (bool, int, float, str, tuple, type(None)))
         }
     return node.op, str(node.target), str(node.args), str(node.kwargs), settings
-
-
-def trace_all(models: Sequence[nn.Module], example: Inputs) -> list[TracedNet]:
-    """Graphs of models of one architecture, from the first one's where they are built alike; not to be edited.
-
-    Raises:
-        UntraceableModel, TypeError, ValueError: see `trace` and `check_graphs`.
-    """
-    first = trace(models[0], example)
-    like = None if first.of_size else _building(models[0])  # code that looks at sizes may look at values of weights
-    nets = [first]
-    for model in models[1:]:
-        check_model(model)
-        nets.append(first.of(model) if like and _building(model) == like else trace(model, example))
-    check_graphs(*(net for net in nets if net is first or net.graph is not first.graph))
-    return nets
-
-
-_PLAIN = (bool, int, float, str, type, type(None), torch.dtype, torch.device)
-
-
-def _building(model: nn.Module) -> list | None:
-    """All that forward may depend on, but for values of weights; None if there is more than can be compared."""
-    parts: list = []
-    seen: dict[int, int] = {}  # which modules and weights are the same, and where
-    for name, module in model.named_modules(remove_duplicate=False):
-        parts.append((name, type(module), seen.setdefault(id(module), len(seen))))
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                for each, x in value.items():
-                    if x is not None and type(x) not in (Tensor, nn.Parameter):
-                        return None
-                    parts.append((each, x if x is None else (type(x), x.shape, x.dtype, x.device, x.layout)))
-                    parts.append(seen.setdefault(id(x), len(seen)))
-            elif key == "_modules":
-                parts.append([each for each, child in value.items() if child is None])
-            elif not _is_plain(value):
-                return None
-            elif key not in _OF_TRAINING:
-                parts.append((key, value))
-    return parts
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN) or (isinstance(value, (dict, set)) and not value)
 
 
 def trace(model: nn.Module, example: Inputs) -> TracedNet:

@@ -15,7 +15,7 @@ from repairlib.interpolate import State, check_models
 from repairlib.matching import Matching, solve_assignment
 from repairlib.names import check
 from repairlib.permutations import fill_identity, random_permutation
-from repairlib.tracing import trace_all
+from repairlib.tracing import check_graphs, trace
 
 
 def _select(x: Tensor, index: Iterable[Tensor], axes: Iterable[int] = range(1, 9)) -> Tensor:
@@ -274,7 +274,8 @@ def derive_spec(model_a: nn.Module, model_b: nn.Module, data: Iterable | None) -
     if isinstance(data, Iterator):
         data = itertools.islice(data, 1)
     example = Batches(data, model_a).example()
-    net = trace_all([model_a, model_b], example)[0]
+    net = trace(model_a, example)
+    check_graphs(net, trace(model_b, example))
     return spec_of(net, example)
 
 

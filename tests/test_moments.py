@@ -63,6 +63,22 @@ def test_a_first_example_far_from_the_others_costs_no_precision(cached):
     torch.testing.assert_close(m.cov(), -m.var(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(40, 300, 7, 7), (40, 6, 7, 7), (3, 2000, 2, 2), (1, 5, 2)])
+@pytest.mark.parametrize("cross", ["none", "paired", "full"])
+def test_wide_and_narrow_maps_have_the_statistics_that_they_have(shape, cross):
+    a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) + 3
+    m = Moments(cross)
+    m.update(a, b)
+    rows = [x.double().transpose(0, 1).flatten(1) for x in (a, b)]
+    for k, r in enumerate(rows):
+        torch.testing.assert_close(m.mean(k), r.mean(1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(m.var(k), r.var(1, correction=0), rtol=1e-5, atol=0)
+    u, v = (r - r.mean(1, keepdim=True) for r in rows)
+    if cross != "none":
+        expected = u @ v.T / v.shape[1]
+        torch.testing.assert_close(m.cov(), expected if cross == "full" else expected.diagonal(), rtol=1e-5, atol=1e-5)
+
+
 def test_float64_activations_keep_their_precision():
     a, b = torch.randn(2, 500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     m = Moments("full")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from cases import CASES, inputs, make
+from cases import inputs, make
 from torch import fx, nn
 
 from repairlib import recording, tracing
@@ -283,7 +283,7 @@ def test_functions_that_may_be_given_numbers_for_tensors_are_recorded(code):
 class Sharing(nn.Module):
     """Weights and buffers that are one object, or one memory; a hook, and a table of its own."""
 
-    def __init__(self):
+    def __init__(self, views):
         super().__init__()
         self.first, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
         self.second = nn.Linear(3, 3)
@@ -292,6 +292,7 @@ class Sharing(nn.Module):
         self.register_buffer("part", self.table[:3])
         self.register_buffer("same", self.norm.running_mean)
         self.plain = self.norm.running_var.detach()  # no buffer, in the memory of one
+        self.halves = [self.table[:3], self.table[3:]] if views else []
         self.first.bias.requires_grad_(False)
         self.seen: dict = {}
         self.also = self.seen
@@ -301,8 +302,9 @@ class Sharing(nn.Module):
         return self.second(self.norm(self.first(x)) + self.part)
 
 
-def test_a_copy_is_what_deepcopy_makes():
-    model = Sharing().eval()
+@pytest.mark.parametrize("views", [False, True])
+def test_a_copy_is_what_deepcopy_makes(views):
+    model = Sharing(views).eval()
     ours, plain = copy_model(model), copy.deepcopy(model)
     x = torch.randn(4, 3)
     for out in (ours, plain):
@@ -318,6 +320,7 @@ def test_a_copy_is_what_deepcopy_makes():
     with torch.no_grad():
         for tensor in ours.state_dict().values():
             tensor.zero_()
+    assert not any(half.any() for half in ours.halves) and len(ours.halves) == 2 * views
     assert model.table[1] == 1 and model.norm.running_var[0] == 1 and model.first.weight.abs().sum() > 0
 
 
@@ -326,58 +329,19 @@ def test_a_copy_uses_what_it_is_given_and_a_way_of_the_modules_own():
         def __deepcopy__(self, memo):
             return Own(5, 5)
 
+    class Forgetful(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.cache = {}
+
+        def __getstate__(self):
+            del self.cache
+            return vars(self) | {"options": {"a": 1}}
+
+    model = nn.Sequential(nn.ReLU(), Forgetful(), nn.ReLU())
+    assert copy_model(model)[1].options == {"a": 1}
+
     model = nn.Sequential(nn.Linear(2, 2), Own(2, 2))
     given = nn.Parameter(torch.ones(2, 2))
     out = copy_model(model, {id(model[0].weight): given})
     assert out[0].weight is given and out[1].in_features == 5
-
-
-class Branching(nn.Module):
-    """Forward depends on a number, on a setting of a module, and perhaps on something that cannot be compared."""
-
-    def __init__(self, scale=2.0, steps=1, other=None):
-        super().__init__()
-        self.layer, self.scale, self.steps, self.other = nn.Linear(3, 3), scale, nn.Module(), other
-        self.steps.number = steps
-
-    def forward(self, x):
-        for _ in range(self.steps.number):
-            x = self.layer(x) * self.scale
-        return x if self.other is None else self.other(x)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_graph_of_the_first_is_that_of_a_network_built_alike(name):
-    models = [make(name, seed) for seed in (0, 1)]
-    x = inputs(name)
-    first, second = tracing.trace_all(models, x)
-    assert second.graph is first.graph and second.model is models[1]
-    own = tracing.trace(models[1], x)
-    assert [str(node) for node in second.nodes] == [str(node) for node in own.nodes]
-    with torch.no_grad(), recording.eval_mode(*models):
-        for (tap, found), (_, expected) in zip(
-            second.walk(x, list(second.kinds)), own.walk(x, list(own.kinds)), strict=True
-        ):
-            if isinstance(expected, torch.Tensor):
-                assert torch.equal(found, expected), tap
-        assert torch.equal(second.run(x), models[1](x))
-
-
-@pytest.mark.parametrize("other", [{"scale": 3.0}, {"steps": 2}])
-def test_networks_that_are_built_otherwise_are_found_out(other):
-    with pytest.raises(ValueError, match="forward differs at node"):
-        tracing.trace_all([Branching(), Branching(**other)], torch.randn(2, 3))
-
-
-def test_what_cannot_be_compared_is_recorded_for_each():
-    models = [Branching(other=torch.relu), Branching(other=torch.relu)]
-    first, second = tracing.trace_all(models, torch.randn(2, 3))
-    assert first.graph is not second.graph
-    hooked = [Branching(), Branching()]
-    hooked[1].layer.register_forward_hook(lambda module, inputs, output: output + 1)
-    first, second = tracing.trace_all(hooked, torch.randn(2, 3))
-    assert first.graph is not second.graph
-    tied = [nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)]
-    tied[1][1] = tied[1][0]
-    with pytest.raises(ValueError, match="forward differs at node"):
-        tracing.trace_all(tied, torch.randn(2, 3))
