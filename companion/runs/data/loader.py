@@ -82,8 +82,8 @@ def iterate(
     Args:
         dataset: of `load`.
         split: "train" or "test".
-        batch_size: images in a batch; the last may have fewer. Default: 500 on a GPU; on a CPU as many as have 100,000
-            pixels, 10 to 200.
+        batch_size: images in a batch; the last may have fewer. Default: 500; on a CPU as many as have 100,000 pixels,
+            10 to 500.
         augment: names, see `augment`.
         generator: on the CPU; one number is drawn from it, the seed of this pass (0 without it), so calling again with
             the same generator gives another pass, while iterating twice over one result gives the same pass twice.
@@ -108,7 +108,7 @@ def iterate(
     if batch_size is None:
         # 64 channels of so many pixels are 26 MB. Above 32 MB, memory is mapped anew for each layer, page by page.
         fitting = 102_400 // (dataset.shape[1] * dataset.shape[2])
-        batch_size = min(max(fitting, 10), 200) if dataset.device.type == "cpu" else 500
+        batch_size = min(max(fitting, 10), 500) if dataset.device.type == "cpu" else 500
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit are at least 1, not {batch_size} and {limit}")
     half = getattr(dataset, split)
