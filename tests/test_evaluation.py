@@ -205,8 +205,8 @@ def test_labels_may_be_integers_of_any_kind(kind):
     assert evaluation.evaluate(nn.Identity(), [(x, y.to(kind))]) == evaluation.evaluate(nn.Identity(), [(x, y)])
 
 
-@pytest.mark.parametrize("pixels,expected", [(8, 200), (28, 130), (32, 100), (64, 25), (224, 10)])
+@pytest.mark.parametrize("pixels,expected", [(8, 500), (16, 400), (28, 130), (32, 100), (64, 25), (224, 10)])
 def test_the_companion_evaluates_larger_images_in_smaller_batches(pixels, expected):
-    half = Split(torch.zeros(1, 1, pixels, pixels, dtype=torch.uint8).expand(250, -1, -1, -1), torch.zeros(250).long())
+    half = Split(torch.zeros(1, 1, pixels, pixels, dtype=torch.uint8).expand(600, -1, -1, -1), torch.zeros(600).long())
     first = next(iter(iterate(Dataset("grey", half, half, 2, (0.5,), (0.5,)), "test")))
     assert len(first[1]) == expected
