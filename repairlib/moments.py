@@ -100,7 +100,8 @@ class Moments:
         """Sums of values (n, units, ...) less their centres, of squares, and of products with those of network 0."""
         order = _order(values[0], size, self.cross == "full")  # that of network 0 is right for its products
         axis, positions = 1 if order == "units" else 0, values[0][0, 0].numel()
-        sums, squares, products = ([[] for _ in values] for _ in range(3))
+        found: list[list[list[Tensor]]] = [[[] for _ in values] for _ in range(3)]
+        sums, squares, products = found
         full: list[Tensor] = []
         parts = (_centred(x, centre, order, size) for x, centre in zip(values, centres, strict=True))
         for rows in zip(*parts, strict=True):
@@ -119,8 +120,8 @@ class Moments:
             for each, those in zip(rows, squares, strict=True):
                 those.append(each.square_().sum(axis))
 
-        def totals(found: list[list[Tensor]]) -> list[Tensor]:
-            added = [p[0].double() if len(p) == 1 else torch.stack(p).sum(0, dtype=torch.float64) for p in found]
+        def totals(kind: list[list[Tensor]]) -> list[Tensor]:
+            added = [p[0].double() if len(p) == 1 else torch.stack(p).sum(0, dtype=torch.float64) for p in kind]
             return [x.view(-1, positions).sum(1) for x in added] if order == "examples" else added
 
         if self.cross == "none":
