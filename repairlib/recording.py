@@ -99,19 +99,19 @@ def check_model(model: Any) -> None:
 
 
 def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
-    """What `copy.deepcopy` makes of a model, in a third of the time.
+    """What `copy.deepcopy` makes of a model, in less than half of the time.
 
-    Most of its time goes into weights and empty tables of hooks, one by one. These are copied here, into its memo.
-    Tensors that may share memory are left to deepcopy, so that their copies share it, too.
+    Deepcopy takes most of its time for weights and for empty tables of hooks, one by one. They are copied here and put
+    into its memo. Tensors that may share memory are left to deepcopy, so that their copies share it, too.
     """
     memo, originals, plain = dict(memo or {}), [], True
     by_memory: dict[int, list[Tensor]] = {}
     for module in model.modules():
-        for key, value in vars(module).items():
+        for key, value in (*vars(module).items(), *module._buffers.items()):
             if type(value) in (OrderedDict, dict, set) and not value:
                 memo.setdefault(id(value), type(value)())
                 originals.append(value)  # else another object might come to have its id
-            elif isinstance(value, Tensor):
+            elif type(value) is Tensor and value.layout is torch.strided and not value.is_meta:
                 by_memory.setdefault(value.untyped_storage().data_ptr(), []).append(value)
             elif key not in ("_parameters", "_buffers", "_modules"):
                 plain = plain and _is_plain(value)  # else there may be views in it
@@ -119,12 +119,9 @@ def copy_model(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Mo
             if type(weight) is nn.Parameter and id(weight) not in memo:
                 memo[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
                 originals.append(weight)
-        for buffer in module._buffers.values():
-            if type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.is_meta:
-                by_memory.setdefault(buffer.untyped_storage().data_ptr(), []).append(buffer)
     for x, *others in by_memory.values() if plain else ():
         whole = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
-        ordinary = type(x) is Tensor and not x.requires_grad and x.grad is None and not vars(x)
+        ordinary = not x.requires_grad and x.grad is None and not vars(x)
         if whole and ordinary and not others and id(x) not in memo:
             memo[id(x)] = x.clone()
             originals.append(x)

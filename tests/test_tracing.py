@@ -324,6 +324,18 @@ def test_a_copy_is_what_deepcopy_makes(views):
     assert model.table[1] == 1 and model.norm.running_var[0] == 1 and model.first.weight.abs().sum() > 0
 
 
+def test_a_copy_keeps_tensors_of_any_kind_and_views_beside_them():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model.adjacency = torch.eye(3).to_sparse()  # has no storage
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    model.register_buffer("empty", torch.zeros(3, device="meta"))
+    model.tops = [model[0].running_mean[:1]]
+    out = copy_model(model)
+    assert torch.equal(out.adjacency.to_dense(), torch.eye(3)) and torch.equal(out.graph.to_dense(), torch.eye(3))
+    out[0].running_mean.fill_(7)
+    assert out.empty.is_meta and out.tops[0] == 7 and model.tops[0] == 0
+
+
 def test_a_copy_uses_what_it_is_given_and_a_way_of_the_modules_own():
     class Own(nn.Linear):
         def __deepcopy__(self, memo):

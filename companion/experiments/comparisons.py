@@ -1,6 +1,5 @@
 """How alike two aligned networks are, and how much of their alignment matters (Csiszarik et al. 2023, Sec. 6)."""
 
-import copy
 import itertools
 from collections.abc import Iterable, Sequence, Sized
 
@@ -18,6 +17,7 @@ from repairlib.interpolate import State, interpolate_states
 from repairlib.matching import gather_groups
 from repairlib.permutations import derange, permute_state
 from repairlib.progress import bar
+from repairlib.recording import copy_model
 
 
 def label_agreement(
@@ -35,7 +35,7 @@ def label_agreement(
         One row a network: counts of examples {a_correct, a_wrong, b_correct, b_wrong, both_correct, both_wrong,
         neither_correct, neither_wrong}.
     """
-    net = copy.deepcopy(model)  # takes up one state after the other
+    net = copy_model(model)  # takes up one state after the other
 
     def labels(state: State) -> torch.Tensor:
         net.load_state_dict(state)

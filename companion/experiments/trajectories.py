@@ -1,6 +1,5 @@
 """What happens to a network while it is trained on, every so many steps (Qu and Horvath 2024, Secs. 3.2 and 4.2)."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from companion.runs.recipes import Recipe
 from companion.runs.train import fit
 from repairlib.diagnostics import distance
 from repairlib.evaluation import evaluate
+from repairlib.recording import copy_model
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 
@@ -42,7 +42,7 @@ def trajectory(
     Returns:
         Rows {step, **measured}.
     """
-    model = copy.deepcopy(model).to(dataset.device)
+    model = copy_model(model).to(dataset.device)
     rows = [{"step": 0, **measure(model)}]
     for recipe in recipes:
         before = rows[-1]["step"]
@@ -119,7 +119,7 @@ def distance_rows(runs: tuple[str, str], epochs: Sequence[int]) -> list[dict]:
 
     def keep(step: int, model: nn.Module, loss: Tensor) -> bool:
         if step in steps:
-            seen[step].append(copy.deepcopy(model).cpu())
+            seen[step].append(copy_model(model).cpu())
         return step == max(steps)
 
     for run in runs:
