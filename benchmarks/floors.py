@@ -8,6 +8,7 @@ import argparse
 import copy
 import functools
 import gc
+import itertools
 import math
 import os
 import subprocess
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from common import images, network, save
 from torch import nn
 
@@ -141,40 +141,46 @@ def several(args: argparse.Namespace) -> list[dict]:
     return [row("8 networks by activations, to the first, resnet20-bn-w1", "eight forward passes", found)]
 
 
+def mlp(inputs: int, width: int, hidden: int) -> nn.Sequential:
+    sizes = [inputs, *[width] * hidden]
+    layers = [each for pair in itertools.pairwise(sizes) for each in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
 def path(args: argparse.Namespace) -> list[dict]:
-    torch.manual_seed(0)
-    a, b = (nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in "ab")
-    batches = [(torch.randn(100, 64), torch.arange(100) % 10)]
-    alphas = [i / 100 for i in range(101)]
+    """A barrier of 101 points: of the MLP of `quick` on the test images of `digits`, and of one as small as can be."""
+    rows, alphas = [], [i / 100 for i in range(101)]
+    for inputs, width, hidden, examples in ((256, 128, 3, 400), (64, 32, 2, 100)):
+        torch.manual_seed(0)
+        a, b = (mlp(inputs, width, hidden) for _ in "ab")
+        x, y = torch.randn(examples, inputs), torch.arange(examples) % 10
+        found = least({
+            "ours": lambda a=a, b=b, x=x, y=y: repairlib.barrier(a, b, [(x, y)], points=len(alphas)),
+            "floor": lambda a=a, b=b, x=x, y=y: plain_path(a, b, x, y, alphas),
+        }, 4 * args.times)  # fmt: skip
+        rows.append(row(f"path of 101 points, {examples} images, MLP of {hidden} x {width}", "a plain loop", found))
+    return rows
 
-    def plain() -> list:
-        net, ends, out = copy.deepcopy(a), [dict(m.named_parameters()) for m in (a, b)], []
-        with torch.no_grad():
-            for alpha in alphas:
-                for name, p in net.named_parameters():
-                    p.copy_(torch.lerp(ends[0][name], ends[1][name], alpha))
-                logits = net(batches[0][0])
-                out.append((float(F.cross_entropy(logits, batches[0][1])),
-                            float((logits.argmax(1) == batches[0][1]).double().mean())))  # fmt: skip
-        return out
 
-    def ours() -> float:
-        return repairlib.barrier(a, b, batches, points=len(alphas))
-
-    return [row("path of 101 points through an MLP of 32 units", "a plain loop", least({"ours": ours, "floor": plain}))]
+def plain_path(a: nn.Module, b: nn.Module, x: torch.Tensor, y: torch.Tensor, alphas: list[float]) -> list:
+    net, ends, out = copy.deepcopy(a), [dict(m.named_parameters()) for m in (a, b)], []
+    with torch.no_grad():
+        for alpha in alphas:
+            for name, p in net.named_parameters():
+                p.copy_(torch.lerp(ends[0][name], ends[1][name], alpha))
+            logits = net(x)
+            out.append((float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).double().mean())))
+    return out
 
 
 def layouts(args: argparse.Namespace) -> list[dict]:
     """Evaluation by size of the images, layout of inputs and weights, and batch: microseconds an image."""
     rows, last = [], torch.channels_last
-    for name in ("resnet20-bn-w0.25", "resnet20-bn-w1", "resnet20-ln-w1", "resnet18-bn-w0.25", "vgg11-bn-w0.25",
-                 "vgg11-bn-w1", "mobilenet_v2"):  # fmt: skip
-        for size in (8, 32, 64):
-            if name == "mobilenet_v2":
-                model = torchvision.models.get_model(name, num_classes=10).eval()
-            else:
-                model = models.build(name, shape=(3, size, size), classes=10).eval()
-            x, converted = torch.randn(200, 3, size, size), copy.deepcopy(model).to(memory_format=last)
+    for name in ("resnet20-bn-w0.25", "resnet20-bn-w1", "resnet20-ln-w0.5", "tiny10-ln-w1", "vgg11-bn-w0.25",
+                 "vgg11-bn-w1"):  # fmt: skip
+        for channels, size in ((1, 16), (3, 32)):  # of `digits` and CIFAR-10
+            model = models.build(name, shape=(channels, size, size), classes=10).eval()
+            x, converted = torch.randn(200, channels, size, size), copy.deepcopy(model).to(memory_format=last)
             functions = {}
             for batch in (25, 50, 100, 200):
                 plain, parts = x.split(batch), x.contiguous(memory_format=last).split(batch)

@@ -154,10 +154,12 @@ def barrier(
     check(metric, ("loss", "accuracy"), "metric")
     if repaired is not None:
         repaired.check_ends(model_a, model_b)
-    path = LinearPath(model_a, model_b).at if repaired is None else lambda alpha: repaired(alpha).model
+    if repaired is None:
+        line = LinearPath(model_a, model_b)
+        line.model.eval()  # once, not at every point
     alphas, costs = [i / (points - 1) for i in range(points)], []
     for alpha in alphas:
-        model = path(alpha)
+        model = line.at(alpha) if repaired is None else repaired(alpha).model
         if score is not None:
             costs.append(mean_score(model, test, score))
             continue

@@ -5,13 +5,14 @@ std for each channel. Gain and shift follow from the goals and from the network'
 go into ordinary weights (`fold`).
 """
 
+import copy
 import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from repairlib.tracing import TracedNet, check_graphs, trace
 METHODS = ("closed-form", "simultaneous", "sequential", "batch")
 CORRECT = ("repair", "rescale", "reshift")
 
+GoalsT = TypeVar("GoalsT", bound="Goals")
 Rule = Callable[[Moments], Correction]  # a target's present statistics -> its correction
 Note = Callable[[Moments], Correction | None]  # the same, or None to leave it as it is
 Constant = dict[str, Tensor]  # by node, which channels are constant, bool (units,)
@@ -241,6 +243,8 @@ class Options:
     limit: int | None = 5000
 
     def __post_init__(self):
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", targets)
         check(self.correct, CORRECT, "correct")
         check(self.method, METHODS, "method")
         check(self.bn, ("frozen", "reset"), "bn")
@@ -290,8 +294,7 @@ class Goals:
         recorded = isinstance(self.references[0], Mapping)
         if self.options.method == "closed-form" and (recorded or len(self.references) != 2):
             raise ValueError("method='closed-form' needs two networks as references")
-        if self.options.shrink and (recorded or len(self.references) != 1):
-            raise ValueError("shrink compares channels with those of one network as the reference")
+        self._check_shrink()
         if recorded:
             self.statistics: list[Statistics] = self.references
             self.targets = list(self.statistics[0])
@@ -315,9 +318,8 @@ class Goals:
         if not self.options.visible:
             self.targets = foldable(nets[0], self.targets)
         if not self.targets:
-            wanted = [self.options.targets] if isinstance(self.options.targets, str) else self.options.targets
             kind = "" if self.options.visible else " whose weights can take a correction up"
-            raise ValueError(f"nothing to correct: the network has no {' or '.join(wanted)} node{kind}")
+            raise ValueError(f"nothing to correct: the network has no {' or '.join(self.options.targets)} node{kind}")
         if resets and method == "sequential":  # goals are read in the pass that resets
             seen: list[dict[str, Moments]] = [{} for _ in nets]
             for net, found in zip(nets, seen, strict=True):
@@ -331,6 +333,39 @@ class Goals:
             self.statistics = [{name: (m.mean(k), m.std(k)) for name, m in self.ends.items()} for k in range(len(nets))]
         for statistics in self.statistics:
             _refuse_nan(statistics)
+
+    def _check_shrink(self) -> None:
+        if self.options.shrink and (isinstance(self.references[0], Mapping) or len(self.references) != 1):
+            raise ValueError("shrink compares channels with those of one network as the reference")
+
+    def with_options(self: GoalsT, **options) -> GoalsT:
+        """The same, as made with these options, but nothing is measured again: to compare corrections.
+
+        Args:
+            **options: all that differ from the defaults, see `Options`.
+
+        Raises:
+            ValueError: a bad option, or one with which something else is measured: `targets`, `visible`, `bn`, `limit`,
+                and `method` to or from "closed-form", or where BatchNorms are reset.
+
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in "ab")
+        >>> repair = Repair(a, b, [torch.randn(100, 4)])
+        >>> rescaled = repair.with_options(correct="rescale")(0.5)
+        """
+        for name in options:
+            check(name, Options.__dataclass_fields__, "option")
+        out, mine = copy.copy(self), self.options
+        out.options = Options(**options)
+        deciding = [] if isinstance(self.references[0], Mapping) else ["targets", "visible", "bn", "limit"]
+        if (deciding and mine.bn == "reset") or "closed-form" in (mine.method, out.options.method):
+            deciding.append("method")
+        for name in deciding:
+            if getattr(out.options, name) != getattr(mine, name):
+                raise ValueError(f"{name}={getattr(out.options, name)!r} needs other statistics than "
+                                 f"{name}={getattr(mine, name)!r}, which were measured: make {type(self).__name__} "
+                                 "anew")  # fmt: skip
+        out._check_shrink()
+        return out
 
     def at(self, weights: float | Sequence[float] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Goal mean and std (units,) at every target; a subclass may define others.

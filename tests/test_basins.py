@@ -36,7 +36,8 @@ def test_distances_as_trained_and_matched():
     pair = load_pair([f"{RESNET}/s1", f"{RESNET}/s2"], calibration=200)
     found = {(row["matching"], row["buffers"]): row["distance"] for row in distance_rows(pair)}
     assert len(found) == 6 and found["WM", False] < found["none", False] and found["none", False] < found["none", True]
-    a, b = (torch.nn.utils.parameters_to_vector(m.parameters()).double() for m in (pair.a, pair.aligned_by("AM")))
+    models = pair.a, pair.aligned_by("AM")
+    a, b = (torch.cat([p.detach().double().flatten() for p in m.parameters()]) for m in models)
     assert found["AM", False] == pytest.approx(float((a - b).norm().detach()), rel=1e-6)
     plain = load_pair([f"{MLP}/s1", f"{MLP}/s2"], calibration=200)
     assert [row["buffers"] for row in distance_rows(plain)] == [False] * 3

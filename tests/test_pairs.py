@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from companion.experiments import methods
 from companion.experiments.methods import MATCHINGS
 from companion.experiments.pairs import load_pair, pairs_of, title_of
 from companion.runs import train
-from repairlib import match_transport, match_weights
+from repairlib import Repair, match_transport, match_weights
 from repairlib.evaluation import evaluate
 
 RUNS = ["digits/mlp2-plain-w16/smoke/s1", "digits/mlp2-plain-w16/smoke/s2"]
@@ -44,6 +47,28 @@ def test_a_pair_is_matched_in_the_way_that_is_asked_for():
     with pytest.raises(ValueError, match="nearest is 'REPAIR'"):
         pair.path(renorm="REPAIRED")
     assert set(MATCHINGS) == {"none", "AM", "WM", "STE", "OT"}
+
+
+def test_endpoints_are_measured_once_for_several_renormalisations(monkeypatch):
+    made = []
+    monkeypatch.setattr(methods, "Repair", lambda *ends, **how: made.append(how) or Repair(*ends, **how))
+    runs = [f"digits/resnet8-bn-w0.25/smoke/s{seed}" for seed in (1, 2)]
+    shared, renorms = load_pair(runs, calibration=200), ("REPAIR", "RESCALE", "REPAIR conv", "RESHIFT", "REPAIR")
+    for renorm in renorms:
+        expected = load_pair(runs, calibration=200).path("AM", renorm)(0.5)
+        assert same_weights(shared.path("AM", renorm)(0.5), expected)
+    shared.path("none", "REPAIR")
+    assert len(made) - len(renorms) == 3  # of the usual targets, of convolutions, and of other endpoints
+    fewer = replace(shared, calibration=shared.sample(50, 0))  # is another pair, which has measured nothing
+    assert not same_weights(fewer.path("none", "REPAIR")(0.5), shared.path("none", "REPAIR")(0.5))
+
+
+def test_further_endpoints_are_not_taken_for_the_pair():
+    pair, measured = load_pair(RUNS, calibration=200), []
+    path = methods.RENORMS["REPAIR"].path
+    path(pair.a, pair.aligned, pair.calibration, measured=measured, others=[pair.a])
+    assert not measured
+    assert same_weights(path(pair.a, pair.aligned, pair.calibration, measured=measured)(0), pair.a)
 
 
 def test_every_two_seeds_are_a_pair():

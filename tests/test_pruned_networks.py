@@ -4,11 +4,13 @@ import pandas as pd
 import pytest
 import torch
 
+from companion.experiments import pruning as experiment
 from companion.experiments.pruning import AFTER_PRUNING, PRUNERS, Settings, load_trained, pruning_rows, sample_rows
 from companion.experiments.statistics import density_rows
 from companion.experiments.tables import pruned_means
 from repairlib import pruning
 from repairlib.evaluation import evaluate
+from repairlib.renorm import Goals, renormalize
 
 PLAIN, BATCHNORM = "digits/mlp2-plain-w16/smoke/s1", "digits/resnet8-bn-w0.125/smoke/s1"
 FEW = Settings(images=8, gradients=8, batch=2, block=16)
@@ -37,13 +39,17 @@ def test_rows_are_of_every_pruner_sparsity_and_renormalisation():
     assert list(means) == ["none", "renormalised", "RESET"] and len(means) == 8
 
 
-def test_without_batchnorm_a_network_gets_repair():
-    network = load_trained(PLAIN, 100)
-    pruned = pruning.prune(network.model, pruning.mask_smallest(pruning.magnitude_scores(network.model), 0.5))
-    usual, repaired = (
-        AFTER_PRUNING[name](pruned, network.model, network.calibration) for name in ("renormalised", "REPAIR")
-    )
-    assert all(torch.equal(value, repaired.state_dict()[key]) for key, value in usual.state_dict().items())
+def test_without_batchnorm_a_network_gets_repair(monkeypatch):
+    network, measured = load_trained(PLAIN, 100), []
+    monkeypatch.setattr(experiment, "Goals", lambda *of, **how: measured.append(how) or Goals(*of, **how))
+    scores, data = pruning.magnitude_scores(network.model), network.calibration
+    usual, repaired = (AFTER_PRUNING[name](network.model, data) for name in ("renormalised", "REPAIR"))
+    for sparsity in (0.5, 0.8):
+        pruned = pruning.prune(network.model, pruning.mask_smallest(scores, sparsity))
+        expected = renormalize(pruned, network.model, data, targets=("conv", "linear"), limit=None).model.state_dict()
+        for after in (usual, repaired):
+            assert all(torch.equal(value, expected[key]) for key, value in after(pruned).state_dict().items())
+    assert len(measured) == 2  # the dense network, once for each
 
 
 def test_few_images_and_all():

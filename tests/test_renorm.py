@@ -556,6 +556,51 @@ def test_a_pruned_network_gets_the_dense_ones_statistics(name):
     assert all(torch.equal(mask, w != 0) for mask, w in zip(masks, weights, strict=True))  # as sparse as before
 
 
+@pytest.mark.parametrize("bn", ["frozen", "reset"])
+def test_other_corrections_need_no_new_measurement(bn, monkeypatch):
+    a, b, data = pair("resnet8-bn-w0.5")
+    choices = [{}, {"correct": "rescale", "average": True, "eps": 1e-5}, {"correct": "reshift"}]
+    if bn == "frozen":
+        choices += [{"method": "simultaneous"}, {"method": "simultaneous", "correct": "rescale", "unbiased": True}]
+    expected = [renorm.Repair(a, b, data, bn=bn, **options)(0.3).model.state_dict() for options in choices]
+    first = renorm.Repair(a, b, data, bn=bn, correct="rescale")
+    for measuring in ("gather", "_reset"):
+        monkeypatch.setattr(renorm, measuring, None)
+    for options, state in zip(choices, expected, strict=True):
+        found = first.with_options(bn=bn, **options)(0.3).model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in found.items())
+    assert first.options.correct == "rescale"
+    assert first.with_options(bn=bn, targets=list(corrections.TARGETS)).targets == first.targets  # a list or a tuple
+
+
+def test_recorded_statistics_serve_any_correction():
+    model, _, data = pair("resnet8-bn-w0.5")
+    recorded = renorm.Goals(model, data).statistics
+    first = renorm.Goals(recorded, data)
+    for options in ({"correct": "rescale"}, {"bn": "reset"}, {"limit": 10}):
+        expected = renorm.Goals(recorded, data, **options).renormalize(model).model.state_dict()
+        found = first.with_options(**options).renormalize(model).model.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"targets": "conv"}, r"targets=\('conv',\) needs other statistics than targets=.* make Repair anew"),
+        ({"targets": ["conv"]}, "targets=.* needs other statistics"),
+        ({"limit": 3}, "limit=3 needs other statistics"),
+        ({"bn": "reset"}, "bn='reset' needs other statistics than bn='frozen'"),
+        ({"method": "closed-form"}, "method='closed-form' needs other statistics than method='sequential'"),
+        ({"shrink": True}, "one network as the reference"),
+        ({"corect": "rescale"}, "nearest is 'correct'"),
+    ],
+)
+def test_what_would_need_a_measurement_is_refused(options, words):
+    repair = renorm.Repair(*pair("resnet8-bn-w0.5"))
+    with pytest.raises(ValueError, match=words):
+        repair.with_options(**options)
+
+
 # --------------------------------------------------------------------------------------------------- data-independent
 
 

@@ -97,6 +97,15 @@ def test_each_network_is_what_its_columns_say():
         assert found["AM", "RESET", alpha] == pytest.approx(pair.evaluate(model)[0], abs=1e-5)
 
 
+def test_a_reset_endpoint_is_the_same_however_units_are_matched():
+    pair = load_pair(RESNETS, calibration=200)
+    table = path_rows(pair, [0, 1], matchings=("none", "WM"), renorms=["RESET"])
+    assert table[:2] == [row | {"matching": "none"} for row in table[2:]]
+    for row in table:
+        model = pair.path(row["matching"], "RESET")(row["alpha"])
+        assert row["loss"] == pytest.approx(pair.evaluate(model)[0], rel=1e-5)
+
+
 def test_splits_follow_each_other_and_a_network_is_made_once():
     pair = load_pair(RUNS, calibration=100)
     table = path_rows(pair, [0, 1], renorms=["none"], splits=("train", "test"))

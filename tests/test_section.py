@@ -9,9 +9,11 @@ import pytest
 
 from companion.experiments import available
 from companion.experiments.grids import Grid
+from companion.experiments.methods import MATCHINGS, MatchingMethod
 from companion.figures import section
 from companion.figures.plots import repair as plots
 from companion.figures.section import Item, Section, beside, stack
+from repairlib import match_activations
 
 RUN = "digits/mlp2-fused-w8/smoke"
 LEFT, MIDDLE, SUMMARY = "repair/fig6-left", "repair/fig6-middle", "repair/table1"
@@ -86,6 +88,19 @@ def test_a_function_measures_every_pair_and_pairs_are_loaded_once(here, monkeypa
     assert found[0].to_dict("records") == [network | {"pair": "1-2", "text": "x", "run_a": f"{RUN}/s1"}]
     ((name, pair),) = work.pairs(RUN, [2, 3])
     assert name == "2-3" and pair.method == "AM"
+
+
+def test_tables_of_one_network_share_what_was_matched(here, monkeypatch):
+    matched = []
+    counted = MatchingMethod("", lambda *ends: matched.append(ends) or match_activations(*ends))
+    monkeypatch.setitem(MATCHINGS, "AM", counted)
+    work = Section(grid, "smoke")
+    tables = [work.item(LEFT).rows(renorms=[renorm], alphas=[0.5]) for renorm in ("none", "REPAIR")]
+    assert len(matched) == 1 and tables[0]["loss"][0] != tables[1]["loss"][0]
+    monkeypatch.setattr(section, "KEPT_BYTES", 1)  # so that no pair is small enough to be kept
+    work = Section(grid, "smoke")
+    again = [work.item(LEFT).rows(renorms=[renorm], alphas=[0.5]) for renorm in ("none", "REPAIR")]
+    assert len(matched) == 3 and all(map(pd.DataFrame.equals, tables, again))
 
 
 def test_a_function_measures_every_network_by_itself(here):

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from companion.experiments.methods import MATCHINGS
-from companion.experiments.pairs import CALIBRATION_BATCH, Pair
+from companion.experiments.pairs import CALIBRATION_BATCH, Pair, trained
 from companion.experiments.statistics import MATCHED, has_batchnorm
-from companion.runs import store
 from companion.runs.data import iterate, load
 from repairlib.diagnostics import distance
 from repairlib.evaluation import evaluate
@@ -96,7 +95,7 @@ def average_rows(
     for regime in regimes:
         check(regime, (*REGIMES, "same basin"), "regime")
     dataset = load(runs[0].split("/")[0])
-    models = [store.get(run, dataset.device) for run in runs[: max(numbers)]]
+    models = [trained(run, dataset.device) for run in runs[: max(numbers)]]
     data = iterate(dataset, "train", CALIBRATION_BATCH, limit=calibration)
     test = iterate(dataset, "test")
     ends = [evaluate(model, test)[1] for model in models]

@@ -3,6 +3,7 @@
 Whoever adds a matching or a renormalisation adds an entry here.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Renormalisation(NamedTuple):
     Attributes:
         label: what it is called where there is room.
         path: (model_a, model_b, data, **options) -> `Path`.
-        moves_ends: whether it changes the networks at alpha 0 and 1 too.
+        moves_ends: whether it changes the networks at alpha 0 and 1 too, each of them whatever the other is.
         needs: a kind of layer that the networks must have, such as "BatchNorm"; empty if any network will do.
     """
 
@@ -47,14 +48,43 @@ def _interpolated(model_a: nn.Module, model_b: nn.Module, data: Iterable, **opti
     return lambda alpha: interpolate_models(model_a, model_b, alpha)
 
 
-def _repaired(**fixed) -> Callable[..., Path]:
-    """REPAIR with some options fixed; all of the data counts unless `limit` says otherwise."""
+class RepairPath:
+    """REPAIR with some options fixed; all of the data counts unless `limit` says otherwise.
 
-    def path(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> Path:
-        repair = Repair(model_a, model_b, data, **({"limit": None} | fixed | options))
-        return lambda alpha: repair(alpha).model
+    Args:
+        **fixed: options of `repairlib.Repair`.
+    """
 
-    return path
+    def __init__(self, **fixed):
+        self.fixed = {"limit": None} | fixed
+
+    def __call__(
+        self,
+        model_a: nn.Module,
+        model_b: nn.Module,
+        data: Iterable,
+        *,
+        measured: list[Repair] | None = None,
+        **options,
+    ) -> Path:
+        """The path.
+
+        Args:
+            model_a, model_b, data: aligned endpoints, and what statistics are measured on.
+            measured: REPAIRs of the same three. Their statistics are used where they fit; else a new one is added.
+            **options: further options.
+        """
+        options = self.fixed | options
+        measured = [] if measured is None or "others" in options else measured  # others are endpoints, too
+        for repair in measured:
+            with contextlib.suppress(ValueError):  # it has other statistics
+                return _models(repair.with_options(**options))
+        measured.append(Repair(model_a, model_b, data, **options))
+        return _models(measured[-1])
+
+
+def _models(repair: Repair) -> Path:
+    return lambda alpha: repair(alpha).model
 
 
 def _reset(model_a: nn.Module, model_b: nn.Module, data: Iterable, **options) -> Path:
@@ -71,18 +101,18 @@ MATCHINGS: dict[str, MatchingMethod] = {
 }
 RENORMS: dict[str, Renormalisation] = {
     "none": Renormalisation("as interpolated", _interpolated),
-    "REPAIR": Renormalisation("REPAIR", _repaired()),
-    "REPAIR closed form": Renormalisation("REPAIR, closed form", _repaired(method="closed-form")),
-    "REPAIR simultaneous": Renormalisation("REPAIR, simultaneous", _repaired(method="simultaneous")),
-    "REPAIR conv": Renormalisation("REPAIR of convolutions only", _repaired(targets="conv"), needs="Conv"),
+    "REPAIR": Renormalisation("REPAIR", RepairPath()),
+    "REPAIR closed form": Renormalisation("REPAIR, closed form", RepairPath(method="closed-form")),
+    "REPAIR simultaneous": Renormalisation("REPAIR, simultaneous", RepairPath(method="simultaneous")),
+    "REPAIR conv": Renormalisation("REPAIR of convolutions only", RepairPath(targets="conv"), needs="Conv"),
     "REPAIR bn reset": Renormalisation(
-        "REPAIR, BatchNorms reset", _repaired(bn="reset"), moves_ends=True, needs="BatchNorm"
+        "REPAIR, BatchNorms reset", RepairPath(bn="reset"), moves_ends=True, needs="BatchNorm"
     ),
-    "RESCALE": Renormalisation("RESCALE", _repaired(correct="rescale")),
-    "RESCALE average": Renormalisation("RESCALE, one scale a layer", _repaired(correct="rescale", average=True)),
+    "RESCALE": Renormalisation("RESCALE", RepairPath(correct="rescale")),
+    "RESCALE average": Renormalisation("RESCALE, one scale a layer", RepairPath(correct="rescale", average=True)),
     "RESCALE simultaneous": Renormalisation(
-        "RESCALE, simultaneous", _repaired(correct="rescale", method="simultaneous")
+        "RESCALE, simultaneous", RepairPath(correct="rescale", method="simultaneous")
     ),
-    "RESHIFT": Renormalisation("RESHIFT", _repaired(correct="reshift")),
+    "RESHIFT": Renormalisation("RESHIFT", RepairPath(correct="reshift")),
     "RESET": Renormalisation("RESET", _reset, moves_ends=True, needs="BatchNorm"),
 }

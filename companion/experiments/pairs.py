@@ -9,13 +9,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from companion.experiments.methods import MATCHINGS, RENORMS, Path
+from companion.experiments.methods import MATCHINGS, RENORMS, Path, RepairPath
 from companion.runs import store, train
 from companion.runs.data import Dataset, Loader, iterate, load
 from companion.runs.names import seeded
 from repairlib.evaluation import evaluate
 from repairlib.matching import Matching
 from repairlib.names import check
+from repairlib.renorm import Repair
 
 # Images. Statistics that a simultaneous pass takes depend on it, and so it is the same on every device.
 CALIBRATION_BATCH = 250
@@ -24,6 +25,8 @@ CALIBRATION_BATCH = 250
 @dataclass(frozen=True)
 class Pair:
     """Endpoints A and B of one architecture, with their data.
+
+    They are matched and measured once for all that is asked of them, and so must stay as they are.
 
     Attributes:
         runs: names of the two runs.
@@ -43,7 +46,8 @@ class Pair:
     test: Loader
     method: str = "AM"
     options: Mapping[str, object] = field(default_factory=dict)
-    _matched: dict[str, tuple[Matching, nn.Module]] = field(default_factory=dict, repr=False)
+    _matched: dict[str, tuple[Matching, nn.Module]] = field(default_factory=dict, init=False, repr=False)
+    _measured: dict[str, list[Repair]] = field(default_factory=dict, init=False, repr=False)  # by matching
 
     def _match(self, method: str | None) -> tuple[Matching, nn.Module]:
         method = method or self.method
@@ -85,6 +89,8 @@ class Pair:
             **options: of the renormalisation, see `renorm.Options`.
         """
         how = RENORMS[check(renorm, RENORMS, "renormalisation")]
+        if isinstance(how.path, RepairPath):  # endpoints are measured once for several
+            options = {"measured": self._measured.setdefault(matching or self.method, [])} | options
         return how.path(self.a, self.aligned_by(matching), self.calibration, **options)
 
     @cached_property
@@ -112,6 +118,11 @@ class Pair:
         chosen = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(seed))[:n]
         half = self.dataset.train.take(chosen)
         return iterate(replace(self.dataset, train=half), "train", CALIBRATION_BATCH)
+
+
+def trained(run: str, device: str | torch.device) -> nn.Module:
+    """The network of a run, trained first if it is not stored yet, in the layout that is the fastest for images."""
+    return store.get(run, device).to(memory_format=torch.channels_last)
 
 
 def load_pair(
@@ -145,7 +156,7 @@ def load_pair(
     if data is None and names[0].data != names[1].data:
         raise ValueError(f"{' and '.join(runs)} were trained on two data sets: say with data= which to compare them on")
     device = device or train.default_device()
-    a, b = (store.get(run, device) for run in runs)
+    a, b = (trained(run, device) for run in runs)
     dataset = load(data or names[0].data, device=device)
     calibration_batches = iterate(dataset, "train", CALIBRATION_BATCH, limit=calibration)
     test = iterate(dataset, "test", limit=test_images)

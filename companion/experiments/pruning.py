@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from companion.experiments.pairs import CALIBRATION_BATCH
+from companion.experiments.pairs import CALIBRATION_BATCH, trained
 from companion.experiments.statistics import has_batchnorm
-from companion.runs import store, train
+from companion.runs import train
 from companion.runs.data import Loader, iterate, load
 from repairlib import pruning
 from repairlib.corrections import TARGETS
 from repairlib.evaluation import evaluate
 from repairlib.names import check
-from repairlib.renorm import renormalize, reset
+from repairlib.renorm import Goals, reset
 from repairlib.woodfisher import WoodFisher
 
 
@@ -48,7 +48,7 @@ def load_trained(
     dataset = load(train.parse_run(run).data, device=device)
     known = iterate(dataset, "train", CALIBRATION_BATCH, limit=calibration)
     test = iterate(dataset, "test", limit=test_images)
-    return Trained(store.get(run, device), iterate(dataset, "train"), test, known)
+    return Trained(trained(run, device), iterate(dataset, "train"), test, known)
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,29 @@ PRUNERS: dict[str, Callable[[Trained, Iterable[float], Settings], Pruned]] = {
 
 
 FOLDED = {"targets": ("conv", "linear"), "limit": None}  # corrections that weights and biases take up
-After = Callable[[nn.Module, nn.Module, Iterable], nn.Module]
+After = Callable[[nn.Module], nn.Module]
 
 
-def _repaired(**options) -> After:
-    """Towards the statistics of the dense network."""
-    return lambda pruned, dense, data: renormalize(pruned, dense, data, **(FOLDED | options)).model
+def _repaired(**options) -> Callable[[nn.Module, Iterable], After]:
+    """Towards the statistics of the dense network, which are measured once for all that is pruned from it."""
+
+    def prepared(dense: nn.Module, data: Iterable) -> After:
+        goals = Goals(dense, data, **(FOLDED | options))
+        return lambda pruned: goals.renormalize(pruned).model
+
+    return prepared
 
 
-def _as_in_the_paper(pruned: nn.Module, dense: nn.Module, data: Iterable) -> nn.Module:
+def _as_in_the_paper(dense: nn.Module, data: Iterable) -> After:
     """RESET of a network with BatchNorm, REPAIR of any other."""
-    return AFTER_PRUNING["RESET" if has_batchnorm(pruned) else "REPAIR"](pruned, dense, data)
+    return AFTER_PRUNING["RESET" if has_batchnorm(dense) else "REPAIR"](dense, data)
 
 
-# By name: from a pruned network, the dense one and data to the renormalised one.
-AFTER_PRUNING: dict[str, After] = {
-    "none": lambda pruned, dense, data: pruned,
+# By name: from a dense network and data to a function from a network that was pruned from it to the renormalised one.
+AFTER_PRUNING: dict[str, Callable[[nn.Module, Iterable], After]] = {
+    "none": lambda dense, data: lambda pruned: pruned,
     "renormalised": _as_in_the_paper,
-    "RESET": lambda pruned, dense, data: reset(pruned, data).model,
+    "RESET": lambda dense, data: lambda pruned: reset(pruned, data).model,
     "REPAIR": _repaired(),
     "REPAIR, shrunk": _repaired(shrink=True),
     "REPAIR, simultaneous": _repaired(method="simultaneous"),
@@ -149,14 +154,17 @@ def pruning_rows(
         network, of sparsity 0 and without renormalisation.
     """
     dense = dict(zip(("loss", "accuracy"), evaluate(network.model, network.test), strict=True))
+    afters = {
+        renorm: AFTER_PRUNING[check(renorm, AFTER_PRUNING, "renormalisation")](network.model, network.calibration)
+        for renorm in renorms
+    }
     rows = []
     for pruner in pruners:
         check(pruner, PRUNERS, "pruner")
         rows.append({"pruner": pruner, "sparsity": 0.0, "renorm": "none", **dense})
         for sparsity, pruned in PRUNERS[pruner](network, sparsities, how or Settings()):
-            for renorm in renorms:
-                after = AFTER_PRUNING[check(renorm, AFTER_PRUNING, "renormalisation")]
-                loss, accuracy = evaluate(after(pruned, network.model, network.calibration), network.test)
+            for renorm, after in afters.items():
+                loss, accuracy = evaluate(after(pruned), network.test)
                 rows.append(
                     {"pruner": pruner, "sparsity": sparsity, "renorm": renorm, "loss": loss, "accuracy": accuracy}
                 )

@@ -1,6 +1,6 @@
 """Long tables: every network between every pair of runs, evaluated, a row each."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -29,8 +29,8 @@ def path_rows(
 ) -> list[dict]:
     """Rows of the paths between the endpoints of a pair.
 
-    Each network is made once and evaluated on every split. Endpoints are evaluated once for all paths that leave them
-    as they are.
+    Each network is made once and evaluated on every split. Endpoints are evaluated once for all matchings, which only
+    change the order of their units, and for all renormalisations that leave them as they are.
 
     Args:
         alphas: the points.
@@ -52,8 +52,9 @@ def path_rows(
             path = pair.path(matching, renorm, **how)
             moves_ends = RENORMS[renorm].moves_ends or bool(how)
             for alpha in alphas:
-                end = alpha in (0, 1) and not moves_ends
-                key = ("end", alpha) if end else (matching, renorm, alpha)
+                key = (matching, renorm, alpha)
+                if alpha in (0, 1):
+                    key = ("any", renorm if moves_ends else "any", alpha)
                 if key not in evaluated:
                     model = path(alpha)
                     evaluated[key] = [evaluate(model, data[split]) for split in splits]
@@ -76,6 +77,7 @@ def rows(
     splits: Sequence[str] = ("test",),
     calibration: int = 5000,
     device: str | None = None,
+    pairs: Callable[..., Iterable[tuple[str, Pair]]] = pairs_of,
     **options,
 ) -> pd.DataFrame:
     """One row for each run, pair of seeds, matching, renormalisation, alpha and split.
@@ -89,6 +91,7 @@ def rows(
         matchings, renorms, alphas, splits, options: see `path_rows`.
         calibration: training images for matching and statistics, see `load_pair`.
         device: default `train.default_device()`.
+        pairs: gives them, if they are kept somewhere; see `pairs_of`.
 
     Returns:
         Columns {**configuration, pair: "1-2", matching, renorm, alpha, split, loss (nats), accuracy (in [0, 1])}.
@@ -98,7 +101,7 @@ def rows(
         [
             {**configuration, "pair": name, **row}
             for configuration in configurations
-            for name, pair in pairs_of(configuration["run"], seeds, calibration, device)
+            for name, pair in pairs(configuration["run"], seeds, calibration, device)
             for row in path_rows(pair, alphas, matchings=matchings, renorms=renorms, splits=splits, **options)
         ]
     )

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion.experiments.pairs import Pair
+from companion.experiments.pairs import Pair, trained
 from companion.experiments.tables import network_name
-from companion.runs import models, store, train
+from companion.runs import models, train
 from companion.runs.data import iterate, load
 from companion.runs.names import parse_run, recipe_of
 from repairlib.corrections import Statistics, target_nodes
@@ -97,7 +97,7 @@ def independent_rows(pair: Pair, seeds: Sequence[int]) -> list[dict]:
     """
     run, taken = pair.runs[0].rpartition("/")[0], {name.rpartition("/s")[2] for name in pair.runs}
     other = f"{run}/s{next(seed for seed in seeds if str(seed) not in taken)}"
-    goal = store.get(other, pair.dataset.device)
+    goal = trained(other, pair.dataset.device)
     how = {"correct": "rescale", "method": "simultaneous", "limit": None}
     rows = []
     for matching in MATCHED:
@@ -151,16 +151,17 @@ def data_independent_rows(pair: Pair, batch_size: int = 256) -> list[dict]:
         Rows {matching, renorm, data: "used" or "not used", loss, accuracy}, and of the midpoint as it is.
     """
     test = iterate(pair.dataset, "test", batch_size=batch_size)
+    of_a = None if has_batchnorm(pair.a) else record(pair.a, pair)
     rows = []
     for matching in MATCHED:
         b = pair.aligned_by(matching)
         middle = interpolate_models(pair.a, b)
         made: dict[tuple[str, str], nn.Module] = {("none", "not used"): middle}
-        if has_batchnorm(middle):
+        if of_a is None:
             made["RESET", "used"] = reset(middle, pair.calibration, method="simultaneous").model
             made["RESET", "not used"] = batch_statistics(middle)
         else:
-            recorded = [record(model, pair) for model in (pair.a, b)]
+            recorded = [of_a, record(b, pair)]
             for renorm in ("REPAIR", "RESCALE"):
                 how = {"correct": renorm.lower(), "limit": None}
                 made[renorm, "used"] = renormalize(
@@ -229,7 +230,7 @@ def density_rows(run: str, images: int = 500) -> list[dict]:
         divided by its width, median: of all}.
     """
     dataset = load(parse_run(run).data, device=train.default_device())
-    model = store.get(run, dataset.device)
+    model = trained(run, dataset.device)
     weights = torch.cat([weight.flatten() for weight in prunable(model).values()]).abs()
     batches = list(iterate(dataset, "train", limit=images))
     net = trace(model, batches[0][0][:2])

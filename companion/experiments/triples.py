@@ -8,8 +8,7 @@ from torch import nn
 
 from companion.experiments.methods import MATCHINGS
 from companion.experiments.mixtures import Lazy, evaluate_rows
-from companion.experiments.pairs import Pair, load_pair
-from companion.runs import store
+from companion.experiments.pairs import Pair, load_pair, trained
 from companion.runs.names import seeded
 from repairlib.combine import simplex_grid
 from repairlib.evaluation import evaluate_many
@@ -44,7 +43,7 @@ def load_triple(run: str, seeds: Sequence[int | str], restarts: int = 1, test_im
     """
     name_a, *others = (seeded(run, seed) for seed in seeds)
     pair = load_pair(others, test_images=test_images, matching="WM", restarts=restarts)
-    a = store.get(name_a, pair.dataset.device)
+    a = trained(name_a, pair.dataset.device)
     match = partial(MATCHINGS["WM"].match, data=pair.calibration, restarts=restarts)
     return Triple(a, pair, match_several([a, pair.a, pair.b], match))
 

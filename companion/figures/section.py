@@ -9,8 +9,9 @@ An item that was not asked for is None, so that its cell does nothing.
 """
 
 import importlib
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pandas as pd
 from IPython import get_ipython
@@ -26,6 +27,8 @@ from companion.experiments.tables import Table, restore_ends
 from companion.figures.report import DamagedResult, load_item, read_index, save_item
 from companion.runs import costs
 from companion.runs.names import seeded
+
+KEPT_BYTES = 1_000_000_000  # of the pairs that are kept for the next table; no more are kept once it is reached
 
 
 class Section:
@@ -60,6 +63,8 @@ class Section:
         self.reads = [name for item in self.items for name in self.grid.reads.get(item, ())]
         self.tables: dict[str, pd.DataFrame] = {}
         self._pairs: dict[str, list[tuple[str, Pair]]] = {}
+        self._small: dict[str, list[tuple[str, Pair]]] = {}
+        self._room = KEPT_BYTES
         self._measured: dict[str, tuple[list[dict], float]] = {}
 
     @property
@@ -140,7 +145,8 @@ class Section:
             **how: matchings, renorms, alphas, ..., see there. `calibration` is the section's.
 
         Returns:
-            The table. Its ``attrs["seconds"]`` says how long measuring it took, whenever that was.
+            The table. Its ``attrs["seconds"]`` says how long measuring it took, whenever that was, beyond what another
+            table had matched and measured before.
         """
         found, seconds = [], 0.0
         for network in networks:
@@ -149,7 +155,8 @@ class Section:
             if key not in self._measured:
                 start = time.perf_counter()
                 given = {"calibration": self.calibration} | how
-                measured = rows([{"run": network["run"]}], seeds, **given).to_dict("records")
+                table = rows([{"run": network["run"]}], seeds, pairs=self._pairs_one_by_one, **given)
+                measured = table.to_dict("records")
                 self._measured[key] = measured, time.perf_counter() - start
             columns = {name: value for name, value in network.items() if name != "seeds"}
             found += [columns | row for row in self._measured[key][0]]
@@ -184,11 +191,25 @@ class Section:
         """
         of_run = {network["run"]: network.get("seeds") for network in self.grid.networks(self.grid.needs)}
         seeds = tuple(seeds) or of_run.get(run) or self.grid.seeds
+        how = {"test_images": self.grid.settings.get("test_images"), "calibration": self.calibration} | how
         key = repr((run, seeds, sorted(how.items())))
         if key not in self._pairs:
-            how = {"test_images": self.grid.settings.get("test_images"), "calibration": self.calibration} | how
             self._pairs[key] = list(pairs_of(run, seeds, **how))
         return self._pairs[key]
+
+    def _pairs_one_by_one(self, run: str, seeds: Iterable[int], *how) -> Iterator[tuple[str, Pair]]:
+        """`pairs_of`. Small pairs are kept, with what is matched and measured, for the next table of the same run."""
+        key = repr((run, tuple(seeds), *how))
+        if key in self._small:
+            yield from self._small[key]
+            return
+        kept = []
+        for name, pair in pairs_of(run, tuple(seeds), *how):
+            yield name, pair
+            self._room -= _size(pair)
+            kept = [*kept, (name, pair)] if self._room >= 0 else []
+        if kept:
+            self._small[key] = kept
 
     def check(self, paper: str = "") -> pd.DataFrame:
         """What the paper claims of the items made here, and whether they show it at this scale.
@@ -317,6 +338,12 @@ def _load(reads: Iterable[str], scale: str) -> dict[str, dict]:
     if missing and not found:
         raise missing
     return found
+
+
+def _size(pair: Pair) -> int:
+    """Bytes of a pair's images and networks, and as much again for networks in another order of units."""
+    weights = sum(weight.nbytes for model in (pair.a, pair.b) for weight in model.parameters())
+    return 2 * weights + sum(len(half) * math.prod(half.shape) for half in (pair.dataset.train, pair.dataset.test))
 
 
 def stack(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
