@@ -152,11 +152,11 @@ def barrier(
         raise ValueError(f"a path has two points or more, not {points}")
     test = as_batches(test)
     check(metric, ("loss", "accuracy"), "metric")
-    if repaired is not None:
-        repaired.check_ends(model_a, model_b)
     if repaired is None:
         line = LinearPath(model_a, model_b)
         line.model.eval()  # once, not at every point
+    else:
+        repaired.check_ends(model_a, model_b)
     alphas, costs = [i / (points - 1) for i in range(points)], []
     for alpha in alphas:
         model = line.at(alpha) if repaired is None else repaired(alpha).model

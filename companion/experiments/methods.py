@@ -34,7 +34,7 @@ class Renormalisation(NamedTuple):
     Attributes:
         label: what it is called where there is room.
         path: (model_a, model_b, data, **options) -> `Path`.
-        moves_ends: whether it changes the networks at alpha 0 and 1 too, each of them whatever the other is.
+        moves_ends: whether it changes the networks at alpha 0 and 1 too. Then each depends on its own endpoint only.
         needs: a kind of layer that the networks must have, such as "BatchNorm"; empty if any network will do.
     """
 

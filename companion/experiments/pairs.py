@@ -121,7 +121,7 @@ class Pair:
 
 
 def trained(run: str, device: str | torch.device) -> nn.Module:
-    """The network of a run, trained first if it is not stored yet, in the layout that is the fastest for images."""
+    """The network of a run, trained first if it is not stored yet, in the layout that is mostly the fastest."""
     return store.get(run, device).to(memory_format=torch.channels_last)
 
 

@@ -63,7 +63,6 @@ class Section:
         self.reads = [name for item in self.items for name in self.grid.reads.get(item, ())]
         self.tables: dict[str, pd.DataFrame] = {}
         self._pairs: dict[str, list[tuple[str, Pair]]] = {}
-        self._small: dict[str, list[tuple[str, Pair]]] = {}
         self._room = KEPT_BYTES
         self._measured: dict[str, tuple[list[dict], float]] = {}
 
@@ -192,24 +191,27 @@ class Section:
         of_run = {network["run"]: network.get("seeds") for network in self.grid.networks(self.grid.needs)}
         seeds = tuple(seeds) or of_run.get(run) or self.grid.seeds
         how = {"test_images": self.grid.settings.get("test_images"), "calibration": self.calibration} | how
-        key = repr((run, seeds, sorted(how.items())))
+        key = _key(run, seeds, how)
         if key not in self._pairs:
             self._pairs[key] = list(pairs_of(run, seeds, **how))
         return self._pairs[key]
 
-    def _pairs_one_by_one(self, run: str, seeds: Iterable[int], *how) -> Iterator[tuple[str, Pair]]:
+    def _pairs_one_by_one(
+        self, run: str, seeds: Iterable[int], calibration: int, device: str | None
+    ) -> Iterator[tuple[str, Pair]]:
         """`pairs_of`. Small pairs are kept, with what is matched and measured, for the next table of the same run."""
-        key = repr((run, tuple(seeds), *how))
-        if key in self._small:
-            yield from self._small[key]
+        how = {"calibration": calibration, "device": device}
+        key = _key(run, seeds, how)
+        if key in self._pairs:
+            yield from self._pairs[key]
             return
         kept = []
-        for name, pair in pairs_of(run, tuple(seeds), *how):
+        for name, pair in pairs_of(run, tuple(seeds), **how):
             yield name, pair
             self._room -= _size(pair)
             kept = [*kept, (name, pair)] if self._room >= 0 else []
         if kept:
-            self._small[key] = kept
+            self._pairs[key] = kept
 
     def check(self, paper: str = "") -> pd.DataFrame:
         """What the paper claims of the items made here, and whether they show it at this scale.
@@ -338,6 +340,11 @@ def _load(reads: Iterable[str], scale: str) -> dict[str, dict]:
     if missing and not found:
         raise missing
     return found
+
+
+def _key(run: str, seeds: Iterable[int], how: Mapping[str, object]) -> str:
+    """What tells pairs apart; an option that is None counts as left out."""
+    return repr((run, tuple(seeds), sorted(item for item in how.items() if item[1] is not None)))
 
 
 def _size(pair: Pair) -> int:
