@@ -8,7 +8,6 @@ import argparse
 import copy
 import functools
 import gc
-import itertools
 import math
 import os
 import subprocess
@@ -141,24 +140,18 @@ def several(args: argparse.Namespace) -> list[dict]:
     return [row("8 networks by activations, to the first, resnet20-bn-w1", "eight forward passes", found)]
 
 
-def mlp(inputs: int, width: int, hidden: int) -> nn.Sequential:
-    sizes = [inputs, *[width] * hidden]
-    layers = [each for pair in itertools.pairwise(sizes) for each in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
-
-
 def path(args: argparse.Namespace) -> list[dict]:
     """A barrier of 101 points: of the MLP of `quick` on the test images of `digits`, and of one as small as can be."""
     rows, alphas = [], [i / 100 for i in range(101)]
-    for inputs, width, hidden, examples in ((256, 128, 3, 400), (64, 32, 2, 100)):
+    for name, pixels, examples in (("mlp3-plain-w128", 16, 400), ("mlp2-plain-w32", 8, 100)):
         torch.manual_seed(0)
-        a, b = (mlp(inputs, width, hidden) for _ in "ab")
-        x, y = torch.randn(examples, inputs), torch.arange(examples) % 10
+        a, b = (models.build(name, (1, pixels, pixels), 10) for _ in "ab")
+        x, y = torch.randn(examples, 1, pixels, pixels), torch.arange(examples) % 10
         found = least({
             "ours": lambda a=a, b=b, x=x, y=y: repairlib.barrier(a, b, [(x, y)], points=len(alphas)),
             "floor": lambda a=a, b=b, x=x, y=y: plain_path(a, b, x, y, alphas),
         }, 4 * args.times)  # fmt: skip
-        rows.append(row(f"path of 101 points, {examples} images, MLP of {hidden} x {width}", "a plain loop", found))
+        rows.append(row(f"path of 101 points, {examples} images, {name}", "a plain loop", found))
     return rows
 
 

@@ -44,9 +44,8 @@ class Moments:
         self.cross = check(cross, CROSS, "cross")
         self.count = 0  # examples times positions
         self.examples = 0
-        self._mean: list[Tensor] = []
-        self._m2: list[Tensor] = []
-        self._cross: list[Tensor] = []
+        # Of all networks: (k, units), and (k - 1, units) or (k - 1, units of network k, units of network 0).
+        self._mean = self._m2 = self._cross = torch.zeros(0)
 
     def update(self, *activations: Tensor) -> None:
         """Add one batch: for each network, values (n, units, ...) of the same inputs."""
@@ -55,12 +54,12 @@ class Moments:
             raise ValueError("an empty batch has no statistics")
         if any(x.is_complex() for x in values):
             raise ValueError("activations are complex: their real and imaginary parts have statistics, they have none")
-        if not self._mean:
-            self._mean = [x.new_zeros(x.shape[1], dtype=torch.float64) for x in values]
-            self._m2 = [mean.clone() for mean in self._mean]
+        if not self.count:
+            units = values[0].shape[1]
+            self._mean = values[0].new_zeros(len(values), units, dtype=torch.float64)
+            self._m2 = torch.zeros_like(self._mean)
             if self.cross != "none":
-                shapes = [(values[0].shape[1],) * (self.cross == "full") + (x.shape[1],) for x in values[1:]]
-                self._cross = [self._mean[0].new_zeros(shape) for shape in shapes]
+                self._cross = _product(self._mean[1:], self._mean[0], self.cross == "full")
         n, size, start = len(values[0]), self._examples_at_once(values[0]), 0
         with torch.autocast(values[0].device.type, enabled=False):  # a caller's would halve the precision
             while start < n:
@@ -81,52 +80,52 @@ class Moments:
         total = self.count + m
         kind = functools.reduce(torch.promote_types, (x.dtype for x in values), torch.float32)
         if REACH * self.count >= m:
-            centres = [mean.to(kind) for mean in self._mean]
+            centres = self._mean.to(kind)
         else:
-            centres = [x.mean([axis for axis in range(x.ndim) if axis != 1], dtype=kind) for x in values]
-        sums, squares, products = self._centred_sums(values, centres, size)
-        offsets = [each / m for each in sums]
-        steps = [c.double() + offset - old for c, offset, old in zip(centres, offsets, self._mean, strict=True)]
+            axes = [axis for axis in range(values[0].ndim) if axis != 1]
+            centres = torch.stack([x.mean(axes, dtype=kind) for x in values])
+        sums, squares, *products = self._centred_sums(values, centres, size)
+        offsets = sums / m
+        steps = centres.double() + offsets - self._mean
         weight = self.count * m / total
-        for square, offset, step, mean, m2 in zip(squares, offsets, steps, self._mean, self._m2, strict=True):
-            m2 += square - m * offset**2 + weight * step**2
-            mean += step * (m / total)
-        for k, (product, cross) in enumerate(zip(products, self._cross, strict=True), 1):
-            cross += product - m * _product(offsets[0], offsets[k], full)
-            cross += weight * _product(steps[0], steps[k], full)
+        self._m2 += squares - m * offsets**2 + weight * steps**2
+        self._mean += steps * (m / total)
+        if products:
+            for cross, product, offset, step in zip(self._cross, *products, offsets[1:], steps[1:], strict=True):
+                cross += product - m * _product(offset, offsets[0], full)
+                cross += weight * _product(step, steps[0], full)
         self.count, self.examples = total, self.examples + len(values[0])
 
-    def _centred_sums(self, values: list[Tensor], centres: list[Tensor], size: int) -> tuple[list[Tensor], ...]:
-        """Sums of values (n, units, ...) less their centres, of squares, and of products with those of network 0."""
+    def _centred_sums(self, values: list[Tensor], centres: Tensor, size: int) -> tuple[Tensor, ...]:
+        """Sums of k networks' values less their centres, of squares, and of products with those of network 0."""
         order = _order(values[0], size, self.cross == "full")  # that of network 0 is right for its products
-        axis, positions = 1 if order == "units" else 0, values[0][0, 0].numel()
-        found: list[list[list[Tensor]]] = [[[] for _ in values] for _ in range(3)]
-        sums, squares, products = found
-        full: list[Tensor] = []
-        parts = (_centred(x, centre, order, size) for x, centre in zip(values, centres, strict=True))
-        for rows in zip(*parts, strict=True):
-            for each, those in zip(rows, sums, strict=True):
-                those.append(each.sum(axis))
+        axis, k, units, positions = 2 if order == "units" else 1, *centres.shape, values[0][0, 0].numel()
+        sums: list[Tensor] = []
+        squares: list[Tensor] = []
+        products: list[Tensor] = []
+        full = last = None
+        for rows in _centred(values, centres, order, size):
+            if rows is not last and self.cross != "none":
+                last, first, others = rows, rows[0], rows[1:]
+                if order == "units" and self.cross == "full":  # one product for all others
+                    first, others = first.T, others.flatten(0, 1)
+                elif self.cross == "full":
+                    first, others = first.expand_as(others), others.mT
             if self.cross == "paired":
-                for each, those in zip(rows[1:], products[1:], strict=True):
-                    those.append((rows[0] * each).sum(axis))
-            elif self.cross == "full":
-                factors = [(rows[0], each.T) if axis else (rows[0].T, each) for each in rows[1:]]
-                if full:
-                    for product, each in zip(full, factors, strict=True):
-                        product.addmm_(*each)
-                else:
-                    full = [torch.mm(*each) for each in factors]
-            for each, those in zip(rows, squares, strict=True):
-                those.append(each.square_().sum(axis))
+                products.append((first * others).sum(axis))
+            elif self.cross == "full" and full is None:
+                full = others @ first
+            elif full is not None:
+                full = (full.addmm_ if axis == 2 else full.baddbmm_)(others, first)
+            sums.append(rows.sum(axis))
+            squares.append(rows.square_().sum(axis))
 
-        def totals(kind: list[list[Tensor]]) -> list[Tensor]:
-            added = [p[0].double() if len(p) == 1 else torch.stack(p).sum(0, dtype=torch.float64) for p in kind]
-            return [x.view(-1, positions).sum(1) for x in added] if order == "examples" else added
+        def total(parts: list[Tensor]) -> Tensor:
+            added = parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
+            return added.view(len(added), -1, positions).sum(2) if order == "examples" else added
 
-        if self.cross == "none":
-            return totals(sums), totals(squares), []
-        return totals(sums), totals(squares), [x.double() for x in full] or totals(products[1:])
+        found = tuple(total(each) for each in (sums, squares, products) if each)
+        return found if full is None else (*found, full.view(k - 1, units, units))
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
@@ -139,7 +138,7 @@ class Moments:
     def unbiased(self) -> "Moments":
         """The same means, with variances ``M2 / (count - 1)``."""
         out = copy.copy(self)
-        out._m2 = [x * (self.count / max(self.count - 1, 1)) for x in self._m2]
+        out._m2 = self._m2 * (self.count / max(self.count - 1, 1))
         return out
 
     def std(self, k: int = 0) -> Tensor:
@@ -150,7 +149,7 @@ class Moments:
         """Covariance of network 0 with network k > 0: (units, units) when cross is "full", (units,) when "paired"."""
         if not 0 < k <= len(self._cross):
             raise ValueError(f"covariances with network {k} were not gathered; pass cross='full' or 'paired'")
-        return self._cross[k - 1] / self.count
+        return self._cross[k - 1].t() / self.count
 
     def inner(self, k: int = 1) -> Tensor:
         """Mean product ``E[X_i X_j]`` of network 0 with network k, shaped as `cov`."""
@@ -172,7 +171,8 @@ class Moments:
 
 
 def _product(a: Tensor, b: Tensor, full: bool) -> Tensor:
-    return torch.outer(a, b) if full else a * b
+    """Products of a's numbers (..., units) with b's (units,): each with each (..., units, units), or one by one."""
+    return a[..., None] * b if full else a * b
 
 
 def _order(x: Tensor, size: int, full: bool) -> str:
@@ -185,24 +185,28 @@ def _order(x: Tensor, size: int, full: bool) -> str:
     return "units" if full or size < MANY or x[0, 0].numel() >= SIDE_BY_SIDE else "examples"
 
 
-def _centred(x: Tensor, centre: Tensor, order: str, size: int) -> Iterator[Tensor]:
-    """Values (n, units, ...) less a centre of each unit, as matrices of some examples, see `_order`.
+def _centred(values: list[Tensor], centres: Tensor, order: str, size: int) -> Iterator[Tensor]:
+    """Values (n, units, ...) of k networks less their centres (k, units), as k matrices of some examples, see `_order`.
 
     Each overwrites the one before, in memory that stays in the cache.
     """
-    axis = 0
+    ndim, axis, lines = values[0].ndim, 0, list(centres)
     if order == "units":
-        x, centre, axis = x.transpose(0, 1), along(centre, x.ndim, 0), 1
+        values, axis = [x.transpose(0, 1) for x in values], 1
+        lines = [along(centre, ndim, 0) for centre in lines]
     elif order == "positions":
-        x = x.movedim(1, -1)
+        values = [x.movedim(1, -1) for x in values]
     else:
-        centre = along(centre, x.ndim - 1, 0).expand(x.shape[1:]).contiguous()
-    space = rows = centre.new_empty(0)
-    for part in x.split(size, axis):
-        if part.shape != space.shape:
-            space = centre.new_empty(part.shape)
-            rows = space.flatten(0, -2) if order == "positions" else space.flatten(1)
-        torch.sub(part, centre, out=space)
+        lines = [along(centre, ndim - 1, 0).expand(values[0].shape[1:]).contiguous() for centre in lines]
+    shape = None
+    for parts in zip(*(x.split(size, axis) for x in values), strict=True):
+        if parts[0].shape != shape:
+            shape = parts[0].shape
+            space = centres.new_empty(len(parts), *shape)
+            rows = space.flatten(1, -2) if order == "positions" else space.flatten(2)
+            places = space.unbind()
+        for part, line, place in zip(parts, lines, places, strict=True):
+            torch.sub(part, line, out=place)
         yield rows
 
 
