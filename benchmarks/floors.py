@@ -1,15 +1,15 @@
 """What we take beside the least that could do it: matching, REPAIR, sampling, many networks, paths, layouts.
 
-Both are timed in turns, in one process with one thread, and the least of some repetitions counts. Freed memory is kept,
-as `make` has it.
+Both are timed in turns, in one process with one thread. The median of the turns' ratios counts, of layouts the least
+of some repetitions. Freed memory is kept, as `make` has it.
 """
 
 import argparse
 import copy
 import functools
 import gc
-import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -35,18 +35,22 @@ from repairlib.tracing import trace
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 
 
-def least(functions: dict[str, Callable], times: int = 5) -> dict[str, float]:
-    """Seconds of CPU time of each, the least of some repetitions in turns, after one to warm up."""
-    found = {name: float("inf") for name in functions}
+def turns(functions: dict[str, Callable], times: int = 5) -> dict[str, list[float]]:
+    """Seconds of CPU time of each in some repetitions, one after the other in turns, after one to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(times + 1):
         for name, function in functions.items():
             gc.collect()
             start = time.process_time()
             function()
-            taken = time.process_time() - start
             if number:
-                found[name] = min(found[name], taken)
+                found[name].append(time.process_time() - start)
     return found
+
+
+def least(functions: dict[str, Callable], times: int = 5) -> dict[str, float]:
+    """The least of `turns`."""
+    return {name: min(seconds) for name, seconds in turns(functions, times).items()}
 
 
 def forward(models: list[nn.Module], batches: list) -> None:
@@ -84,7 +88,7 @@ def matching(args: argparse.Namespace) -> list[dict]:
         some = batches if name != "resnet20-bn-w4" else batches[: max(1, len(batches) // 4)]
         spec = permutation_spec(a, batches[0][:2], verify=False)
         taps = [group.taps["post"] for group in spec.groups]
-        found = least({
+        found = turns({
             "ours": lambda a=a, b=b, some=some, spec=spec: match_activations(a, b, some, spec=spec),
             "floor": lambda a=a, b=b, some=some: forward([a, b], some),
             "theirs": lambda a=a, b=b, some=some, taps=taps: match_by_rethink(a, b, some, taps),
@@ -98,7 +102,7 @@ def repair(args: argparse.Namespace) -> list[dict]:
     for name, bn in (("vgg11-fused-w1", "frozen"), ("resnet20-bn-w1", "reset")):
         a, b = (network(name, seed) for seed in (0, 1))
         middle = interpolate_models(a, b)
-        found = least({
+        found = turns({
             "ours": lambda a=a, b=b, bn=bn: Repair(a, b, batches, bn=bn, limit=None)(0.5),
             "floor": lambda a=a, b=b, middle=middle: forward([a, b, middle], batches),
         }, args.times)  # fmt: skip
@@ -121,10 +125,10 @@ def sampling(args: argparse.Namespace) -> list[dict]:
             out[name] = mixed
         return out
 
-    found = least({
+    found = turns({
         "ours": lambda: combine.elementwise(*states, combine.box(0.5), 0),
         "floor": plain,
-    }, max(1, args.times // 2))  # fmt: skip
+    }, args.times)  # fmt: skip
     return [row(f"element-wise sampling, {8 * size * 4 / 1e9:.2g} GB of weights", "drawing and torch.lerp", found)]
 
 
@@ -133,21 +137,21 @@ def several(args: argparse.Namespace) -> list[dict]:
     models = [network("resnet20-bn-w1", seed) for seed in range(8)]
     spec = permutation_spec(models[0], batches[0][:2], verify=False)
     match = functools.partial(match_activations, data=batches, spec=spec)
-    found = least({
+    found = turns({
         "ours": lambda: match_several(models, match),
         "floor": lambda: forward(models, batches),
-    }, max(1, args.times // 2))  # fmt: skip
+    }, args.times)  # fmt: skip
     return [row("8 networks by activations, to the first, resnet20-bn-w1", "eight forward passes", found)]
 
 
 def path(args: argparse.Namespace) -> list[dict]:
-    """A barrier of 101 points: of the MLP of `quick` on the test images of `digits`, and of one as small as can be."""
+    """A barrier of 101 points: of an MLP and images of the size of `digits`, and of an MLP as small as can be."""
     rows, alphas = [], [i / 100 for i in range(101)]
     for name, pixels, examples in (("mlp3-plain-w128", 16, 400), ("mlp2-plain-w32", 8, 100)):
         torch.manual_seed(0)
         a, b = (models.build(name, (1, pixels, pixels), 10) for _ in "ab")
         x, y = torch.randn(examples, 1, pixels, pixels), torch.arange(examples) % 10
-        found = least({
+        found = turns({
             "ours": lambda a=a, b=b, x=x, y=y: repairlib.barrier(a, b, [(x, y)], points=len(alphas)),
             "floor": lambda a=a, b=b, x=x, y=y: plain_path(a, b, x, y, alphas),
         }, 4 * args.times)  # fmt: skip
@@ -195,22 +199,27 @@ def allocator(args: argparse.Namespace) -> list[dict]:
             f"net = floors.network({name!r}, 0); "
             "print(floors.least({'': lambda: floors.forward([net], batches)}, 6)[''])"
         )
-        least_of: dict[str, float] = {"ours": math.inf, "floor": math.inf}
-        for _ in range(2):
+        found: dict[str, list[float]] = {"ours": [], "floor": []}
+        for _ in range(3):
             for key, kept in (("ours", {}), ("floor", KEEP)):
                 environment = {k: v for k, v in os.environ.items() if k not in KEEP} | kept
                 here = {"cwd": Path(__file__).parent, "env": environment, "text": True}
-                taken = subprocess.check_output([sys.executable, "-c", code], **here)
-                least_of[key] = min(least_of[key], float(taken))
-        rows.append(row(f"forward pass of 250 images, memory given back, {name}", "memory kept", least_of))
+                found[key].append(float(subprocess.check_output([sys.executable, "-c", code], **here)))
+        rows.append(row(f"forward pass of 250 images, memory given back, {name}", "memory kept", found))
     return rows
 
 
-def row(what: str, floor: str, found: dict[str, float]) -> dict:
-    out = {"what": what, "ours (s)": found["ours"], "floor": floor, "floor (s)": found["floor"],
-           "ours / floor": found["ours"] / found["floor"]}  # fmt: skip
+def row(what: str, floor: str, found: dict[str, list[float]]) -> dict:
+    """Median seconds, and medians of ratios turn by turn: a shared machine is slower now and faster then."""
+
+    def ratio(other: str) -> float:
+        return statistics.median(a / b for a, b in zip(found["ours"], found[other], strict=True))
+
+    seconds = {name: statistics.median(each) for name, each in found.items()}
+    out = {"what": what, "ours (s)": seconds["ours"], "floor": floor, "floor (s)": seconds["floor"],
+           "ours / floor": ratio("floor")}  # fmt: skip
     if "theirs" in found:
-        out |= {"Rethink's method (s)": found["theirs"], "ours / theirs": found["ours"] / found["theirs"]}
+        out |= {"Rethink's method (s)": seconds["theirs"], "ours / theirs": ratio("theirs")}
     return out
 
 
@@ -220,7 +229,7 @@ PARTS = {f.__name__: f for f in (matching, repair, sampling, several, path, layo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--times", type=int, default=4, help="repetitions, of which the least counts")
+    parser.add_argument("--times", type=int, default=4, help="repetitions; the median counts")
     parser.add_argument("--weights", type=int, default=300_000_000)
     usual = ",".join(part for part in PARTS if part != "layouts")  # which takes as long as all others
     parser.add_argument("--parts", default=usual, help="which to measure: these, or layouts")

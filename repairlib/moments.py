@@ -44,7 +44,8 @@ class Moments:
         self.cross = check(cross, CROSS, "cross")
         self.count = 0  # examples times positions
         self.examples = 0
-        # Of all networks: (k, units), and (k - 1, units) or (k - 1, units of network k, units of network 0).
+        # Of all networks (k, units). Covariances are (k - 1, units) or, as one product for all others gives them,
+        # (k - 1, units of the other, units of network 0).
         self._mean = self._m2 = self._cross = torch.zeros(0)
 
     def update(self, *activations: Tensor) -> None:
@@ -52,6 +53,10 @@ class Moments:
         values = [x.detach() for x in activations]
         if values[0].numel() == 0:
             raise ValueError("an empty batch has no statistics")
+        if any(x.shape != values[0].shape for x in values) or self.count and len(values) != len(self._mean):
+            shapes = ", ".join(str(tuple(x.shape)) for x in values)
+            raise ValueError(f"activations of {len(values)} networks are {shapes}: all must have one shape, and every "
+                             "batch must be of as many networks as the first")  # fmt: skip
         if any(x.is_complex() for x in values):
             raise ValueError("activations are complex: their real and imaginary parts have statistics, they have none")
         if not self.count:
@@ -84,28 +89,32 @@ class Moments:
         else:
             axes = [axis for axis in range(values[0].ndim) if axis != 1]
             centres = torch.stack([x.mean(axes, dtype=kind) for x in values])
-        sums, squares, *products = self._centred_sums(values, centres, size)
+        sums, squares, products = self._centred_sums(values, centres, size)
         offsets = sums / m
         steps = centres.double() + offsets - self._mean
         weight = self.count * m / total
         self._m2 += squares - m * offsets**2 + weight * steps**2
         self._mean += steps * (m / total)
-        if products:
-            for cross, product, offset, step in zip(self._cross, *products, offsets[1:], steps[1:], strict=True):
+        if products is not None:
+            for cross, product, offset, step in zip(self._cross, products, offsets[1:], steps[1:], strict=True):
                 cross += product - m * _product(offset, offsets[0], full)
                 cross += weight * _product(step, steps[0], full)
         self.count, self.examples = total, self.examples + len(values[0])
 
-    def _centred_sums(self, values: list[Tensor], centres: Tensor, size: int) -> tuple[Tensor, ...]:
-        """Sums of k networks' values less their centres, of squares, and of products with those of network 0."""
-        order = _order(values[0], size, self.cross == "full")  # that of network 0 is right for its products
-        axis, k, units, positions = 2 if order == "units" else 1, *centres.shape, values[0][0, 0].numel()
+    def _centred_sums(self, values: list[Tensor], centres: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sums of values less their centres (k, units), of their squares, and of products with those of network 0.
+
+        Products are shaped as the covariances, and None if there are none to gather.
+        """
+        order = _order(values[0], size, self.cross == "full")
+        axis, positions = 2 if order == "units" else 1, values[0][0, 0].numel()
+        k, units = centres.shape
         sums: list[Tensor] = []
         squares: list[Tensor] = []
         products: list[Tensor] = []
         full = last = None
         for rows in _centred(values, centres, order, size):
-            if rows is not last and self.cross != "none":
+            if rows is not last and self.cross != "none":  # views of the buffer, made once
                 last, first, others = rows, rows[0], rows[1:]
                 if order == "units" and self.cross == "full":  # one product for all others
                     first, others = first.T, others.flatten(0, 1)
@@ -122,10 +131,10 @@ class Moments:
 
         def total(parts: list[Tensor]) -> Tensor:
             added = parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
-            return added.view(len(added), -1, positions).sum(2) if order == "examples" else added
+            return added.unflatten(1, (units, positions)).sum(2) if order == "examples" else added
 
-        found = tuple(total(each) for each in (sums, squares, products) if each)
-        return found if full is None else (*found, full.view(k - 1, units, units))
+        crossed = total(products) if products else None if full is None else full.view(k - 1, units, units)
+        return total(sums), total(squares), crossed
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
@@ -190,14 +199,14 @@ def _centred(values: list[Tensor], centres: Tensor, order: str, size: int) -> It
 
     Each overwrites the one before, in memory that stays in the cache.
     """
-    ndim, axis, lines = values[0].ndim, 0, list(centres)
+    ndim, axis, shaped = values[0].ndim, 0, list(centres)
     if order == "units":
         values, axis = [x.transpose(0, 1) for x in values], 1
-        lines = [along(centre, ndim, 0) for centre in lines]
+        shaped = [along(centre, ndim, 0) for centre in shaped]
     elif order == "positions":
         values = [x.movedim(1, -1) for x in values]
     else:
-        lines = [along(centre, ndim - 1, 0).expand(values[0].shape[1:]).contiguous() for centre in lines]
+        shaped = [along(centre, ndim - 1, 0).expand(values[0].shape[1:]).contiguous() for centre in shaped]
     shape = None
     for parts in zip(*(x.split(size, axis) for x in values), strict=True):
         if parts[0].shape != shape:
@@ -205,8 +214,8 @@ def _centred(values: list[Tensor], centres: Tensor, order: str, size: int) -> It
             space = centres.new_empty(len(parts), *shape)
             rows = space.flatten(1, -2) if order == "positions" else space.flatten(2)
             places = space.unbind()
-        for part, line, place in zip(parts, lines, places, strict=True):
-            torch.sub(part, line, out=place)
+        for part, centre, place in zip(parts, shaped, places, strict=True):
+            torch.sub(part, centre, out=place)
         yield rows
 
 

@@ -63,20 +63,22 @@ def test_a_first_example_far_from_the_others_costs_no_precision(cached):
     torch.testing.assert_close(m.cov(), -m.var(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(40, 300, 7, 7), (40, 6, 7, 7), (3, 2000, 2, 2), (1, 5, 2)])
+@pytest.mark.parametrize("networks", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(40, 300, 7, 7), (40, 6, 7, 7), (3, 500, 2, 2), (1, 5, 2)])
 @pytest.mark.parametrize("cross", ["none", "paired", "full"])
-def test_wide_and_narrow_maps_have_the_statistics_that_they_have(shape, cross):
-    a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) + 3
+def test_wide_and_narrow_maps_have_the_statistics_that_they_have(shape, cross, networks):
+    values = torch.randn(networks, *shape, generator=torch.Generator().manual_seed(0)) + 3
     m = Moments(cross)
-    m.update(a, b)
-    rows = [x.double().transpose(0, 1).flatten(1) for x in (a, b)]
+    m.update(*values)
+    rows = [x.double().transpose(0, 1).flatten(1) for x in values]
     for k, r in enumerate(rows):
         torch.testing.assert_close(m.mean(k), r.mean(1), rtol=1e-6, atol=0)
         torch.testing.assert_close(m.var(k), r.var(1, correction=0), rtol=1e-5, atol=0)
-    u, v = (r - r.mean(1, keepdim=True) for r in rows)
-    if cross != "none":
-        expected = u @ v.T / v.shape[1]
-        torch.testing.assert_close(m.cov(), expected if cross == "full" else expected.diagonal(), rtol=1e-5, atol=1e-5)
+    first, *others = (r - r.mean(1, keepdim=True) for r in rows)
+    for k, r in enumerate(others if cross != "none" else [], start=1):
+        expected = first @ r.T / r.shape[1]
+        expected = expected if cross == "full" else expected.diagonal()
+        torch.testing.assert_close(m.cov(k), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_float64_activations_keep_their_precision():
@@ -155,6 +157,18 @@ def test_mean_products():
     for xs in zip(a.split(40), b.split(40), strict=True):
         m.update(*xs)
     torch.testing.assert_close(m.inner(), (a.double().T @ b.double()) / 90, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cross", ["none", "paired", "full"])
+def test_activations_of_other_shapes_or_of_other_numbers_of_networks_are_refused(cross):
+    x = torch.randn(4, 3, 2, 2)
+    for other in (torch.randn(3, 3, 2, 2), torch.randn(4, 5, 2, 2), torch.randn(4, 3, 1, 4), torch.randn(4, 3)):
+        with pytest.raises(ValueError, match="all must have one shape"):
+            Moments(cross).update(x, other)
+    m = Moments(cross)
+    m.update(x, x + 1)
+    with pytest.raises(ValueError, match="as many networks as the first"):
+        m.update(x)
 
 
 def test_complex_activations_are_refused():
