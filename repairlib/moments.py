@@ -49,14 +49,21 @@ class Moments:
         self._mean = self._m2 = self._cross = torch.zeros(0)
 
     def update(self, *activations: Tensor) -> None:
-        """Add one batch: for each network, values (n, units, ...) of the same inputs."""
+        """Add one batch: for each network, values (n, units, ...) of the same inputs.
+
+        Raises:
+            ValueError: no example, complex values, networks of different shapes, or another number of networks than in
+                the first batch.
+        """
         values = [x.detach() for x in activations]
         if values[0].numel() == 0:
             raise ValueError("an empty batch has no statistics")
-        if any(x.shape != values[0].shape for x in values) or self.count and len(values) != len(self._mean):
+        if any(x.shape != values[0].shape for x in values):
             shapes = ", ".join(str(tuple(x.shape)) for x in values)
-            raise ValueError(f"activations of {len(values)} networks are {shapes}: all must have one shape, and every "
-                             "batch must be of as many networks as the first")  # fmt: skip
+            raise ValueError(f"the networks' activations have different shapes: {shapes}")
+        if self.count and len(values) != len(self._mean):
+            raise ValueError(f"a batch of {len(values)} networks' activations, where the first was of "
+                             f"{len(self._mean)}: gather them in moments of their own")  # fmt: skip
         if any(x.is_complex() for x in values):
             raise ValueError("activations are complex: their real and imaginary parts have statistics, they have none")
         if not self.count:
@@ -64,7 +71,8 @@ class Moments:
             self._mean = values[0].new_zeros(len(values), units, dtype=torch.float64)
             self._m2 = torch.zeros_like(self._mean)
             if self.cross != "none":
-                self._cross = _product(self._mean[1:], self._mean[0], self.cross == "full")
+                shape = (units, units) if self.cross == "full" else (units,)
+                self._cross = self._mean.new_zeros(len(values) - 1, *shape)
         n, size, start = len(values[0]), self._examples_at_once(values[0]), 0
         with torch.autocast(values[0].device.type, enabled=False):  # a caller's would halve the precision
             while start < n:
@@ -114,18 +122,19 @@ class Moments:
         products: list[Tensor] = []
         full = last = None
         for rows in _centred(values, centres, order, size):
-            if rows is not last and self.cross != "none":  # views of the buffer, made once
-                last, first, others = rows, rows[0], rows[1:]
-                if order == "units" and self.cross == "full":  # one product for all others
-                    first, others = first.T, others.flatten(0, 1)
-                elif self.cross == "full":
-                    first, others = first.expand_as(others), others.mT
             if self.cross == "paired":
-                products.append((first * others).sum(axis))
-            elif self.cross == "full" and full is None:
-                full = others @ first
-            elif full is not None:
-                full = (full.addmm_ if axis == 2 else full.baddbmm_)(others, first)
+                products.append((rows[0] * rows[1:]).sum(axis))
+            elif self.cross == "full":
+                if rows is not last:  # views of the buffer, made once for all parts that it takes up
+                    last, first, others = rows, rows[0], rows[1:]
+                    if order == "units":  # one product for all others
+                        first, others = first.T, others.flatten(0, 1)
+                    else:
+                        first, others = first.expand_as(others), others.mT
+                if full is None:
+                    full = others @ first
+                else:
+                    full = (full.addmm_ if order == "units" else full.baddbmm_)(others, first)
             sums.append(rows.sum(axis))
             squares.append(rows.square_().sum(axis))
 
@@ -133,8 +142,9 @@ class Moments:
             added = parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
             return added.unflatten(1, (units, positions)).sum(2) if order == "examples" else added
 
-        crossed = total(products) if products else None if full is None else full.view(k - 1, units, units)
-        return total(sums), total(squares), crossed
+        if full is not None:
+            return total(sums), total(squares), full.view(k - 1, units, units)
+        return total(sums), total(squares), total(products) if products else None
 
     def mean(self, k: int = 0) -> Tensor:
         """Mean of network k's units (units,), float64."""
@@ -180,8 +190,7 @@ class Moments:
 
 
 def _product(a: Tensor, b: Tensor, full: bool) -> Tensor:
-    """Products of a's numbers (..., units) with b's (units,): each with each (..., units, units), or one by one."""
-    return a[..., None] * b if full else a * b
+    return torch.outer(a, b) if full else a * b
 
 
 def _order(x: Tensor, size: int, full: bool) -> str:

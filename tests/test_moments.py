@@ -64,7 +64,7 @@ def test_a_first_example_far_from_the_others_costs_no_precision(cached):
 
 
 @pytest.mark.parametrize("networks", [1, 2, 4])
-@pytest.mark.parametrize("shape", [(40, 300, 7, 7), (40, 6, 7, 7), (3, 500, 2, 2), (1, 5, 2)])
+@pytest.mark.parametrize("shape", [(40, 300, 7, 7), (40, 6, 7, 7), (3, 2000, 2, 2), (1, 5, 2)])
 @pytest.mark.parametrize("cross", ["none", "paired", "full"])
 def test_wide_and_narrow_maps_have_the_statistics_that_they_have(shape, cross, networks):
     values = torch.randn(networks, *shape, generator=torch.Generator().manual_seed(0)) + 3
@@ -163,11 +163,11 @@ def test_mean_products():
 def test_activations_of_other_shapes_or_of_other_numbers_of_networks_are_refused(cross):
     x = torch.randn(4, 3, 2, 2)
     for other in (torch.randn(3, 3, 2, 2), torch.randn(4, 5, 2, 2), torch.randn(4, 3, 1, 4), torch.randn(4, 3)):
-        with pytest.raises(ValueError, match="all must have one shape"):
+        with pytest.raises(ValueError, match="have different shapes: \\(4, 3, 2, 2\\), "):
             Moments(cross).update(x, other)
     m = Moments(cross)
     m.update(x, x + 1)
-    with pytest.raises(ValueError, match="as many networks as the first"):
+    with pytest.raises(ValueError, match="of 1 networks' activations, where the first was of 2"):
         m.update(x)
 
 
