@@ -1,8 +1,10 @@
 """The gallery as a page for a browser, and as docs/gallery.md."""
 
+import io
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -78,6 +80,20 @@ def test_docs_show_every_item_with_small_pictures(project, monkeypatch):
     monkeypatch.setattr(gallery, "LIMIT", 1000)
     with pytest.raises(ValueError, match="the pictures of docs/gallery.md take 0.0 MB"):
         gallery.write_docs()
+
+
+def test_thin_lines_keep_their_colours_beside_broad_bands(tmp_path):
+    colors, (figure, axes) = ["#0072B2", "#009E73", "#E69F00", "#CC79A7", "#000000"], plt.subplots(2, 2)
+    for ax in axes.flat:
+        for i, color in enumerate(colors):
+            ax.plot(range(7), [i, 3 - i, i, i + 1, 2, i, 3], color=color, marker="o")
+            ax.fill_between(range(7), i - 1, [i + 3 * (j % 2) for j in range(7)], color=color, alpha=0.15, linewidth=0)
+    figure.savefig(tmp_path / "lines.png", dpi=150)
+    with Image.open(io.BytesIO(gallery._small(tmp_path / "lines.png"))) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+    for color in colors:
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.abs(pixels - rgb).max(1).min() <= 16, color
 
 
 def test_docs_show_fast_beside_quick(project):
